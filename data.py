@@ -1,0 +1,469 @@
+"""
+Pictures before they are tensors: opening, cropping, edges, folders of pairs, the order of training.
+
+A paired data set is a folder (the layout of img2img-turbo, github.com/GaParmar/img2img-turbo):
+
+    train_A/  train_B/  train_prompts.json      inputs, targets of the same name (or stem), {"file name": "caption"}
+    test_A/   test_B/   test_prompts.json       without the json: a .txt beside a picture, else no caption
+
+An unpaired one has the same four folders, names at will, and fixed_prompt_a.txt, fixed_prompt_b.txt. To look at either:
+
+    python data.py check FOLDER                 counts, sizes, captions, problems, and a contact sheet
+"""
+
+import argparse
+import json
+import math
+import re
+import signal
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: half a gigabyte as RGB
+DRAWN = ("circles",)  # tiny/NAME.py, reached as drawn:NAME
+
+
+# -------------------- One picture
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Any picture file as 8-bit RGB, upright: EXIF rotation applied, transparency over white, 16 bits rounded to 8
+    (grey; of 16-bit colour Pillow itself keeps the upper 8 bits), the first frame of an animation.
+
+    ValueError, one sentence naming the file: missing, not a picture, damaged or cut short, no pixel or more than
+    MAX_PIXELS, floating-point or 32-bit values."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that are allowed here
+            with Image.open(path) as file:
+                if not 0 < file.width * file.height <= MAX_PIXELS:  # from the header, before memory is taken
+                    raise ValueError(f"{file.width}x{file.height}, expected 1 to {MAX_PIXELS} pixels")
+                file.load()
+                try:
+                    picture = ImageOps.exif_transpose(file)
+                except Exception:  # broken EXIF beside a sound picture: viewers show it as it is
+                    picture = file.copy()
+            return _as_rgb(picture)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture of a known format: save it as PNG, JPEG, WebP or TIFF") from None
+    except Exception as error:  # Pillow's decoders let out OSError, SyntaxError, ValueError, struct.error, ...
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} is not a readable picture ({reason}): replace or remove it") from None
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise ValueError("floating-point values, expected 8 or 16 bits a channel")
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:  # mode I has room for 32 bits and mostly holds 16
+            raise ValueError(f"values from {values.min()} to {values.max()}, expected 8 or 16 bits a channel")
+        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """RGB picture -> float32 [3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 255
+
+
+def to_picture(x: torch.Tensor) -> Image.Image:
+    """[3, H, W] in [-1, 1], clamped, to the nearest of the 256 levels. ValueError on NaN or another shape."""
+    if x.ndim != 3 or x.shape[0] != 3:
+        raise ValueError(f"found a tensor of shape {list(x.shape)}, expected one picture [3, H, W]")
+    x = x.detach().float().cpu()
+    if x.isnan().any():
+        raise ValueError("the picture holds NaN, no colour: try --mixed_precision no or a lower learning rate")
+    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def pad_to_multiple(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """[B, 3, H, W] -> the same, extended right and below to multiples of factor, and (H, W) to crop back to:
+    by reflection, in a direction where the picture is too small for that by repeating its edge."""
+    height, width = x.shape[-2:]
+    right, below = -width % factor, -height % factor
+    if right:
+        x = F.pad(x, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
+    if below:
+        x = F.pad(x, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
+    return x, (height, width)
+
+
+# -------------------- Preparations, by the names of the official scripts
+
+def _arrange(pictures: Sequence[Image.Image], rng: np.random.Generator | None = None, *, short: int = 0,
+             stretch: int = 0, crop: int = 0, random: bool = False, flip: bool = False) -> list[Image.Image]:
+    """Scale (short side to `short`, or to a square of `stretch`), crop to a square, flip: one draw for all pictures."""
+    prepared = []
+    corner = rng.integers(0, stretch - crop + 1, size=2).tolist() if random and rng is not None else None
+    flip = flip and rng is not None and rng.random() < 0.5
+    for picture in pictures:
+        width, height = picture.size
+        if short:  # torchvision's Resize(N): the long side is cut off to a whole number, not rounded
+            long = int(short * max(width, height) / min(width, height))
+            if short * long > MAX_PIXELS:
+                raise ValueError(f"a picture of {width}x{height} pixels becomes {short}x{long}: crop it first")
+            picture = picture.resize((short, long) if width <= height else (long, short), Image.Resampling.LANCZOS)
+        if stretch:
+            picture = picture.resize((stretch, stretch), Image.Resampling.LANCZOS)
+        if crop:  # round half to even, as torchvision's CenterCrop
+            left, top = corner or (round((side - crop) / 2) for side in picture.size)
+            picture = picture.crop((left, top, left + crop, top + crop))
+        prepared.append(ImageOps.mirror(picture) if flip else picture)
+    return prepared
+
+
+def prepare(name: str) -> Callable[..., list[Image.Image]]:
+    """The preparation of that name: f(pictures, rng=None) -> pictures. Crop and flip are drawn from rng once for the
+    whole list (the official data set draws them apart, so that its pairs do not match); without rng the crop is
+    central and nothing is flipped. All scaling is Lanczos. ValueError on an unknown name."""
+    if name == "no_resize":
+        return _arrange
+    if match := re.fullmatch(r"resized_crop_([1-9]\d*)", name):
+        return partial(_arrange, short=int(match[1]), crop=int(match[1]))
+    if match := re.fullmatch(r"resize_([1-9]\d*)(x\1)?", name):
+        return partial(_arrange, stretch=int(match[1]))
+    if match := re.fullmatch(r"resize_([1-9]\d*)_randomcrop_([1-9]\d*)x\2(_hflip)?", name):
+        if int(match[1]) >= int(match[2]):
+            return partial(_arrange, stretch=int(match[1]), crop=int(match[2]), random=True, flip=bool(match[3]))
+    raise ValueError(f"unknown preparation '{name}': expected resized_crop_N, resize_N, resize_NxN, "
+                     "resize_M_randomcrop_NxN or resize_M_randomcrop_NxN_hflip (M at least N), or no_resize")
+
+
+# -------------------- Conditions drawn from a picture
+
+def canny(picture: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
+    """Edges as three equal channels, 0 or 255, bit for bit those of cv2.Canny(rgb, low, high): 3x3 Sobel, L1 norm, at
+    each pixel the channel of the largest norm (Canny 1986; the integer arithmetic is OpenCV's imgproc/canny.cpp)."""
+    low, high = sorted((math.floor(low), math.floor(high)))
+    rgb = np.pad(np.asarray(picture, dtype=np.int16), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    smooth = rgb[:-2] + 2 * rgb[1:-1] + rgb[2:]
+    dx = smooth[:, 2:] - smooth[:, :-2]
+    smooth = rgb[:, :-2] + 2 * rgb[:, 1:-1] + rgb[:, 2:]
+    dy = smooth[2:] - smooth[:-2]
+    norm = np.abs(dx) + np.abs(dy)
+    strongest = norm.argmax(axis=2, keepdims=True)  # the first of equals, as OpenCV
+    dx, dy, norm = (np.take_along_axis(a, strongest, axis=2)[..., 0].astype(np.int32) for a in (dx, dy, norm))
+    height, width = norm.shape
+
+    # An edge is a ridge: larger than both neighbours across it. Of two equal neighbours along an axis the first stays.
+    padded = np.pad(norm, 1)
+    def neighbour(i: int, j: int) -> np.ndarray:
+        return padded[1 + i : 1 + i + height, 1 + j : 1 + j + width]
+    x, y = np.abs(dx), np.abs(dy) << 15
+    tan22 = x * 13573  # tan(22.5 degrees) in units of 2^-15; tan(67.5) is 2 more
+    falling = (norm > neighbour(-1, -1)) & (norm > neighbour(1, 1))
+    rising = (norm > neighbour(-1, 1)) & (norm > neighbour(1, -1))
+    ridge = np.where((dx ^ dy) < 0, rising, falling)
+    ridge = np.where(y > tan22 + (x << 16), (norm > neighbour(-1, 0)) & (norm >= neighbour(1, 0)), ridge)
+    ridge = np.where(y < tan22, (norm > neighbour(0, -1)) & (norm >= neighbour(0, 1)), ridge)
+    ridge = np.pad(ridge & (norm > low), 1)
+
+    # Hysteresis: from the strong ridge pixels along the weak ones, all eight ways. A plain stack takes the same short
+    # time however long and winding the lines are, which growing whole arrays step by step does not.
+    step = width + 2
+    around = (-step - 1, -step, -step + 1, -1, 1, step - 1, step, step + 1)
+    strong = ridge & (padded > high)
+    weak = bytearray((ridge & ~strong).tobytes())
+    stack = np.flatnonzero(strong).tolist()
+    while stack:
+        pixel = stack.pop()
+        for offset in around:
+            if weak[pixel + offset]:
+                weak[pixel + offset] = 0
+                stack.append(pixel + offset)
+    left = np.frombuffer(weak, dtype=bool).reshape(ridge.shape)
+    edges = (ridge & ~left)[1:-1, 1:-1].astype(np.uint8) * 255
+    return Image.fromarray(edges).convert("RGB")
+
+
+def sketch(picture: Image.Image) -> Image.Image:
+    """The sketch input of the official script, pixel < 0.5 -> 1 a channel: dark strokes become white, paper black."""
+    return Image.fromarray((np.asarray(picture) < 128).astype(np.uint8) * 255)
+
+
+# -------------------- Folders of pairs
+
+def _pictures(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+
+
+def _partners(a: list[str], b: list[str]) -> dict[str, str | None]:
+    """Name in A -> name in B: the same, else the only one of the same stem that no other has claimed, else None."""
+    same, stems = set(a) & set(b), {}
+    for name in sorted(set(b) - same):
+        stems.setdefault(Path(name).stem, []).append(name)
+    found = {name: stems.pop(Path(name).stem, []) for name in a if name not in same}
+    return {name: name if name in same else found[name][0] if len(found[name]) == 1 else None for name in a}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable text file ({error}): save it as UTF-8") from None
+
+
+def _read_prompts(path: Path) -> dict[str, str] | None:
+    """{file name: caption}, None without the file. ValueError where it is something else."""
+    if not path.exists():
+        return None
+    try:
+        prompts = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} line {error.lineno} is not JSON ({error.msg}): correct that line") from None
+    if not isinstance(prompts, dict):
+        raise ValueError(f"{path} holds a {type(prompts).__name__}, expected a dictionary of file name to caption")
+    for name, caption in prompts.items():
+        if not isinstance(caption, str):
+            raise ValueError(f"{path} gives '{name}' a {type(caption).__name__}, expected its caption as a string")
+    return prompts
+
+
+def _caption(a: Path, b: Path, prompts: dict[str, str] | None) -> str | None:
+    if prompts is not None:
+        return prompts.get(a.name, prompts.get(b.name))
+    for text in (a.with_suffix(".txt"), b.with_suffix(".txt")):
+        if text.exists():
+            return " ".join(_read_text(text).split())
+    return None
+
+
+class PairedFolder(Dataset):
+    """The pairs of one split; item i, or (i, key) with key the integers from which crop and flip are drawn:
+    input [3, H, W] in [0, 1], target [3, H, W] in [-1, 1], caption, name (the file's in A).
+
+    ValueError, one sentence: at construction on a missing folder, partner or caption and on broken prompts, at an item
+    on an unreadable picture or a pair of two sizes."""
+
+    def __init__(self, folder: str | Path, split: str, prep: str):
+        self.a, self.b = Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"
+        for path in (Path(folder), self.a, self.b):
+            if not path.is_dir():
+                raise ValueError(f"{path} is not a folder: expected a data set with {split}_A and {split}_B inside")
+        self.prepare = prepare(prep)
+        partners = _partners(_pictures(self.a), _pictures(self.b))
+        alone = [name for name, partner in partners.items() if partner is None]
+        if not partners:
+            raise ValueError(f"{self.a} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
+        if alone:
+            raise ValueError(f"{self.a / alone[0]} has no partner of its name or stem in {self.b.name} ({len(alone)} "
+                             f"of {len(partners)} have none): add the missing pictures or remove these")
+        self.pairs = list(partners.items())
+        prompts = _read_prompts(Path(folder) / f"{split}_prompts.json")
+        self.captions = [_caption(self.a / a, self.b / b, prompts) for a, b in self.pairs]
+        missing = [a for (a, _), caption in zip(self.pairs, self.captions, strict=True) if caption is None]
+        if missing and prompts is not None:
+            raise ValueError(f"{split}_prompts.json in {folder} has no caption for '{missing[0]}' ({len(missing)} of "
+                             f"{len(self.pairs)} have none): add the entries")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
+        index, key = item if isinstance(item, tuple) else (item, None)
+        name, partner = self.pairs[index]
+        pair = [open_picture(self.a / name), open_picture(self.b / partner)]
+        if pair[0].size != pair[1].size:
+            sizes = " and ".join(f"{w}x{h}" for w, h in (picture.size for picture in pair))
+            raise ValueError(f"{self.a / name} and its partner in {self.b.name} are {sizes} pixels: make them equal")
+        a, b = self.prepare(pair, None if key is None else np.random.default_rng(key))
+        return dict(input=to_tensor(a), target=to_tensor(b) * 2 - 1, caption=self.captions[index] or "", name=name)
+
+
+def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0) -> Dataset:
+    """A folder of pairs, or the built-in drawings of a name such as drawn:circles (these have no use for prep)."""
+    kind, colon, name = str(folder).partition(":")
+    if not (kind == "drawn" and colon):
+        return PairedFolder(folder, split, prep)
+    if name == "circles":
+        from tiny.circles import Circles
+        return Circles(split, seed)
+    raise ValueError(f"there are no drawings '{name}': known are {', '.join(f'drawn:{known}' for known in DRAWN)}")
+
+
+# -------------------- The order of training
+
+def _steps(length: int, batch: int, seed: int, start: int, end: int | None, rows: Sequence[int]) -> Iterator[list]:
+    @lru_cache(maxsize=2)  # a step may reach over the end of an epoch
+    def order(epoch: int) -> np.ndarray:
+        # (seed, epoch) alone would be the stream of the key (seed, step, 0): numpy fills short keys up with zeros
+        return np.random.default_rng((seed, epoch, 0, 1)).permutation(length)
+
+    for step in count(start) if end is None else range(start, end):
+        places = [(row, divmod(step * batch + row, length)) for row in rows]
+        yield [(int(order(epoch)[place]), (seed, step, row)) for row, (epoch, place) in places]
+
+
+def _collate(items: list[dict]) -> dict:
+    for item in items:
+        if item["input"].shape != items[0]["input"].shape:
+            raise ValueError(f"'{items[0]['name']}' and '{item['name']}' differ in size, expected one size a batch: "
+                             "choose a preparation that makes them equal, or a batch size of 1")
+    return default_collate(items)
+
+
+def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to every process; one saves the state
+
+
+def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_step: int | None = None,
+            rows: Sequence[int] | None = None, num_workers: int = 0) -> Iterator[dict]:
+    """One dictionary a step (tensors [B, ...], lists of strings) with this process's `rows` of a global batch.
+
+    The samples are one endless row of permutations of the data set, each drawn from (seed, epoch), of which step s
+    takes the places s * batch to (s + 1) * batch - 1; row j of step s draws its crop from (seed, s, j). So nothing is
+    dropped, a run may begin at any step, and N processes with a part of the rows each are one with all of them.
+    ValueError, one sentence, also when a worker met the picture."""
+    steps = _steps(len(dataset), batch, seed, start_step, end_step, range(batch) if rows is None else rows)
+    loader = DataLoader(dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=_collate,
+                        pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_ctrl_c_to_the_trainer,
+                        generator=torch.Generator())  # its own: a loader draws a number from the global one otherwise
+    try:
+        yield from loader
+    except ValueError as error:  # from a worker it comes as its whole traceback, the sentence last
+        raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
+
+
+# -------------------- python data.py check FOLDER
+
+def _attempt(problems: list[str], function: Callable, *arguments):
+    """The function's result, or None with the sentence of its ValueError among the problems."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        problems.append(str(error))
+
+
+def _survey(side: Path, problems: list[str]) -> dict[str, tuple | None]:
+    """Opens every picture of one folder and prints count and sizes: name -> (size, fingerprint), None if unreadable."""
+    def look(path: Path) -> tuple:
+        picture = open_picture(path)
+        return picture.size, hash(picture.tobytes())
+
+    names = tqdm(_pictures(side) if side.is_dir() else [], desc=side.name, unit=" pictures")
+    seen = {name: _attempt(problems, look, side / name) for name in names}
+    sizes = sorted((found[0] for found in seen.values() if found), key=math.prod)
+    if sizes:
+        low, middle, high = ("{}x{}".format(*sizes[i]) for i in (0, len(sizes) // 2, -1))
+        print(f"{side.name}: {len(seen)} pictures, distinct sizes {len(set(sizes))}, "
+              f"min {low}, median {middle}, max {high}")
+    else:
+        problems.append(f"{side} " + ("holds no readable picture" if side.is_dir() else "is missing"))
+    return seen
+
+
+def _compare(a: Path, b: Path, seen_a: dict, seen_b: dict, problems: list[str]) -> list[tuple[Path, Path, str]]:
+    """What can be wrong between two folders and with their captions; returns the pairs that can be shown."""
+    partners, captions, pairs = _partners(list(seen_a), list(seen_b)), {}, []
+    path = a.with_name(a.name[:-2] + "_prompts.json")
+    prompts = _attempt(problems, _read_prompts, path)
+    for name, partner in partners.items():
+        one, other = seen_a[name], seen_b.get(partner)
+        if partner is None:
+            problems.append(f"{a / name} has no partner in {b.name}")
+        elif one and other and one[0] != other[0]:
+            problems.append("{} is {}x{} pixels but its partner {}x{}".format(a / name, *one[0], *other[0]))
+        elif one and one == other:
+            problems.append(f"{a / name} and its partner are identical")
+        captions[name] = _attempt(problems, _caption, a / name, b / (partner or name), prompts)
+        if one and other:
+            pairs.append((a / name, b / partner, captions[name] or ""))
+    problems += [f"{b / name} has no partner in {a.name}" for name in seen_b if name not in partners.values()]
+
+    given = [caption for caption in captions.values() if caption]
+    if given or prompts is not None:  # a folder without any caption is meant so, one that lacks some is not
+        problems += [f"{a / name} has no caption" for name, caption in captions.items() if caption is None]
+    extra = [name for name in prompts or () if name not in seen_a and name not in seen_b]
+    if extra:
+        problems.append(f"{path} has {len(extra)} entries without a picture, the first '{extra[0]}'")
+    print(f"{a.name[:-2]} captions: {len(given)}, {len(captions) - len(given)} empty, "
+          f"longest {max(map(len, given), default=0)} characters")
+    for caption in list(dict.fromkeys(given))[:3]:
+        print(f"    {caption}")
+    return pairs
+
+
+def _contact_sheet(pairs: list[tuple[Path, Path, str]], side: int = 192) -> Image.Image:
+    """Up to 16 pairs spread over the list, A beside B, the caption below."""
+    pairs = [pairs[i * len(pairs) // min(16, len(pairs))] for i in range(min(16, len(pairs)))]
+    columns = math.ceil(math.sqrt(len(pairs)))
+    width, height = 2 * side + 16, side + 48
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(pairs) / columns) * height), "white")
+    for i, (a, b, caption) in enumerate(pairs):
+        left, top = i % columns * width + 8, i // columns * height + 8
+        for x, path in ((left, a), (left + side, b)):
+            picture = open_picture(path)
+            picture.thumbnail((side, side))
+            sheet.paste(picture, (x, top))
+        lines = textwrap.wrap(caption, 64, max_lines=2, placeholder=" ...")
+        ImageDraw.Draw(sheet).multiline_text((left, top + side + 4), "\n".join(lines), fill="black")
+    return sheet
+
+
+def check(folder: str | Path, output: str | Path | None = None) -> list[str]:
+    """Prints what the splits of a data folder hold, paired or unpaired (fixed_prompt_a.txt or _b.txt and no
+    SPLIT_prompts.json), and its problems, which it returns; writes a contact sheet, FOLDER_check.png in the current
+    directory unless told otherwise. ValueError where the folder is no data set."""
+    folder = Path(folder)
+    sides = [p.name for p in folder.iterdir() if p.is_dir() and p.name[-2:] in ("_A", "_B")] if folder.is_dir() else []
+    if not sides:
+        raise ValueError(f"{folder} is not a data set: expected a folder with train_A and train_B inside")
+    fixed = [folder / "fixed_prompt_a.txt", folder / "fixed_prompt_b.txt"]
+    paired = any(folder.glob("*_prompts.json")) or not any(path.exists() for path in fixed)
+    problems, pairs = [], []
+    for split in sorted({name[:-2] for name in sides}, reverse=True):
+        a, b = folder / f"{split}_A", folder / f"{split}_B"
+        seen_a, seen_b = _survey(a, problems), _survey(b, problems)
+        if paired:
+            pairs += _compare(a, b, seen_a, seen_b, problems)
+        else:
+            pairs += [(a / x, b / y, "") for x, y in zip(seen_a, seen_b, strict=False) if seen_a[x] and seen_b[y]]
+    for path in [] if paired else fixed:
+        text = _attempt(problems, _read_text, path)
+        print(f"{path.name}: {(text or '').strip()}")
+    print("\n".join(f"problem: {problem}" for problem in problems) or "no problems")
+    if pairs:
+        output = Path(output or f"{folder.resolve().name}_check.png")
+        _contact_sheet(pairs).save(output)
+        print(output)
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="data.py", description="Looks at a folder of training pictures.")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    command = commands.add_parser("check", help="print counts, sizes, captions and problems, write a contact sheet")
+    command.add_argument("folder", help="holds train_A, train_B and so on")
+    command.add_argument("--output", help="the contact sheet (default: FOLDER_check.png)")
+    args = parser.parse_args()
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        return 2 if check(args.folder, args.output) else 0
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""CLIP's text encoder and tokenizer, as Stable Diffusion uses them: prompts in, a context [B, 77, C] out.
+
+One class for CLIP ViT-L (SD 1.x), OpenCLIP ViT-H (SD 2.x, SD-Turbo) and small ones, told apart by `config.json`.
+Module names are those of `transformers`' `CLIPTextModel`. Source: Radford et al. 2021. """
+
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Pieces
+from torch import Tensor, nn
+
+FIXED = dict(attention_dropout=0.0)
+
+
+@dataclass
+class TextConfig:
+    vocab_size: int = 49408
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 23
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 77
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"the text encoder's hidden_act is {self.hidden_act!r}; built here are {sorted(ACTIVATIONS)}")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class Attention(nn.Module):
+    def __init__(self, c: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c, c) for _ in range(4))
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: int, c_hidden: int, activation: str):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(c, c_hidden)
+        self.fc2 = nn.Linear(c_hidden, c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: int, c_hidden: int, heads: int, activation: str, eps: float):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(c, eps=eps)
+        self.self_attn = Attention(c, heads)
+        self.layer_norm2 = nn.LayerNorm(c, eps=eps)
+        self.mlp = MLP(c, c_hidden, activation)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), causal)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers: list[Layer]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, causal)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, c: TextConfig):
+        super().__init__()
+        self.embeddings = TextEmbeddings(c)
+        self.encoder = Encoder([
+            Layer(c.hidden_size, c.intermediate_size, c.num_attention_heads, c.hidden_act, c.layer_norm_eps)
+            for _ in range(c.num_hidden_layers)
+        ])
+        self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = TextTransformer(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [B, 77] -> context [B, 77, C], after the last layer norm."""
+        h = self.text_model.encoder(self.text_model.embeddings(ids), causal=True)
+        return self.text_model.final_layer_norm(h)
+
+    def pooled(self, ids: Tensor) -> Tensor:
+        """Token ids [B, 77] -> the context at the end-of-text token, [B, C]."""
+        # Old configurations say eos_token_id 2 where the end of text is in truth the highest id of the vocabulary.
+        end = ids.argmax(-1) if self.config.eos_token_id == 2 else (ids == self.config.eos_token_id).int().argmax(-1)
+        return self(ids)[torch.arange(len(ids), device=ids.device), end]
+
+
+class Tokenizer:
+    """Prompts to ids [B, 77]: start, at most 75 pieces, end, padding.
+
+    `pieces` is a `tokenizers` tokenizer without padding or special tokens of its own; `pad` is what fills the rest:
+    the end token itself in SD 1.x, `!` in SD 2.x, as the folder's files say.
+    """
+
+    def __init__(self, pieces: Pieces, length: int = 77, pad: str = "<|endoftext|>", start: str = "<|startoftext|>",
+                 end: str = "<|endoftext|>"):
+        self.pieces, self.length, self.tokens = pieces, length, dict(pad=pad, start=start, end=end)
+        self.pad, self.start, self.end = (pieces.token_to_id(token) for token in (pad, start, end))
+        for token, i in [(pad, self.pad), (start, self.start), (end, self.end)]:
+            if i is None:
+                raise ValueError(f"the tokenizer's vocabulary has no piece {token!r}, which its configuration asks for:"
+                                 " vocab.json and tokenizer_config.json are not of one model")
+
+    def __call__(self, texts: str | list[str]) -> Tensor:
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = []
+        for encoding in self.pieces.encode_batch(texts, add_special_tokens=False):
+            ids = [self.start, *encoding.ids[:self.length - 2], self.end]
+            rows.append(ids + [self.pad] * (self.length - len(ids)))
+        return torch.tensor(rows, dtype=torch.long)
+
+    def to_json(self) -> str:
+        return json.dumps(dict(pieces=self.pieces.to_str(), length=self.length, **self.tokens))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        saved = json.loads(text)
+        return cls(Pieces.from_str(saved.pop("pieces")), **saved)
+
+
+def clip_pieces(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Pieces:
+    """CLIP's byte-level BPE from `vocab.json` and the lines of `merges.txt`."""
+    end = "<|endoftext|>"
+    pieces = Pieces(models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False,
+                               unk_token=end if end in vocab else None))
+    pieces.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    pieces.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    pieces.decoder = decoders.ByteLevel()
+    pieces.add_special_tokens([token for token in ("<|startoftext|>", end) if token in vocab])
+    return pieces
