@@ -338,6 +338,7 @@ def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_st
     try:
         yield from loader
     except ValueError as error:  # from a worker it comes as its whole traceback, the sentence last
+        error.__traceback__ = None  # a cycle around the loader, whose workers would need seconds to end later
         raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
 
 

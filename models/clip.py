@@ -29,7 +29,8 @@ class TextConfig:
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"the text encoder's hidden_act is {self.hidden_act!r}; built here are {sorted(ACTIVATIONS)}")
+            raise ValueError(f"the text encoder's hidden_act is {self.hidden_act!r};"
+                             f" built here are {sorted(ACTIVATIONS)}")
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -46,7 +47,8 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c, c) for _ in range(4))
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, heads, N, C / heads]
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
 
 
@@ -139,6 +141,8 @@ class Tokenizer:
             if i is None:
                 raise ValueError(f"the tokenizer's vocabulary has no piece {token!r}, which its configuration asks for:"
                                  " vocab.json and tokenizer_config.json are not of one model")
+        # A piece of its own wherever it stands in a text: with SD 2.x's padding, "wow!" ends in `!` and not in `!</w>`.
+        pieces.add_special_tokens([pad, start, end])
 
     def __call__(self, texts: str | list[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else texts
@@ -160,13 +164,14 @@ class Tokenizer:
 def clip_pieces(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Pieces:
     """CLIP's byte-level BPE from `vocab.json` and the lines of `merges.txt`."""
     end = "<|endoftext|>"
-    pieces = Pieces(models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False,
-                               unk_token=end if end in vocab else None))
+    pieces = Pieces(models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
+                               fuse_unk=False, unk_token=end if end in vocab else None))
     pieces.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
-    pieces.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    pieces.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
     pieces.decoder = decoders.ByteLevel()
     pieces.add_special_tokens([token for token in ("<|startoftext|>", end) if token in vocab])
     return pieces

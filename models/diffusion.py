@@ -49,7 +49,8 @@ class Schedule:
         [B]."""
         t = torch.as_tensor(t, device="cpu")
         shape = (-1,) + (1,) * (like.ndim - 1)
-        return tuple(table[t].to(device=like.device, dtype=like.dtype).reshape(shape) for table in (self.alpha, self.sigma))
+        return tuple(table[t].to(device=like.device, dtype=like.dtype).reshape(shape)
+                     for table in (self.alpha, self.sigma))
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
@@ -57,6 +58,13 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     1)."""
     alpha = (schedule.alpha - schedule.alpha[-1]) * schedule.alpha[0] / (schedule.alpha[0] - schedule.alpha[-1])
     return replace(schedule, alpha=alpha, sigma=(1 - alpha**2).sqrt())
+
+
+def start(noise: Tensor, t: int, schedule: Schedule) -> Tensor:
+    """The first latent of text-to-image sampling from standard normal noise [B, 4, h, w]. Euler samplers (SD-Turbo's)
+    begin at sigma_t noise, as if the picture were 0; the others at the noise itself."""
+    euler = schedule.config.get("_class_name", "").startswith("Euler") and schedule.timestep_spacing != "leading"
+    return schedule.at(t, noise)[1] * noise if euler else noise
 
 
 def predict_x0(prediction: Tensor, x: Tensor, t: Tensor | int, schedule: Schedule, kind: str) -> Tensor:

@@ -24,7 +24,7 @@ class LoRALinear(nn.Linear):
 
     def merged(self) -> nn.Linear:
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        delta = self.lora_B.weight.float() @ self.lora_A.weight.float()
+        delta = _fine(self.lora_B.weight) @ _fine(self.lora_A.weight)
         return _with_change(layer, self, delta)
 
 
@@ -45,7 +45,7 @@ class LoRAConv2d(nn.Conv2d):
     def merged(self) -> nn.Conv2d:
         layer = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
                           bias=self.bias is not None, device="meta")
-        delta = self.lora_B.weight.float().flatten(1) @ self.lora_A.weight.float().flatten(1)
+        delta = _fine(self.lora_B.weight).flatten(1) @ _fine(self.lora_A.weight).flatten(1)
         return _with_change(layer, self, delta.view_as(self.weight))
 
 
@@ -71,20 +71,26 @@ class TwinConv2d(nn.Conv2d):
         return (1 - self.scale) * pretrained + self.scale * trained
 
     def merged(self) -> nn.Conv2d:
-        layer = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, device="meta")
-        layer.weight = nn.Parameter(torch.lerp(self.weight0, self.weight.detach(), self.scale), requires_grad=False)
-        layer.bias = nn.Parameter(torch.lerp(self.bias0, self.bias.detach(), self.scale), requires_grad=False)
+        layer = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
+                          device="meta")
+        W, b = self.weight.detach(), self.bias.detach()
+        layer.weight = nn.Parameter(torch.lerp(self.weight0.to(W.dtype), W, self.scale), requires_grad=False)
+        layer.bias = nn.Parameter(torch.lerp(self.bias0.to(b.dtype), b, self.scale), requires_grad=False)
         return layer
 
 
 ADAPTERS = (LoRALinear, LoRAConv2d, TwinConv2d)
 
 
+def _fine(weight: Tensor) -> Tensor:
+    """In float32, or float64 where it is that."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def _with_change(layer: nn.Module, adapter: LoRALinear | LoRAConv2d, delta: Tensor) -> nn.Module:
     """`layer` with the adapter's weight plus scale times delta, added in float32 or finer and rounded once."""
-    W = adapter.weight.detach()
-    fine = torch.promote_types(W.dtype, torch.float32)
-    layer.weight = nn.Parameter((W.to(fine) + adapter.scale * delta.detach().to(fine)).to(W.dtype), requires_grad=False)
+    W = _fine(adapter.weight) + adapter.scale * delta
+    layer.weight = nn.Parameter(W.to(adapter.weight.dtype), requires_grad=False)
     layer.bias = adapter.bias
     return layer
 
@@ -94,7 +100,8 @@ def replace(module: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, layer)
 
 
-def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
+def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float,
+             generator: torch.Generator | None = None) -> None:
     """Replaces every linear layer and convolution of `module` whose dotted name is, or ends in, one of `targets`
     (whole parts: `quant_conv` is not `conv`). A starts as Gaussian noise of deviation 1 / rank, B at zero: no change
     at first."""
@@ -102,7 +109,8 @@ def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float,
     names = [name for name, layer in module.named_modules()
              if any(name == t or name.endswith("." + t) for t in targets) and isinstance(layer, nn.Linear | nn.Conv2d)]
     if not names:
-        raise ValueError(f"no layer of the network is called {', '.join(targets)}: the LoRA is for a network of another kind")
+        raise ValueError(f"no layer of the network is called {', '.join(targets)}:"
+                         " the LoRA is for a network of another kind")
     for name in names:
         layer = module.get_submodule(name)
         adapter = LoRALinear(layer, rank, alpha) if isinstance(layer, nn.Linear) else LoRAConv2d(layer, rank, alpha)

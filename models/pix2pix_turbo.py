@@ -40,8 +40,9 @@ def add_skip_convs(vae: VAE) -> None:
     enters_down = [widths[0], *widths[:-1]]
     enters_up = [widths[-1], *widths[:0:-1]]
     weight = vae.decoder.conv_in.weight
+    fine = torch.promote_types(weight.dtype, torch.float32)
     for i, (c_in, c_out) in enumerate(zip(reversed(enters_down), enters_up), start=1):
-        conv = nn.Conv2d(c_in, c_out, 1, bias=False, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        conv = nn.Conv2d(c_in, c_out, 1, bias=False, device=weight.device, dtype=fine)
         if not weight.is_meta:
             nn.init.constant_(conv.weight, 1e-5)
         setattr(vae.decoder, f"skip_conv_{i}", conv)
@@ -100,14 +101,16 @@ class Pix2PixTurbo(nn.Module):
 def from_official(saved: dict, path: object) -> tuple[Pix2PixTurboConfig, dict[str, Tensor]]:
     """The contents of an official `.pkl` -> our configuration and the trained tensors under our names. Source: the
     img2img-turbo repository's `save_model`."""
-    known = {"unet_lora_target_modules", "vae_lora_target_modules", "rank_unet", "rank_vae", "state_dict_unet", "state_dict_vae"}
+    known = {"unet_lora_target_modules", "vae_lora_target_modules", "rank_unet", "rank_vae", "state_dict_unet",
+             "state_dict_vae"}
     if not isinstance(saved, dict) or not known <= saved.keys():
         found = ", ".join(map(str, saved))[:100] if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path} holds {found}; expected a pix2pix-Turbo file with {', '.join(sorted(known))}")
     tensors = {}
     for part, adapter in [("unet", "default"), ("vae", "vae_skip")]:
         for name, tensor in saved[f"state_dict_{part}"].items():
-            name = name.replace(f".{adapter}.weight", ".weight").replace(".base_layer.", ".").replace("conv_in_curr.", "")
+            name = name.replace(f".{adapter}.weight", ".weight").replace(".base_layer.", ".")
+            name = name.replace("conv_in_curr.", "")
             if "conv_in_pretrained" not in name:  # the base's own, which we have
                 tensors[f"{part}.{name}"] = tensor
     stochastic = "conv_in.conv_in_curr.weight" in saved["state_dict_unet"]

@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 # Options of `unet/config.json` that other models (SDXL, Kandinsky, ...) use and this file does not build.
 FIXED = dict(act_fn="silu", addition_embed_type=None, attention_type="default", center_input_sample=False,
-             class_embed_type=None, class_embeddings_concat=False, conv_in_kernel=3, conv_out_kernel=3, cross_attention_norm=None,
-             downsample_padding=1, dual_cross_attention=False, encoder_hid_dim_type=None, mid_block_scale_factor=1,
-             mid_block_type="UNetMidBlock2DCrossAttn", mid_block_only_cross_attention=None, num_class_embeds=None,
-             only_cross_attention=False, resnet_out_scale_factor=1.0, resnet_skip_time_act=False,
-             resnet_time_scale_shift="default", time_cond_proj_dim=None, time_embedding_act_fn=None, time_embedding_dim=None,
-             time_embedding_type="positional", timestep_post_act=None, transformer_layers_per_block=1,
-             reverse_transformer_layers_per_block=None, flip_sin_to_cos=True, freq_shift=0)
+             class_embed_type=None, class_embeddings_concat=False, conv_in_kernel=3, conv_out_kernel=3,
+             cross_attention_norm=None, downsample_padding=1, dual_cross_attention=False, encoder_hid_dim_type=None,
+             mid_block_scale_factor=1, mid_block_type="UNetMidBlock2DCrossAttn", mid_block_only_cross_attention=None,
+             num_class_embeds=None, only_cross_attention=False, resnet_out_scale_factor=1.0,
+             resnet_skip_time_act=False, resnet_time_scale_shift="default", time_cond_proj_dim=None,
+             time_embedding_act_fn=None, time_embedding_dim=None, time_embedding_type="positional",
+             timestep_post_act=None, transformer_layers_per_block=1, reverse_transformer_layers_per_block=None,
+             flip_sin_to_cos=True, freq_shift=0)
 
 
 @dataclass
@@ -31,7 +32,7 @@ class UNetConfig:
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int = 2
-    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads, of every level or of each: the files' own misnomer
+    attention_head_dim: int | tuple[int, ...] = 8  # the NUMBER of heads, of all levels or each: the files' misnomer
     num_attention_heads: int | tuple[int, ...] | None = None  # the same under its right name, in newer files
     cross_attention_dim: int = 768
     use_linear_projection: bool = False
@@ -42,13 +43,15 @@ class UNetConfig:
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 
     def __post_init__(self):
-        n, known = len(self.block_out_channels), {"CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
+        n = len(self.block_out_channels)
+        known = {"CrossAttnDownBlock2D", "DownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
         if unknown := {*self.down_block_types, *self.up_block_types} - known:
             raise ValueError(f"the U-Net has blocks {sorted(unknown)}; built here are {sorted(known)}:"
                              " take a Stable Diffusion 1.x or 2.x U-Net")
         if len(self.down_block_types) != n or len(self.up_block_types) != n or len(self.heads) != n:
-            raise ValueError(f"the U-Net has {n} widths in block_out_channels, but {len(self.down_block_types)} down blocks,"
-                             f" {len(self.up_block_types)} up blocks and {len(self.heads)} head counts: one each is needed")
+            raise ValueError(f"the U-Net has {n} widths in block_out_channels, but {len(self.down_block_types)} down"
+                             f" blocks, {len(self.up_block_types)} up blocks and {len(self.heads)} head counts:"
+                             " one each is needed")
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -58,7 +61,8 @@ class UNetConfig:
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Timesteps [B] -> [B, dim] in float32: cosines, then sines, of t / 10000^(2i / dim)."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2))
+    i = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(10000) * i / (dim // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -177,7 +181,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        # To the size of the next skip, not twice: a latent whose side is no multiple of 8 was rounded up on its way down.
+        # To the size of the next skip, not twice: a side that is no multiple of 8 was rounded up on its way down.
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
@@ -251,7 +255,8 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], c_time)
         self.down_blocks = nn.ModuleList([
-            DownBlock(widths[max(i - 1, 0)], widths[i], c_time, c.heads[i], "CrossAttn" in c.down_block_types[i], i < n - 1, c)
+            DownBlock(widths[max(i - 1, 0)], widths[i], c_time, c.heads[i], "CrossAttn" in c.down_block_types[i],
+                      i < n - 1, c)
             for i in range(n)
         ])
         self.mid_block = MidBlock(widths[-1], c_time, c.heads[-1], c)

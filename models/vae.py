@@ -33,8 +33,8 @@ class VAEConfig:
     def __post_init__(self):
         n = len(self.block_out_channels)
         if set(self.down_block_types) != {"DownEncoderBlock2D"} or set(self.up_block_types) != {"UpDecoderBlock2D"}:
-            raise ValueError(f"the VAE's blocks are {[*self.down_block_types, *self.up_block_types]}; only DownEncoderBlock2D"
-                             " and UpDecoderBlock2D are built here: take a Stable Diffusion VAE")
+            raise ValueError(f"the VAE's blocks are {[*self.down_block_types, *self.up_block_types]};"
+                             " built here are DownEncoderBlock2D and UpDecoderBlock2D: take a Stable Diffusion VAE")
         if len(self.down_block_types) != n or len(self.up_block_types) != n:
             raise ValueError(f"the VAE has {n} widths in block_out_channels, but {len(self.down_block_types)} down and"
                              f" {len(self.up_block_types)} up blocks: config.json must name one block a width")
@@ -135,7 +135,8 @@ class Encoder(nn.Module):
         widths, n = c.block_out_channels, len(c.block_out_channels)
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList([
-            DownBlock(widths[max(i - 1, 0)], widths[i], c.layers_per_block, c.norm_num_groups, down=i < n - 1) for i in range(n)
+            DownBlock(widths[max(i - 1, 0)], widths[i], c.layers_per_block, c.norm_num_groups, down=i < n - 1)
+            for i in range(n)
         ])
         self.mid_block = MidBlock(widths[-1], c.norm_num_groups)
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[-1], eps=1e-6)
@@ -157,7 +158,8 @@ class Decoder(nn.Module):
         widths, n = c.block_out_channels[::-1], len(c.block_out_channels)
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.up_blocks = nn.ModuleList([
-            UpBlock(widths[max(i - 1, 0)], widths[i], c.layers_per_block + 1, c.norm_num_groups, up=i < n - 1) for i in range(n)
+            UpBlock(widths[max(i - 1, 0)], widths[i], c.layers_per_block + 1, c.norm_num_groups, up=i < n - 1)
+            for i in range(n)
         ])
         self.mid_block = MidBlock(widths[0], c.norm_num_groups)
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[-1], eps=1e-6)

@@ -4,6 +4,8 @@ The one module of `models/` that opens files. `load_base` gives the networks of 
 `load_generator` a trained translator on its base; `save_generator` and `save_folder` write. Weights are mapped, not
 read: a network is built without memory (device "meta") and its tensors are then the file's pages. """
 
+from __future__ import annotations  # a field called vae may be a vae.VAE
+
 import hashlib
 import json
 import math
@@ -14,6 +16,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 
 import safetensors.torch
@@ -326,14 +329,24 @@ def load_base(name: str, parts: tuple[str, ...] = ("vae", "unet", "text_encoder"
     return base
 
 
-def fingerprint(networks: dict[str, nn.Module]) -> str:
-    """A short hash of names, shapes and contents of all tensors: the same base, or another one?"""
-    digest = hashlib.sha256()
-    for part, network in networks.items():
-        for name, tensor in network.state_dict().items():
+def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
+    """Stores the frozen weights of linear layers and convolutions in `dtype` (for autocast); norms stay as they are."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            for p in layer.parameters(recurse=False):
+                if not p.requires_grad:
+                    p.data = p.data.to(dtype)
+
+
+def fingerprint(network: nn.Module, but: Iterable[str] = ()) -> str:
+    """A short hash of the names, shapes and contents of a network's tensors, but those named (what is trained). Contents
+    are summed as integers: fast, whatever the type, and enough to tell one base from another."""
+    digest, but = hashlib.sha256(), set(but)
+    for name, tensor in network.state_dict().items():
+        if name not in but:
             raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-            raw = raw[:len(raw) // 8 * 8].view(torch.int64) if len(raw) >= 8 else raw
-            digest.update(f"{part}.{name} {tuple(tensor.shape)} {int(raw.sum(dtype=torch.int64))}".encode())
+            raw = raw.view(torch.int64) if raw.numel() % 8 == 0 else raw
+            digest.update(f"{name} {tuple(tensor.shape)} {int(raw.sum(dtype=torch.int64))}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -349,6 +362,7 @@ class Loaded:
     kind: str
     base: str
     prompts: list[str]
+    r: float | None  # of a stochastic model
 
 
 def save_generator(path: pathlib.Path, generator: nn.Module, kind: str, base: str, prompts: list[str],
@@ -389,7 +403,7 @@ def find_checkpoint(name: str) -> pathlib.Path:
 
 
 def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
-                   r: float = 1.0, strength: float = 1.0, merged: bool = True) -> Loaded:
+                   r: float | None = None, strength: float = 1.0, merged: bool = True) -> Loaded:
     """A trained generator on its base, from a file of ours or an official `.pkl` (whose base is SD-Turbo unless one
     is named). `strength` takes the trained change that many times, `r` sets a stochastic model's adapters; `merged`
     adds the LoRA to the weights, for inference only."""
@@ -425,11 +439,15 @@ def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype 
     for layer in generator.modules():
         if isinstance(layer, LoRALinear | LoRAConv2d):
             layer.full_scale *= strength
-    set_scale(generator, r)
+    if config.stochastic:
+        r = 0.4 if r is None else r
+    elif r is not None:
+        raise ValueError(f"{path} is not a stochastic model and has no r; leave --r out")
+    set_scale(generator, 1.0 if r is None else r)
     if merged:
         merge(generator)
     generator.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return Loaded(generator, networks.text_encoder.to(device=device, dtype=dtype).eval(), networks.tokenizer, kind, base, prompts)
+    return Loaded(generator, networks.text_encoder.to(device=device, dtype=dtype).eval(), networks.tokenizer, kind, base, prompts, r)
 
 
 def assign(network: nn.Module, tensors: dict[str, Tensor], path: pathlib.Path, strength: float = 1.0) -> None:

@@ -45,6 +45,7 @@ class Circles(Dataset):
     def __init__(self, split: str, seed: int = 0, size: int = 32, n: int | None = None):
         self.split, self.seed, self.size, self.n = split, seed, size, n or (20_000 if split == "train" else 4 * len(HELD_OUT))
         self.pairs = [p for p in PAIRS if p not in HELD_OUT] if split == "train" else HELD_OUT
+        self.captions = [caption(pair) for pair in self.pairs]
 
     def __len__(self) -> int:
         return self.n

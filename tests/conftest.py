@@ -1,0 +1,45 @@
+"""What the tests share: the measure of agreement, weights that hide nothing, the folder of real files."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+def relative(ours: Tensor, peer: Tensor) -> float:
+    """Largest absolute difference over largest absolute value, of tensors of the same shape."""
+    assert ours.shape == peer.shape, f"{list(ours.shape)} and {list(peer.shape)}"
+    return ((ours - peer).abs().max() / peer.abs().max()).item()
+
+
+@torch.no_grad()
+def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Draws every parameter, so that no norm's 1, no bias's 0 and no zero convolution hides a mistake; matrices keep
+    the size of what goes through them."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in network.parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        p.copy_(p + 0.3 * noise if p.ndim == 1 else noise / p[0].numel() ** 0.5)
+    return network
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def gradients(network: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, trained = zip(*[(name, p) for name, p in network.named_parameters() if p.requires_grad])
+    return dict(zip(names, torch.autograd.grad(loss, trained)))
+
+
+@pytest.fixture
+def shared() -> Path:
+    if "SHARED_DATA" not in os.environ:
+        pytest.skip("SHARED_DATA does not name the folder of real pictures and vocabularies")
+    return Path(os.environ["SHARED_DATA"])

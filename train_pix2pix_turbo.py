@@ -1,0 +1,305 @@
+"""Trains pix2pix-Turbo: a one-step text-to-image model becomes a translator of pictures, from pairs.
+
+    python train_pix2pix_turbo.py                         # draws its own pairs, tiny base from random weights, CPU, minutes
+    python train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA --mixed_precision bf16
+    torchrun --nproc_per_node=4 train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA ...
+    python train_pix2pix_turbo.py --resume runs/NAME
+
+DATA holds train_A train_B test_A test_B (input and target, same file names) and train_prompts.json test_prompts.json; look
+at it with `python data.py check DATA`. The run's folder gets log.jsonl, losses.png, samples/STEP.png, state.pt and
+model.safetensors, which `python sample.py --checkpoint runs/NAME --input PICTURE "PROMPT"` runs.
+
+Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", sections 3.2, 3.3. Unlike the released
+script the generator takes one step an iteration, on the sum of its losses and from one forward pass, not two; the crop and
+flip of a pair are shared; and training stops at max_train_steps.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import training
+from models import weights
+from models.discriminator import PatchDiscriminator, spectral_step
+from models.lora import set_scale
+from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
+
+
+@dataclass
+class Config:
+    # data
+    dataset_folder: str = "drawn:circles"  # a folder of pairs, or drawn:circles
+    train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
+    test_image_prep: str | None = None  # the same for the test pictures
+    resolution: int = 512  # N of the default preparation, resized_crop_N
+    dataloader_num_workers: int = 0  # processes that prepare pictures
+    # model
+    base: str = "tiny"  # a folder, a Hub id such as stabilityai/sd-turbo, or a name: tiny, sd-turbo, sd15, sd21
+    train: Literal["lora", "all"] = "lora"  # LoRA, conv_in and skips, or every weight (for small bases)
+    lora_rank_unet: int = 8  # rank of the U-Net's LoRA
+    lora_rank_vae: int = 4  # rank of the VAE's LoRA
+    stochastic: bool = False  # train r, the noise map and the twin conv_in (section 3.4)
+    # losses
+    lambda_l2: float = 1.0  # weight of the squared difference to the target
+    lambda_gan: float = 0.5  # weight of the adversarial loss; 0 trains no discriminator
+    gan_disc_type: Literal["patch"] = "patch"  # the discriminator
+    gan_loss_type: Literal["multilevel_sigmoid_s", "multilevel_sigmoid"] = "multilevel_sigmoid_s"  # "real" is 0.8, or 1
+    disc_width: int = 64  # channels of the patch discriminator's first layer
+    # optimisation
+    learning_rate: float = 5e-6  # of generator and discriminator
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"  # the last two after warm-up
+    lr_warmup_steps: int = 500  # linear rise; "constant" has none
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # gradients longer than this are shortened to it
+    train_batch_size: int = 2  # pictures a process and slice
+    gradient_accumulation_steps: int = 1  # slices a step
+    max_train_steps: int = 10_000  # optimizer steps
+    num_training_epochs: int | None = None  # ends earlier, after so many passes over the data
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast and the type of frozen weights
+    dtype: Literal["float32", "float64"] = "float32"  # of what is trained (float64 for tests)
+    # the run
+    seed: int = 42  # of every draw
+    device: str = "auto"  # auto, cpu, cuda, mps
+    output_dir: str | None = None  # default runs/pix2pix_turbo-DATE
+    resume: str | None = None  # a run's folder, to go on from its state.pt
+    viz_freq: int = 100  # steps between sample grids
+    eval_freq: int = 100  # steps between validations
+    num_samples_eval: int = 100  # test pictures of a validation
+    checkpointing_steps: int = 500  # steps between saves
+    report_to: str = "none"  # none, tensorboard, wandb
+    tracker_project_name: str = "train_pix2pix_turbo"  # W&B project
+
+
+# Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster and longer batches.
+TINY = dict(train="all", resolution=32, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=50, train_batch_size=16,
+            max_train_steps=1000, lambda_gan=0.01, disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
+ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def reconstruction_loss(fake: Tensor, target: Tensor, r: float) -> Tensor:
+    """L_rec = r |G(x) - y|^2: at r = 0 a stochastic model owes nothing to the target and stays the base's own."""
+    return r * F.mse_loss(fake, target)
+
+
+def generator_gan_loss(logits: Tensor, real: float) -> Tensor:
+    """Binary cross-entropy towards "real": the generator wants its pictures taken for real."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real))
+
+
+def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, real: float) -> Tensor:
+    """Binary cross-entropy: real pictures towards "real" (0.8: one-sided label smoothing, or 1), made ones towards 0."""
+    return (F.binary_cross_entropy_with_logits(logits_real, torch.full_like(logits_real, real))
+            + F.binary_cross_entropy_with_logits(logits_fake, torch.zeros_like(logits_fake)))
+
+
+def learning_rate(step: int, config: Config, last: int) -> float:
+    rise = 1.0 if config.lr_scheduler == "constant" else min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
+    done = max(0.0, (step - config.lr_warmup_steps) / max(last - config.lr_warmup_steps, 1))
+    fall = {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}.get(config.lr_scheduler, 1.0)
+    return config.learning_rate * rise * fall
+
+
+def main() -> None:
+    cfg = training.parse(Config, TINY, ALIASES, __doc__)
+    rank, world, device = training.start_ranks(cfg.device)
+    dtype = getattr(torch, cfg.dtype)
+    half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
+    torch.manual_seed(cfg.seed)
+
+    # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
+    prep = [name or f"resized_crop_{cfg.resolution}" for name in (cfg.train_image_prep, cfg.test_image_prep)]
+    train_set = data.open_paired(cfg.dataset_folder, "train", prep[0], cfg.seed)
+    test_set = data.open_paired(cfg.dataset_folder, "test", prep[1], cfg.seed)
+    global_batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
+    slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
+    last_step = cfg.max_train_steps
+    if cfg.num_training_epochs:
+        last_step = min(last_step, cfg.num_training_epochs * len(train_set) // global_batch)
+
+    # ---- networks: what is trained stays in float32, what is frozen may be stored in half
+    base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=cfg.seed)
+    generator = Pix2PixTurbo(base.vae, base.unet, base.schedule, Pix2PixTurboConfig(
+        lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, stochastic=cfg.stochastic, train=cfg.train,
+        prediction_type=base.schedule.prediction_type), training.rng(cfg.seed, 0, "lora")).train()
+    tokenizer, text_encoder = base.tokenizer, base.text_encoder.requires_grad_(cfg.train == "all")
+    trained = {n: p for n, p in generator.named_parameters() if p.requires_grad}
+    trained |= {f"text_encoder.{n}": p for n, p in text_encoder.named_parameters() if p.requires_grad}
+    frozen = weights.fingerprint(generator, trained.keys())
+    if half:
+        weights.cast_frozen(generator, half)
+    for network in (generator.unet, generator.vae.encoder, generator.vae.decoder):
+        network.checkpointing = cfg.gradient_checkpointing
+    discriminator = PatchDiscriminator(cfg.disc_width).to(device, dtype) if cfg.lambda_gan else None
+    factor = generator.vae.factor
+
+    # ---- captions: a frozen encoder is asked once for each and then let go
+    contexts = {}
+    if cfg.train == "lora":
+        captions = sorted({*train_set.captions, *test_set.captions})
+        if len(captions) <= 2000:
+            with torch.no_grad():
+                contexts = {c: text_encoder(tokenizer(c).to(device))[0].cpu() for c in captions}
+            text_encoder = base.text_encoder = None
+
+    def encode(captions: list[str]) -> Tensor:  # -> [B, 77, C]
+        if contexts:
+            return torch.stack([contexts[c] for c in captions]).to(device)
+        return text_encoder(tokenizer(captions).to(device))
+
+    # ---- optimizers
+    adam = dict(lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon,
+                weight_decay=cfg.adam_weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(trained.values(), **adam)
+    optimizer_d = torch.optim.AdamW(discriminator.parameters(), **adam) if discriminator else None
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
+    autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
+    real_target = 0.8 if cfg.gan_loss_type == "multilevel_sigmoid_s" else 1.0
+
+    # ---- the run's folder, and where it stood
+    folder = training.open_run(cfg, "pix2pix_turbo", rank)
+    start = 0
+    if cfg.resume:
+        state = training.load_state(folder, frozen)
+        start = state["step"]
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(state["trained"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if discriminator:
+            discriminator.load_state_dict(state["discriminator"])
+            optimizer_d.load_state_dict(state["optimizer_d"])
+
+    def save(step: int) -> None:
+        training.save_state(folder / "state.pt", dict(
+            step=step, base=frozen, trained={n: p.detach() for n, p in trained.items()}, optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(), discriminator=discriminator.state_dict() if discriminator else None,
+            optimizer_d=optimizer_d.state_dict() if discriminator else None))
+        prompts = sorted({*train_set.captions})
+        training.write_file(folder / "model.safetensors", lambda path: weights.save_generator(
+            path, generator, "pix2pix_turbo", cfg.base, prompts if len(prompts) == 1 else [], text_encoder, tokenizer))
+
+    @torch.inference_mode()
+    def translate(items: list[dict]) -> tuple[Tensor, ...]:
+        """Input, output and target [N, 3, H, W] of test items, all in [-1, 1]."""
+        out = []
+        for item in items:
+            x, size = data.pad_to_multiple(item["input"][None].to(device, dtype), factor)
+            h, w = x.shape[2] // factor, x.shape[3] // factor
+            noise = torch.randn(1, 4, h, w, generator=training.rng(cfg.seed, 0, "eval")).to(x)
+            set_scale(generator, 1.0)
+            with autocast:
+                fake = generator(x, encode([item["caption"]]), *([1.0, noise] if cfg.stochastic else []))
+            out.append(fake[0, :, :size[0], :size[1]].float().cpu())
+        return torch.stack([i["input"] * 2 - 1 for i in items]), torch.stack(out), torch.stack([i["target"] for i in items])
+
+    def validate() -> dict[str, float]:
+        indices = range(min(cfg.num_samples_eval, len(test_set)))
+        _, fakes, targets = translate([test_set[i] for i in indices])
+        errors = (fakes - targets).square().mean(dim=(1, 2, 3))
+        values = {"val_l2": errors.mean().item(), "val_psnr": (10 * torch.log10(4 / errors)).mean().item()}
+        judge = getattr(test_set, "judge", None)  # drawn pictures know what is right
+        return values | ({f"val_{k}": v for k, v in judge(fakes, list(indices)).items()} if judge else {})
+
+    # ---- the loop
+    if rank == 0:
+        n = sum(p.numel() for p in trained.values())
+        print(f"training {n / 1e6:.2f} M weights on {len(train_set)} pairs, {device}, into {folder}", file=training.sys.stderr)
+    log = training.open_log(folder, start) if rank == 0 else None
+    report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
+    stop = training.catch_stop()
+    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step, [row for rows in slices for row in rows],
+                           cfg.dataloader_num_workers)
+    bar = tqdm(total=last_step, initial=start, disable=rank != 0, unit="step")
+    for step in range(start, last_step):
+        batch = next(batches)
+        for group in [g for o in (optimizer, optimizer_d) if o for g in o.param_groups]:
+            group["lr"] = learning_rate(step, cfg, last_step)
+        r = torch.rand((), generator=training.rng(cfg.seed, step, "r")).item() if cfg.stochastic else 1.0
+        set_scale(generator, r)
+        size = [batch["input"].shape[i] // factor for i in (2, 3)]
+        latent_noise, noise = (torch.randn(global_batch, 4, *size, generator=training.rng(cfg.seed, step, what), dtype=dtype)
+                               for what in ("latent", "noise"))
+
+        # Generator: reconstruction and adversarial loss. The discriminator only passes the gradient on.
+        losses, fakes = {}, []
+        if discriminator:
+            discriminator.requires_grad_(False)
+        for i, rows in enumerate(slices):
+            mine = slice(i * len(rows), (i + 1) * len(rows))
+            x, target = (batch[k][mine].to(device, dtype) for k in ("input", "target"))
+            with autocast:
+                fake = generator(x, encode(batch["caption"][mine]), *([r, noise[rows].to(device)] if cfg.stochastic else []),
+                                 latent_noise=latent_noise[rows].to(device))
+                parts = {"l2": cfg.lambda_l2 * reconstruction_loss(fake, target, r)}
+                if discriminator:
+                    parts["gan"] = cfg.lambda_gan * generator_gan_loss(discriminator(fake), real_target)
+            scaler.scale(sum(parts.values()) / len(slices)).backward()
+            fakes.append(fake.detach())
+            for k, v in parts.items():
+                losses[k] = losses.get(k, 0.0) + v.item() / len(slices)
+        training.check_finite(losses, step, batch["name"])
+        training.average_gradients(trained.values())
+        scaler.unscale_(optimizer)
+        losses["grad_norm"] = nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+        # Discriminator: real targets against the pictures just made.
+        if discriminator:
+            discriminator.requires_grad_(True)
+            spectral_step(discriminator)
+            for i, rows in enumerate(slices):
+                target = batch["target"][i * len(rows):(i + 1) * len(rows)].to(device, dtype)
+                with autocast:
+                    logits_real, logits_fake = discriminator(target), discriminator(fakes[i])
+                    loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, real_target)
+                scaler.scale(loss / len(slices)).backward()
+                losses["disc"] = losses.get("disc", 0.0) + loss.item() / len(slices)
+            training.check_finite(losses, step, batch["name"])
+            training.average_gradients(discriminator.parameters())
+            scaler.unscale_(optimizer_d)
+            nn.utils.clip_grad_norm_(discriminator.parameters(), cfg.max_grad_norm)
+            scaler.step(optimizer_d)
+            optimizer_d.zero_grad(set_to_none=True)
+        scaler.update()
+
+        # What came out. A stop that was asked for is taken here, with everything saved.
+        done = step + 1
+        losses = training.mean_over_ranks(losses)
+        stopping = stop()
+        if rank == 0:
+            if done % cfg.eval_freq == 0 or done == last_step:
+                losses |= validate()
+            if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
+                training.save_grid(folder / "samples" / f"{done:06d}.png", translate([test_set[i] for i in range(min(16, len(test_set)))]))
+            training.append_log(log, done, losses)
+            report(done, losses)
+            bar.set_postfix({k: f"{v:.3g}" for k, v in losses.items() if k in ("l2", "gan", "disc", "val_psnr")}, refresh=False)
+            bar.update()
+            if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
+                save(done)
+                training.plot_losses(log, folder / "losses.png")
+        if stopping:
+            if rank == 0:
+                print(f"stopped after step {done}, saved; go on with --resume {folder}", file=training.sys.stderr)
+            raise KeyboardInterrupt
+    if rank == 0:
+        print(folder / "model.safetensors")
+
+
+if __name__ == "__main__":
+    training.run(main)

@@ -1,0 +1,342 @@
+"""Plumbing of the trainers, without mathematics: flags, ranks, draws, state files, logs, grids and plots.
+
+If a line here were deleted, a file, a log or a process would be lost, but nothing else would be learned. It knows no
+network.
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "resume", "output_dir"}
+REFUSED = {
+    "--enable_xformers_memory_efficient_attention": "attention is always fused here (scaled_dot_product_attention)",
+    "--allow_tf32": "TF32 is always allowed for float32 matrix products on CUDA",
+    "--set_grads_to_none": "gradients are always set to None",
+    "--revision": "name a local folder to choose a version",
+    "--variant": "the files that are there are taken, full precision first",
+    "--local_rank": "torchrun says it through the environment",
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- flags
+
+
+def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv: list[str] | None = None):
+    """A settings dataclass filled from the command line: one flag a field, its comment as help.
+
+    Values come from, in this order: the flag, `tiny` (where the base is a tiny one), the dataclass. With --resume O they
+    are those of O's config.json, and of the flags only `MAY_CHANGE` may differ."""
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(cls):
+        kind, choices = f.type, None
+        if isinstance(kind, types.UnionType):  # T | None
+            kind = typing.get_args(kind)[0]
+        if typing.get_origin(kind) is typing.Literal:
+            choices, kind = typing.get_args(kind), str
+        names = [f"--{f.name}", *(f"--{old}" for old, new in aliases.items() if new == f.name)]
+        text = f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(*names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(*names, dest=f.name, default=None, type=kind, choices=choices, help=text)
+    given = parse_args(parser, argv)
+    given = {k: v for k, v in vars(given).items() if v is not None}
+    if "resume" in given:
+        return resumed(cls, given)
+    base = given.get("base") or next(f.default for f in fields(cls) if f.name == "base")
+    small = {k: v for k, v in tiny.items() if k not in given} if str(base).startswith("tiny") else {}
+    if small and int(os.environ.get("RANK", 0)) == 0:
+        print("defaults of the tiny base: " + " ".join(f"--{k} {v}" for k, v in small.items()), file=sys.stderr)
+    return cls(**{**small, **given})
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """parser.parse_args, with the nearest flag named where one is unknown, and the reason where one has no meaning."""
+    given, unknown = parser.parse_known_args(argv)
+    known = [name for action in parser._actions for name in action.option_strings]
+    for flag in unknown:
+        name = flag.split("=")[0]
+        if name in REFUSED:
+            parser.error(f"{name} is not needed: {REFUSED[name]}; leave it out")
+        near = difflib.get_close_matches(name, known, n=1)
+        parser.error(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    return given
+
+
+def resumed(cls: type, given: dict):
+    path = pathlib.Path(given["resume"]) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume {given['resume']} has no config.json; expected the --output_dir of an earlier run")
+    try:
+        saved = {k: v for k, v in json.loads(path.read_text()).items() if k in {f.name for f in fields(cls)}}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again, or start a new run") from None
+    for name in given.keys() - MAY_CHANGE:
+        if given[name] != saved.get(name):
+            raise ValueError(f"--{name} {given[name]} differs from the {saved.get(name)} that the run {given['resume']} began"
+                             f" with; only {', '.join(sorted(MAY_CHANGE - {'resume', 'output_dir'}))} may change: leave it out")
+    return cls(**{**saved, **given, "output_dir": given["resume"]})
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's `main`. What the user must change is one line on stderr and exit status 2; Ctrl-C is 130; any other
+    exception is a bug and keeps its traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# --------------------------------------------------------------------------------------------------- devices and ranks
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); expected auto, cpu, cuda or mps"
+                         " as this machine has it") from None
+    return device
+
+
+def start_ranks(device_name: str) -> tuple[int, int, torch.device]:
+    """This process's rank, the number of processes, and its device. Under `torchrun` the processes are joined."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def my_rows(rank: int, world: int, batch: int, accumulation: int) -> list[list[int]]:
+    """Rows of the global batch that this process takes, a list for each accumulation slice."""
+    return [[(a * world + rank) * batch + i for i in range(batch)] for a in range(accumulation)]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean over all processes, in one bucket. Nothing to do for one process."""
+    if not dist.is_initialized():
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    bucket = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(bucket)
+    bucket /= dist.get_world_size()
+    for g, mean in zip(grads, bucket.split([g.numel() for g in grads])):
+        g.copy_(mean.view_as(g))
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    if not dist.is_initialized():
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    means = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(means)
+    return dict(zip(values, (means / dist.get_world_size()).tolist()))
+
+
+def rng(seed: int, step: int, what: str) -> torch.Generator:
+    """The CPU generator of one purpose at one step. What is drawn depends on nothing else: not on ranks, not on what was
+    drawn before, so resuming and splitting change nothing."""
+    digest = hashlib.sha256(f"{seed} {step} {what}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def catch_stop() -> Callable[[], bool]:
+    """Makes the first Ctrl-C or SIGTERM a request: the returned function says whether one came, on any rank. A second
+    Ctrl-C stops at once."""
+    asked = []
+
+    def handler(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return lambda: mean_over_ranks({"stop": float(bool(asked))})["stop"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def open_run(config, kind: str, rank: int) -> pathlib.Path:
+    """The run's folder with its config.json. An earlier run in the same place is never overwritten."""
+    if config.output_dir is None:
+        name = [f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(name)
+        config.output_dir = name[0]
+    folder = pathlib.Path(config.output_dir)
+    if rank == 0:
+        if not config.resume and (folder / "config.json").exists():
+            raise ValueError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another --output_dir")
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        write_file(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
+    return folder
+
+
+def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """`write` fills a temporary file beside `path`, which takes the name once all of it is on the disk: whatever happens,
+    `path` is the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(f"{path} could not be written ({reason}); the file that was there is untouched:"
+                      " make room, then continue with --resume") from error
+
+
+def save_state(path: pathlib.Path, state: dict) -> None:
+    write_file(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_state(folder: pathlib.Path, base: str) -> dict:
+    """What `save_state` wrote; tensors and plain values only, no code. `base` is the fingerprint of the loaded base."""
+    path = folder / "state.pt"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no state.pt to resume from: the run ended before its first save; start it again")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0][:100]}); the trained weights so far are in"
+                         f" {folder / 'model.safetensors'}: copy state.pt again, or start a new run") from None
+    if state["base"] != base:
+        raise ValueError(f"{path} was trained on a base with fingerprint {state['base']}, and this one has {base};"
+                         " put the original base back")
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------- logs
+
+
+def check_finite(losses: dict[str, float], step: int, names: list[str]) -> None:
+    bad = {k: v for k, v in losses.items() if not math.isfinite(v)}
+    if bad:
+        raise ValueError(f"step {step}: the loss became {bad} on {', '.join(names)}; the last saved state is untouched: look at"
+                         " these pictures, try --mixed_precision no or bf16, or a lower --learning_rate")
+
+
+def open_log(folder: pathlib.Path, step: int) -> pathlib.Path:
+    """log.jsonl without the lines of steps that will be run again."""
+    path = folder / "log.jsonl"
+    if path.is_file():
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line cut by a kill
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        write_file(path, lambda temporary: temporary.write_text("".join(kept)))
+    return path
+
+
+def append_log(path: pathlib.Path, step: int, values: dict) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def open_reporter(report_to: str | None, folder: pathlib.Path, project: str) -> Callable[[int, dict], None]:
+    """TensorBoard or W&B beside the log, for those who ask and have it."""
+    if report_to in (None, "none"):
+        return lambda step, values: None
+    try:
+        if report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(str(folder))
+            return lambda step, values: [writer.add_scalar(k, v, step) for k, v in values.items()]
+        if report_to == "wandb":
+            import wandb
+            wandb.init(project=project, dir=str(folder), name=folder.name)
+            return lambda step, values: wandb.log(values, step=step)
+    except ImportError:
+        raise ValueError(f"--report_to {report_to} needs that package; pip install {report_to}, or leave the flag out") from None
+    raise ValueError(f"--report_to {report_to}: expected tensorboard, wandb or none")
+
+
+def save_grid(path: pathlib.Path, columns: list[Tensor], at_least: int = 96) -> None:
+    """Pictures [N, 3, H, W] in [-1, 1], a list of columns: row i shows the i-th of each. Small ones are enlarged."""
+    rows = torch.cat([c.detach().float().cpu().clamp(-1, 1) for c in columns], dim=3)  # [N, 3, H, columns * W]
+    levels = ((rows + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    half = (len(levels) + 1) // 2  # two stacks side by side, so that the page is not a ribbon
+    stacks = [np.concatenate(list(levels[i:i + half])) for i in (0, half) if i < len(levels)]
+    page = np.full((max(s.shape[0] for s in stacks), sum(s.shape[1] for s in stacks) + 4 * (len(stacks) - 1), 3), 255, np.uint8)
+    x = 0
+    for stack in stacks:
+        page[:stack.shape[0], x:x + stack.shape[1]] = stack
+        x += stack.shape[1] + 4
+    picture = Image.fromarray(page)
+    zoom = max(1, at_least // columns[0].shape[-1])
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+    write_file(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def plot_losses(log: pathlib.Path, path: pathlib.Path) -> None:
+    """Every number of the log against the step, one small panel each, smoothed."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in log.read_text().splitlines():
+        values = json.loads(line)
+        for key, value in values.items():
+            if key != "step" and isinstance(value, int | float) and math.isfinite(value):
+                series.setdefault(key, []).append((values["step"], value))
+    W, H, margin, across = 360, 200, 34, 3
+    page = Image.new("RGB", (W * across, H * max(1, math.ceil(len(series) / across))), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (key, points) in enumerate(series.items()):
+        left, top = i % across * W + margin, i // across * H + margin
+        right, bottom = left + W - 1.5 * margin, top + H - 1.8 * margin
+        mean, smooth = None, []
+        for step, value in points:
+            mean = value if mean is None else 0.9 * mean + 0.1 * value
+            smooth.append((step, mean))
+        low, high = (f(v for _, v in points) for f in (min, max))
+        last = max(points[-1][0], 1)
+
+        def place(line, low=low, high=high, last=last, box=(left, top, right, bottom)):
+            left, top, right, bottom = box
+            return [(left + (right - left) * s / last, bottom - (bottom - top) * (v - low) / (high - low or 1)) for s, v in line]
+
+        pen.rectangle([left, top, right, bottom], outline="#bbbbbb")
+        for line, colour in [(points, "#c9dcf0"), (smooth, "#1f5fa8")]:
+            if len(line) > 1:
+                pen.line(place(line), fill=colour, width=2)
+        pen.text((left, top - 22), f"{key}: {smooth[-1][1]:.4g}", fill="black")
+        pen.text((left, bottom + 3), f"{low:.3g} ... {high:.3g}, {last} steps", fill="#666666")
+    write_file(path, lambda temporary: page.save(temporary, format="PNG"))
