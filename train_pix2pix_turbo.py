@@ -1,20 +1,22 @@
 """Trains pix2pix-Turbo: a one-step text-to-image model becomes a translator of pictures, from pairs.
 
-    python train_pix2pix_turbo.py                         # draws its own pairs, tiny base from random weights, CPU, minutes
+    python train_pix2pix_turbo.py                         # drawn pairs, tiny base from random weights, CPU, minutes
     python train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA --mixed_precision bf16
     torchrun --nproc_per_node=4 train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA ...
     python train_pix2pix_turbo.py --resume runs/NAME
 
-DATA holds train_A train_B test_A test_B (input and target, same file names) and train_prompts.json test_prompts.json; look
-at it with `python data.py check DATA`. The run's folder gets log.jsonl, losses.png, samples/STEP.png, state.pt and
+DATA holds train_A train_B test_A test_B (input and target, same file names), train_prompts.json and test_prompts.json;
+look at it with `python data.py check DATA`. The run's folder gets log.jsonl, losses.png, samples/STEP.png, state.pt and
 model.safetensors, which `python sample.py --checkpoint runs/NAME --input PICTURE "PROMPT"` runs.
 
-Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", sections 3.2, 3.3. Unlike the released
-script the generator takes one step an iteration, on the sum of its losses and from one forward pass, not two; the crop and
-flip of a pair are shared; and training stops at max_train_steps.
+Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", sections 3.2 and 3.3. Unlike in the
+released script, the generator takes one step an iteration, on the sum of its losses and from one forward pass, not two;
+the crop and flip of a pair are shared; and training stops at max_train_steps.
 """
 
 import math
+import sys
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,7 +55,7 @@ class Config:
     disc_width: int = 64  # channels of the patch discriminator's first layer
     # optimisation
     learning_rate: float = 5e-6  # of generator and discriminator
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"  # the last two after warm-up
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"  # last two: to zero
     lr_warmup_steps: int = 500  # linear rise; "constant" has none
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -81,8 +83,9 @@ class Config:
 
 
 # Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster and longer batches.
-TINY = dict(train="all", resolution=32, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=50, train_batch_size=16,
-            max_train_steps=1000, lambda_gan=0.01, disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
+TINY = dict(train="all", resolution=32, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=50,
+            train_batch_size=16, max_train_steps=1000, lambda_gan=0.01, disc_width=16, checkpointing_steps=200,
+            adam_beta2=0.99)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")
 
 
@@ -100,7 +103,7 @@ def generator_gan_loss(logits: Tensor, real: float) -> Tensor:
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, real: float) -> Tensor:
-    """Binary cross-entropy: real pictures towards "real" (0.8: one-sided label smoothing, or 1), made ones towards 0."""
+    """Binary cross-entropy: real pictures towards "real" (1, or 0.8: label smoothing), made ones towards 0."""
     return (F.binary_cross_entropy_with_logits(logits_real, torch.full_like(logits_real, real))
             + F.binary_cross_entropy_with_logits(logits_fake, torch.zeros_like(logits_fake)))
 
@@ -143,7 +146,7 @@ def main() -> None:
     for network in (generator.unet, generator.vae.encoder, generator.vae.decoder):
         network.checkpointing = cfg.gradient_checkpointing
     discriminator = PatchDiscriminator(cfg.disc_width).to(device, dtype) if cfg.lambda_gan else None
-    factor = generator.vae.factor
+    factor, channels = generator.vae.factor, generator.vae.config.latent_channels
 
     # ---- captions: a frozen encoder is asked once for each and then let go
     contexts = {}
@@ -185,7 +188,8 @@ def main() -> None:
 
     def save(step: int) -> None:
         training.save_state(folder / "state.pt", dict(
-            step=step, base=frozen, trained={n: p.detach() for n, p in trained.items()}, optimizer=optimizer.state_dict(),
+            step=step, base=frozen, trained={n: p.detach() for n, p in trained.items()},
+            optimizer=optimizer.state_dict(),
             scaler=scaler.state_dict(), discriminator=discriminator.state_dict() if discriminator else None,
             optimizer_d=optimizer_d.state_dict() if discriminator else None))
         prompts = sorted({*train_set.captions})
@@ -194,17 +198,16 @@ def main() -> None:
 
     @torch.inference_mode()
     def translate(items: list[dict]) -> tuple[Tensor, ...]:
-        """Input, output and target [N, 3, H, W] of test items, all in [-1, 1]."""
+        """Input, output and target [N, 3, H, W] of test items of one size, all in [-1, 1]."""
+        set_scale(generator, 1.0)
         out = []
         for item in items:
             x, size = data.pad_to_multiple(item["input"][None].to(device, dtype), factor)
-            h, w = x.shape[2] // factor, x.shape[3] // factor
-            noise = torch.randn(1, 4, h, w, generator=training.rng(cfg.seed, 0, "eval")).to(x)
-            set_scale(generator, 1.0)
-            with autocast:
-                fake = generator(x, encode([item["caption"]]), *([1.0, noise] if cfg.stochastic else []))
+            with autocast:  # a stochastic model at r = 1, where noise has no part
+                fake = generator(x, encode([item["caption"]]))
             out.append(fake[0, :, :size[0], :size[1]].float().cpu())
-        return torch.stack([i["input"] * 2 - 1 for i in items]), torch.stack(out), torch.stack([i["target"] for i in items])
+        return torch.stack([i["input"] * 2 - 1 for i in items]), torch.stack(out), torch.stack(
+            [i["target"] for i in items])
 
     def validate() -> dict[str, float]:
         indices = range(min(cfg.num_samples_eval, len(test_set)))
@@ -217,22 +220,23 @@ def main() -> None:
     # ---- the loop
     if rank == 0:
         n = sum(p.numel() for p in trained.values())
-        print(f"training {n / 1e6:.2f} M weights on {len(train_set)} pairs, {device}, into {folder}", file=training.sys.stderr)
+        print(f"training {n / 1e6:.2f} M weights on {len(train_set)} pairs, {device}; {folder}", file=sys.stderr)
     log = training.open_log(folder, start) if rank == 0 else None
     report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
-    stop = training.catch_stop()
-    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step, [row for rows in slices for row in rows],
-                           cfg.dataloader_num_workers)
+    shown = [test_set[i] for i in range(min(16, len(test_set)))]
+    stop, clock = training.catch_stop(), time.monotonic()
+    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
+                           [row for rows in slices for row in rows], cfg.dataloader_num_workers)
     bar = tqdm(total=last_step, initial=start, disable=rank != 0, unit="step")
     for step in range(start, last_step):
         batch = next(batches)
         for group in [g for o in (optimizer, optimizer_d) if o for g in o.param_groups]:
             group["lr"] = learning_rate(step, cfg, last_step)
-        r = torch.rand((), generator=training.rng(cfg.seed, step, "r")).item() if cfg.stochastic else 1.0
-        set_scale(generator, r)
+        r = torch.rand((), generator=training.rng(cfg.seed, step, "r")).item() if cfg.stochastic else None
+        set_scale(generator, 1.0 if r is None else r)
         size = [batch["input"].shape[i] // factor for i in (2, 3)]
-        latent_noise, noise = (torch.randn(global_batch, 4, *size, generator=training.rng(cfg.seed, step, what), dtype=dtype)
-                               for what in ("latent", "noise"))
+        latent_noise, noise = (torch.randn(global_batch, channels, *size, generator=training.rng(cfg.seed, step, what))
+                               .to(dtype) for what in ("latent", "noise"))
 
         # Generator: reconstruction and adversarial loss. The discriminator only passes the gradient on.
         losses, fakes = {}, []
@@ -242,9 +246,9 @@ def main() -> None:
             mine = slice(i * len(rows), (i + 1) * len(rows))
             x, target = (batch[k][mine].to(device, dtype) for k in ("input", "target"))
             with autocast:
-                fake = generator(x, encode(batch["caption"][mine]), *([r, noise[rows].to(device)] if cfg.stochastic else []),
+                fake = generator(x, encode(batch["caption"][mine]), r, noise[rows].to(device),
                                  latent_noise=latent_noise[rows].to(device))
-                parts = {"l2": cfg.lambda_l2 * reconstruction_loss(fake, target, r)}
+                parts = {"l2": cfg.lambda_l2 * reconstruction_loss(fake, target, 1.0 if r is None else r)}
                 if discriminator:
                     parts["gan"] = cfg.lambda_gan * generator_gan_loss(discriminator(fake), real_target)
             scaler.scale(sum(parts.values()) / len(slices)).backward()
@@ -285,17 +289,19 @@ def main() -> None:
             if done % cfg.eval_freq == 0 or done == last_step:
                 losses |= validate()
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
-                training.save_grid(folder / "samples" / f"{done:06d}.png", translate([test_set[i] for i in range(min(16, len(test_set)))]))
+                training.save_grid(folder / "samples" / f"{done:06d}.png", translate(shown))
             training.append_log(log, done, losses)
             report(done, losses)
-            bar.set_postfix({k: f"{v:.3g}" for k, v in losses.items() if k in ("l2", "gan", "disc", "val_psnr")}, refresh=False)
+            rate = (done - start) * global_batch / (time.monotonic() - clock)
+            bar.set_postfix({k: f"{losses[k]:.3g}" for k in ("l2", "gan", "disc") if k in losses}
+                            | {"pictures/s": f"{rate:.1f}"}, refresh=False)
             bar.update()
             if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
                 save(done)
                 training.plot_losses(log, folder / "losses.png")
         if stopping:
             if rank == 0:
-                print(f"stopped after step {done}, saved; go on with --resume {folder}", file=training.sys.stderr)
+                print(f"stopped after step {done}, saved; go on with --resume {folder}", file=sys.stderr)
             raise KeyboardInterrupt
     if rank == 0:
         print(folder / "model.safetensors")

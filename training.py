@@ -45,8 +45,8 @@ REFUSED = {
 def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv: list[str] | None = None):
     """A settings dataclass filled from the command line: one flag a field, its comment as help.
 
-    Values come from, in this order: the flag, `tiny` (where the base is a tiny one), the dataclass. With --resume O they
-    are those of O's config.json, and of the flags only `MAY_CHANGE` may differ."""
+    Values come from, in this order: the flag, `tiny` (where the base is a tiny one), the dataclass. With --resume O
+    they are those of O's config.json, and of the flags only `MAY_CHANGE` may differ."""
     comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,15 +74,21 @@ def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """parser.parse_args, with the nearest flag named where one is unknown, and the reason where one has no meaning."""
+    """parser.parse_args, whose errors are ValueErrors of one line: the nearest flag where one is unknown, the reason where
+    one has no meaning here."""
+
+    def refuse(message: str):
+        raise ValueError(message)
+
+    parser.error = refuse
     given, unknown = parser.parse_known_args(argv)
     known = [name for action in parser._actions for name in action.option_strings]
     for flag in unknown:
         name = flag.split("=")[0]
         if name in REFUSED:
-            parser.error(f"{name} is not needed: {REFUSED[name]}; leave it out")
+            refuse(f"{name} is not needed: {REFUSED[name]}; leave it out")
         near = difflib.get_close_matches(name, known, n=1)
-        parser.error(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        refuse(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     return given
 
 
@@ -96,14 +102,19 @@ def resumed(cls: type, given: dict):
         raise ValueError(f"{path} is not JSON ({error}); copy it again, or start a new run") from None
     for name in given.keys() - MAY_CHANGE:
         if given[name] != saved.get(name):
-            raise ValueError(f"--{name} {given[name]} differs from the {saved.get(name)} that the run {given['resume']} began"
-                             f" with; only {', '.join(sorted(MAY_CHANGE - {'resume', 'output_dir'}))} may change: leave it out")
+            raise ValueError(f"--{name} {given[name]} differs from the {saved.get(name)} that the run {given['resume']}"
+                             f" began with; only {', '.join(sorted(MAY_CHANGE - {'resume', 'output_dir'}))} may change:"
+                             " leave it out")
     return cls(**{**saved, **given, "output_dir": given["resume"]})
 
 
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's `main`. What the user must change is one line on stderr and exit status 2; Ctrl-C is 130; any other
-    exception is a bug and keeps its traceback."""
+    """Calls a script's `main`. What the user must change is one line on stderr and exit status 2; Ctrl-C is 130; any
+    other exception is a bug and keeps its traceback."""
     try:
         main()
     except (ValueError, OSError) as error:
@@ -123,8 +134,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); expected auto, cpu, cuda or mps"
-                         " as this machine has it") from None
+        raise ValueError(f"--device {name} cannot be used ({first_line(error)}); expected auto, or"
+                         " cpu, cuda or mps as this machine has it") from None
     return device
 
 
@@ -168,8 +179,8 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 
 def rng(seed: int, step: int, what: str) -> torch.Generator:
-    """The CPU generator of one purpose at one step. What is drawn depends on nothing else: not on ranks, not on what was
-    drawn before, so resuming and splitting change nothing."""
+    """The CPU generator of one purpose at one step. What is drawn depends on nothing else: not on ranks, not on what
+    was drawn before, so resuming and splitting change nothing."""
     digest = hashlib.sha256(f"{seed} {step} {what}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -202,15 +213,16 @@ def open_run(config, kind: str, rank: int) -> pathlib.Path:
     folder = pathlib.Path(config.output_dir)
     if rank == 0:
         if not config.resume and (folder / "config.json").exists():
-            raise ValueError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another --output_dir")
+            raise ValueError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another"
+                             " --output_dir")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         write_file(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
     return folder
 
 
 def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """`write` fills a temporary file beside `path`, which takes the name once all of it is on the disk: whatever happens,
-    `path` is the old file or the new one, whole."""
+    """`write` fills a temporary file beside `path`, which takes the name once all of it is on the disk: whatever
+    happens, `path` is the old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -220,8 +232,7 @@ def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> N
     except Exception as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OSError(f"{path} could not be written ({reason}); the file that was there is untouched:"
+        raise OSError(f"{path} could not be written ({first_line(error)}); the file that was there is untouched:"
                       " make room, then continue with --resume") from error
 
 
@@ -230,14 +241,15 @@ def save_state(path: pathlib.Path, state: dict) -> None:
 
 
 def load_state(folder: pathlib.Path, base: str) -> dict:
-    """What `save_state` wrote; tensors and plain values only, no code. `base` is the fingerprint of the loaded base."""
+    """What `save_state` wrote; tensors and plain values only, no code. `base` is the fingerprint of the loaded
+    base."""
     path = folder / "state.pt"
     if not path.is_file():
-        raise ValueError(f"{folder} has no state.pt to resume from: the run ended before its first save; start it again")
+        raise ValueError(f"{folder} has no state.pt to resume from: the run ended before its first save: start again")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0][:100]}); the trained weights so far are in"
+        raise ValueError(f"{path} is damaged ({first_line(error)}); the trained weights so far are in"
                          f" {folder / 'model.safetensors'}: copy state.pt again, or start a new run") from None
     if state["base"] != base:
         raise ValueError(f"{path} was trained on a base with fingerprint {state['base']}, and this one has {base};"
@@ -251,8 +263,8 @@ def load_state(folder: pathlib.Path, base: str) -> dict:
 def check_finite(losses: dict[str, float], step: int, names: list[str]) -> None:
     bad = {k: v for k, v in losses.items() if not math.isfinite(v)}
     if bad:
-        raise ValueError(f"step {step}: the loss became {bad} on {', '.join(names)}; the last saved state is untouched: look at"
-                         " these pictures, try --mixed_precision no or bf16, or a lower --learning_rate")
+        raise ValueError(f"step {step}: the loss became {bad} on {', '.join(names)}; the last saved state is untouched:"
+                         " look at these pictures, try --mixed_precision no or bf16, or a lower --learning_rate")
 
 
 def open_log(folder: pathlib.Path, step: int) -> pathlib.Path:
@@ -287,7 +299,8 @@ def open_reporter(report_to: str | None, folder: pathlib.Path, project: str) -> 
             wandb.init(project=project, dir=str(folder), name=folder.name)
             return lambda step, values: wandb.log(values, step=step)
     except ImportError:
-        raise ValueError(f"--report_to {report_to} needs that package; pip install {report_to}, or leave the flag out") from None
+        raise ValueError(f"--report_to {report_to} needs a package of that name; pip install {report_to}, or leave the"
+                         " flag out") from None
     raise ValueError(f"--report_to {report_to}: expected tensorboard, wandb or none")
 
 
@@ -297,11 +310,10 @@ def save_grid(path: pathlib.Path, columns: list[Tensor], at_least: int = 96) -> 
     levels = ((rows + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     half = (len(levels) + 1) // 2  # two stacks side by side, so that the page is not a ribbon
     stacks = [np.concatenate(list(levels[i:i + half])) for i in (0, half) if i < len(levels)]
-    page = np.full((max(s.shape[0] for s in stacks), sum(s.shape[1] for s in stacks) + 4 * (len(stacks) - 1), 3), 255, np.uint8)
-    x = 0
-    for stack in stacks:
-        page[:stack.shape[0], x:x + stack.shape[1]] = stack
-        x += stack.shape[1] + 4
+    gap, width = 4, stacks[0].shape[1]
+    page = np.full((stacks[0].shape[0], len(stacks) * (width + gap) - gap, 3), 255, np.uint8)
+    for i, stack in enumerate(stacks):
+        page[:stack.shape[0], i * (width + gap):i * (width + gap) + width] = stack
     picture = Image.fromarray(page)
     zoom = max(1, at_least // columns[0].shape[-1])
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
@@ -329,14 +341,11 @@ def plot_losses(log: pathlib.Path, path: pathlib.Path) -> None:
         low, high = (f(v for _, v in points) for f in (min, max))
         last = max(points[-1][0], 1)
 
-        def place(line, low=low, high=high, last=last, box=(left, top, right, bottom)):
-            left, top, right, bottom = box
-            return [(left + (right - left) * s / last, bottom - (bottom - top) * (v - low) / (high - low or 1)) for s, v in line]
-
         pen.rectangle([left, top, right, bottom], outline="#bbbbbb")
         for line, colour in [(points, "#c9dcf0"), (smooth, "#1f5fa8")]:
-            if len(line) > 1:
-                pen.line(place(line), fill=colour, width=2)
+            places = [(left + (right - left) * s / last, bottom - (bottom - top) * (v - low) / (high - low or 1))
+                      for s, v in line]
+            pen.line(places, fill=colour, width=2)
         pen.text((left, top - 22), f"{key}: {smooth[-1][1]:.4g}", fill="black")
         pen.text((left, bottom + 3), f"{low:.3g} ... {high:.3g}, {last} steps", fill="#666666")
     write_file(path, lambda temporary: page.save(temporary, format="PNG"))

@@ -1,9 +1,8 @@
 """What tells real pictures from made ones: the patch discriminator, which needs no download.
 
-Weights are spectrally normalised (Miyato et al. 2018): divided by their largest singular value, which a power iteration
-follows. The iteration is not hidden in the forward pass: `spectral_step` takes one, once an optimizer step, so that the
-same step in more pieces, or on more processes, stays the same computation.
-"""
+Weights are spectrally normalised (Miyato et al. 2018): divided by their largest singular value, which a power
+iteration follows. The iteration is not hidden in the forward pass: `spectral_step` takes one, once an optimizer step,
+so that the same step in more pieces, or on more processes, stays the same computation. """
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class PatchDiscriminator(nn.Module):
-    """Picture [B, 3, H, W] in [-1, 1] -> logits [B, 1, ~H/8, ~W/8], one a patch of 70 x 70 pixels. Source: Isola et al.
-    2017, "Image-to-Image Translation with Conditional Adversarial Networks", with spectral norms in place of batch norms."""
+    """Picture [B, 3, H, W] in [-1, 1] -> logits [B, 1, ~H/8, ~W/8], one a patch of 70 x 70 pixels. Source: Isola et
+    al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks", with spectral norms in place of
+    batch norms."""
 
     def __init__(self, width: int = 64, in_channels: int = 3):
         super().__init__()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import gradients, normal, parameters, randomise, relative
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 
 from models.unet import UNet, UNetConfig, timestep_embedding
@@ -122,6 +123,12 @@ def test_timestep_sinusoids_are_cosines_then_sines_in_float32():
     assert table.dtype == torch.float32
     assert torch.equal(table[0], torch.cat([torch.ones(160), torch.zeros(160)]))
     assert relative(table[1].double(), torch.cat([angles.cos(), angles.sin()])) < 1e-4
+
+
+@pytest.mark.parametrize("width", [16, 320])
+def test_timestep_sinusoids_are_the_peers_to_the_bit(width):
+    t = torch.arange(1000)
+    assert torch.equal(timestep_embedding(t, width), get_timestep_embedding(t, width, True, 0))
 
 
 def test_checkpointing_computes_blocks_again_and_changes_neither_prediction_nor_gradients(pair):

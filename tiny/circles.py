@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 COLOURS = {
-    "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (245, 220, 60), "orange": (250, 140, 30),
-    "purple": (130, 50, 170), "pink": (255, 150, 190), "brown": (130, 80, 40), "cyan": (60, 210, 220), "gray": (128, 128, 128),
-    "white": (250, 250, 250), "black": (20, 20, 20), "navy": (20, 30, 100), "olive": (120, 130, 40), "lime": (150, 240, 70),
-    "maroon": (120, 20, 50),
+    "red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (245, 220, 60),
+    "orange": (250, 140, 30), "purple": (130, 50, 170), "pink": (255, 150, 190), "brown": (130, 80, 40),
+    "cyan": (60, 210, 220), "gray": (128, 128, 128), "white": (250, 250, 250), "black": (20, 20, 20),
+    "navy": (20, 30, 100), "olive": (120, 130, 40), "lime": (150, 240, 70), "maroon": (120, 20, 50),
 }
 NAMES = list(COLOURS)
 N = len(NAMES)
@@ -28,7 +28,7 @@ PAIRS = [(i, j) for i in range(N) for j in range(N) if i != j]  # (circle, backg
 HELD_OUT = [(i, j) for i, j in PAIRS if (i - j) % N in (3, 8)]
 
 
-def draw(circle: tuple[int, int], centre: tuple[float, float], radius: float, size: int) -> tuple[Image.Image, Image.Image]:
+def draw(circle: tuple[int, int], centre: tuple[float, float], radius: float, size: int) -> tuple[Image.Image, ...]:
     """Outline (white on black) and picture, drawn at four times the size and reduced: smooth edges."""
     s = 4 * size
     box = [(c + sign * radius) * s for sign in (-1, 1) for c in centre]
@@ -43,7 +43,8 @@ class Circles(Dataset):
     test."""
 
     def __init__(self, split: str, seed: int = 0, size: int = 32, n: int | None = None):
-        self.split, self.seed, self.size, self.n = split, seed, size, n or (20_000 if split == "train" else 4 * len(HELD_OUT))
+        self.split, self.seed, self.size = split, seed, size
+        self.n = n or (20_000 if split == "train" else 4 * len(HELD_OUT))
         self.pairs = [p for p in PAIRS if p not in HELD_OUT] if split == "train" else HELD_OUT
         self.captions = [caption(pair) for pair in self.pairs]
 
@@ -52,16 +53,17 @@ class Circles(Dataset):
 
     def describe(self, item: int | tuple[int, tuple[int, ...]]) -> tuple[tuple[int, int], tuple[float, float], float]:
         index, key = item if isinstance(item, tuple) else (item, ())
-        rng = np.random.default_rng([self.seed, self.split == "train", index, *key])
+        rng = np.random.default_rng([self.seed, *key] if key else [self.seed, index, 0, 0, self.split == "train"])
         pair = self.pairs[rng.integers(len(self.pairs)) if self.split == "train" else index % len(self.pairs)]
-        radius = rng.uniform(0.18, 0.38)
+        radius = rng.uniform(0.25, 0.42)
         return pair, tuple(rng.uniform(radius + 0.02, 0.98 - radius, size=2)), radius
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
         pair, centre, radius = self.describe(item)
-        outline, picture = (np.asarray(p, dtype=np.float32) / 255 for p in draw(pair, centre, radius, self.size))
-        return dict(input=torch.from_numpy(outline).permute(2, 0, 1), target=torch.from_numpy(picture).permute(2, 0, 1) * 2 - 1,
-                    caption=caption(pair), name=f"{item if isinstance(item, int) else item[0]}.png")
+        outline, picture = (torch.from_numpy(np.asarray(p, dtype=np.float32) / 255).permute(2, 0, 1)
+                            for p in draw(pair, centre, radius, self.size))
+        return dict(input=outline, target=picture * 2 - 1, caption=caption(pair),
+                    name=f"{item if isinstance(item, int) else item[0]}.png")
 
     def judge(self, pictures: Tensor, indices: list[int]) -> dict[str, float]:
         """Pictures [B, 3, H, W] in [-1, 1] made for these indices -> the share whose circle, and whose background,

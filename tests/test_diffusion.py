@@ -1,0 +1,264 @@
+"""models/diffusion.py agrees with the schedulers of `diffusers`: tables, timesteps, one step and samplers."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import normal, relative
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from torch import Tensor
+
+from models.diffusion import Schedule, add_noise, ddim, lcm, lcm_timesteps, predict_x0, timesteps
+
+SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
+PIXART = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, num_train_timesteps=1000)
+SHORT = dict(beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.3, num_train_timesteps=40)
+SETTINGS = {"Stable Diffusion": SD, "PixArt": PIXART, "40 timesteps": SHORT}
+TURBO = dict(SD, timestep_spacing="trailing", steps_offset=1, set_alpha_to_one=False)
+PLAIN = dict(clip_sample=False, thresholding=False)
+
+
+def fine_betas(config: dict) -> np.ndarray:
+    """The betas of a configuration in float64."""
+    first, last, T = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+    if config["beta_schedule"] == "linear":
+        return np.linspace(first, last, T)
+    return np.linspace(first**0.5, last**0.5, T) ** 2
+
+
+def fine(peer, zero_snr: bool = False):
+    """The peer with its tables in float64. It makes them in float32: `self.betas = torch.linspace(...,
+    dtype=torch.float32)` in each scheduler's __init__, and all that follows from it."""
+    betas = torch.tensor(fine_betas(peer.config))
+    betas = rescale_zero_terminal_snr(betas) if zero_snr else betas
+    rounded = peer.alphas_cumprod
+    peer.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    assert relative(peer.alphas_cumprod, rounded.double()) < 1e-5
+    if hasattr(peer, "final_alpha_cumprod"):
+        peer.final_alpha_cumprod = torch.ones(()).double() if peer.config.set_alpha_to_one else peer.alphas_cumprod[0]
+    return peer
+
+
+def smooth(x: Tensor, t: Tensor | int) -> Tensor:
+    """Stands for a network: a smooth function of the latent, another one at each t."""
+    return 0.7 * torch.tanh(1.3 * x + 0.001 * float(t)) + 0.1 * x.roll(1, dims=-1)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+def test_tables_are_the_peers(config):
+    schedule = Schedule.from_config(config)
+    assert schedule.alpha.dtype == schedule.sigma.dtype == torch.float64
+    for peer in (DDPMScheduler(**config), DDIMScheduler(**config)):
+        theirs = fine(peer).alphas_cumprod
+        assert relative(schedule.alpha, theirs.sqrt()) < 1e-9
+        assert relative(schedule.sigma, (1 - theirs).sqrt()) < 1e-9
+
+
+def test_published_figures_at_the_last_timestep():
+    alpha, sigma = (table[999].item() for table in (Schedule.from_config(SD).alpha, Schedule.from_config(SD).sigma))
+    assert (round(alpha, 7), round(sigma, 7), round(1 / alpha, 5)) == (0.0682649, 0.9976672, 14.64881)
+    alpha = Schedule.from_config(PIXART).alpha[999].item()
+    assert (round(alpha, 7), round(1 / alpha, 2)) == (0.0063528, 157.41)
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+def test_zero_terminal_snr_is_the_peers_and_ends_in_pure_noise(config):
+    plain, schedule = Schedule.from_config(config), Schedule.from_config(dict(config, rescale_betas_zero_snr=True))
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(torch.tensor(fine_betas(config))), dim=0)
+    assert relative(schedule.alpha, theirs.sqrt()) < 1e-9
+    assert relative(schedule.sigma, (1 - theirs).sqrt()) < 1e-9
+    assert (schedule.alpha[-1], schedule.sigma[-1]) == (0, 1)
+    assert schedule.alpha[0].item() == pytest.approx(plain.alpha[0].item(), rel=1e-12)
+
+
+def test_what_the_configuration_says_is_kept():
+    schedule = Schedule.from_config(dict(TURBO, prediction_type="v_prediction"))
+    assert (schedule.prediction_type, schedule.timestep_spacing, schedule.steps_offset, schedule.last_alpha_is_one) == (
+        "v_prediction", "trailing", 1, False)
+    assert Schedule.from_config(schedule.config).config == schedule.config
+    rescaled = Schedule.from_config(dict(TURBO, rescale_betas_zero_snr=True))
+    assert (rescaled.timestep_spacing, rescaled.last_alpha_is_one) == ("trailing", False)
+
+
+@pytest.mark.parametrize("wrong", [dict(beta_schedule="squaredcos_cap_v2"), dict(beta_schedule="sigmoid"),
+                                   dict(prediction_type="sample")], ids=str)
+def test_other_schedules_and_predictions_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=repr(*wrong.values())):
+        Schedule.from_config(dict(SD, **wrong))
+
+
+def test_betas_by_value_are_refused():
+    with pytest.raises(ValueError, match="trained_betas"):
+        Schedule.from_config(dict(SD, trained_betas=[0.1, 0.2]))
+
+
+# ------------------------------------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999, torch.tensor([999, 3, 250])], ids=str)
+def test_add_noise_is_the_peers(t):
+    x0, eps = normal(3, 4, 5, 6), normal(3, 4, 5, 6, seed=1)
+    peer, t_each = fine(DDPMScheduler(**SD)), torch.as_tensor(t).expand(3)
+    assert relative(add_noise(x0, eps, t, Schedule.from_config(SD)), peer.add_noise(x0, eps, t_each)) < 1e-9
+
+
+@pytest.mark.parametrize("t", [1, 500, 999, torch.tensor([999, 3, 250])], ids=str)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_true_prediction_gives_the_clean_latent_back(kind, t):
+    x0, eps, schedule = normal(3, 4, 5, 6), normal(3, 4, 5, 6, seed=1), Schedule.from_config(SD)
+    x = add_noise(x0, eps, t, schedule)
+    v = fine(DDPMScheduler(**SD)).get_velocity(x0, eps, torch.as_tensor(t).expand(3))
+    assert relative(predict_x0(eps if kind == "epsilon" else v, x, t, schedule, kind), x0) < 1e-9
+
+
+@pytest.mark.parametrize("t", [1, 500, 999])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_predicted_clean_latent_is_the_peers(kind, t):
+    x, prediction, schedule = normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=1), Schedule.from_config(SD)
+    for peer in (DDPMScheduler, DDIMScheduler):
+        peer = fine(peer(**SD, **PLAIN, prediction_type=kind))
+        peer.set_timesteps(1000)
+        theirs = peer.step(prediction, t, x).pred_original_sample
+        assert relative(predict_x0(prediction, x, t, schedule, kind), theirs) < 1e-9
+
+
+def test_one_ddpm_step_at_the_last_timestep_is_the_clean_latent():
+    """What the official translators call: a DDPM scheduler of one step. It clamps its variance at 1e-20, so 1e-9 of
+    noise stays; its tables are float32."""
+    peer = DDPMScheduler(**SD, **PLAIN, timestep_spacing="trailing")
+    peer.set_timesteps(1)
+    x, prediction = normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=1)
+    theirs = peer.step(prediction, peer.timesteps[0], x, generator=torch.Generator().manual_seed(0)).prev_sample
+    assert relative(predict_x0(prediction, x, 999, Schedule.from_config(SD), "epsilon"), theirs) < 1e-5
+
+
+def test_arithmetic_is_in_the_type_of_the_latent():
+    schedule = Schedule.from_config(SD)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = normal(2, 4, 5, 6, dtype=dtype)
+        assert predict_x0(x, x, 999, schedule, "epsilon").dtype == add_noise(x, x, 3, schedule).dtype == dtype
+
+
+# ----------------------------------------------------------------------------------------------------------- timesteps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 25, 50])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_timesteps_are_the_peers(spacing, offset, steps):
+    config = dict(SD, timestep_spacing=spacing, steps_offset=offset)
+    ours = timesteps(Schedule.from_config(config), steps)
+    for scheduler in (DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler):
+        peer = scheduler(**config)
+        peer.set_timesteps(steps)
+        assert ours == [int(t) for t in peer.timesteps]
+
+
+def test_a_spacing_may_be_asked_for_against_the_configuration():
+    assert timesteps(Schedule.from_config(dict(SD, steps_offset=1)), 2) == [501, 1]
+    assert timesteps(Schedule.from_config(dict(SD, steps_offset=1)), 2, "trailing") == [999, 499]
+
+
+def test_lcm_timesteps_are_the_peers_at_every_number_of_steps():
+    schedule, peer = Schedule.from_config(SD), LCMScheduler(**SD)
+    for steps in range(1, 51):
+        peer.set_timesteps(steps)
+        assert lcm_timesteps(schedule, steps) == peer.timesteps.tolist()
+    peer.set_timesteps(3, original_inference_steps=30)
+    assert lcm_timesteps(schedule, 3, original=30) == peer.timesteps.tolist()
+
+
+def test_published_lcm_timesteps():
+    schedule = Schedule.from_config(SD)
+    assert [lcm_timesteps(schedule, n) for n in (1, 2, 4)] == [[999], [999, 499], [999, 759, 499, 259]]
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_numbers_of_steps_are_refused(steps):
+    with pytest.raises(ValueError, match=f"{steps} steps were asked for; expected 1 to 1000"):
+        timesteps(Schedule.from_config(SD), steps)
+    with pytest.raises(ValueError, match=f"{steps} steps were asked for; the LCM sampler takes 1 to 50"):
+        lcm_timesteps(Schedule.from_config(SD), steps)
+
+
+def test_other_spacings_are_refused_by_name():
+    with pytest.raises(ValueError, match="'linspace'"):
+        timesteps(Schedule.from_config(dict(SD, timestep_spacing="linspace")), 4)
+
+
+# ------------------------------------------------------------------------------------------------------------ samplers
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 25])
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddim_takes_the_peers_path(spacing, kind, to_one, steps):
+    config = dict(SD, timestep_spacing=spacing, prediction_type=kind, set_alpha_to_one=to_one, steps_offset=1)
+    peer, schedule = fine(DDIMScheduler(**config, **PLAIN)), Schedule.from_config(config)
+    peer.set_timesteps(steps)
+    theirs = x = normal(2, 4, 5, 6)
+    for t in peer.timesteps:
+        theirs = peer.step(smooth(theirs, t), t, theirs).prev_sample
+    assert relative(ddim(smooth, x, timesteps(schedule, steps), schedule), theirs) < 1e-9
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_ddim_from_pure_noise_takes_the_peers_path(steps):
+    config = dict(SD, timestep_spacing="trailing", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    peer, schedule = fine(DDIMScheduler(**config, **PLAIN), zero_snr=True), Schedule.from_config(config)
+    peer.set_timesteps(steps)
+    theirs = x = normal(2, 4, 5, 6)
+    for t in peer.timesteps:
+        theirs = peer.step(smooth(theirs, t), t, theirs).prev_sample
+    assert relative(ddim(smooth, x, timesteps(schedule, steps), schedule), theirs) < 1e-9
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 25])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_ddim_with_trailing_steps_takes_eulers_path(kind, steps):
+    """Euler's variable is x / alpha; `step` casts it to float32 (`sample.to(torch.float32)`), and its sigmas are
+    float32: hence the bound."""
+    config = dict(SD, timestep_spacing="trailing", prediction_type=kind)
+    peer, schedule = EulerDiscreteScheduler(**config), Schedule.from_config(config)
+    peer.set_timesteps(steps)
+    noise = normal(2, 4, 5, 6)
+    theirs = noise * peer.sigmas[0]
+    for t in peer.timesteps:
+        theirs = peer.step(smooth(peer.scale_model_input(theirs, t), t), t, theirs).prev_sample
+    ours = ddim(smooth, schedule.sigma[999] * noise, timesteps(schedule, steps), schedule)
+    assert relative(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_lcm_takes_the_peers_path_with_the_same_noises(kind, steps):
+    """The peer gets t as a number: from a tensor `get_scalings_for_boundary_condition_discrete` makes float32."""
+    config = dict(SD, prediction_type=kind)
+    peer, schedule = fine(LCMScheduler(**config, **PLAIN)), Schedule.from_config(config)
+    peer.set_timesteps(steps)
+    theirs = x = normal(2, 4, 5, 6)
+    one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    for t in peer.timesteps.tolist():
+        theirs = peer.step(smooth(theirs, t), t, theirs, generator=one).prev_sample
+    ours = lcm(smooth, x, lcm_timesteps(schedule, steps), schedule,
+               lambda: torch.randn(x.shape, generator=other, dtype=x.dtype))
+    assert relative(ours, theirs) < 1e-9
+    assert torch.equal(one.get_state(), other.get_state())  # no noise is drawn in vain
+
+
+def test_a_perfect_model_leads_every_sampler_to_its_latent():
+    schedule, x0 = Schedule.from_config(dict(TURBO, set_alpha_to_one=True)), normal(1, 4, 5, 6)
+
+    def model(x: Tensor, t: int) -> Tensor:
+        alpha, sigma = schedule.at(t, x)
+        return (x - alpha * x0) / sigma
+
+    x = add_noise(x0, normal(1, 4, 5, 6, seed=1), 999, schedule)
+    for n in (1, 3, 10):
+        assert relative(ddim(model, x, timesteps(schedule, n), schedule), x0) < 1e-9
+        # c_skip keeps 2.5e-7 of x at t = 99
+        assert relative(lcm(model, x, lcm_timesteps(schedule, n), schedule, lambda: normal(1, 4, 5, 6)), x0) < 1e-5
