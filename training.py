@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "resume", "output_dir"}
+AT_LEAST = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0}  # other whole numbers: 1
 REFUSED = {
     "--enable_xformers_memory_efficient_attention": "attention is always fused here (scaled_dot_product_attention)",
     "--allow_tf32": "TF32 is always allowed for float32 matrix products on CUDA",
@@ -64,6 +65,9 @@ def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv
             parser.add_argument(*names, dest=f.name, default=None, type=kind, choices=choices, help=text)
     given = parse_args(parser, argv)
     given = {k: v for k, v in vars(given).items() if v is not None}
+    for name, value in given.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < AT_LEAST.get(name, 1):
+            raise ValueError(f"--{name} {value}: expected {AT_LEAST.get(name, 1)} or more")
     if "resume" in given:
         return resumed(cls, given)
     base = given.get("base") or next(f.default for f in fields(cls) if f.name == "base")

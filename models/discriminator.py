@@ -28,6 +28,9 @@ class PatchDiscriminator(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < 24:
+            raise ValueError(f"pictures of {x.shape[3]}x{x.shape[2]} are too small for the patch discriminator; expected 24"
+                             " pixels a side or more, or no adversarial loss (--lambda_gan 0)")
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)
         return self.last(x)

@@ -2,21 +2,22 @@
 
 The one module of `models/` that opens files. `load_base` gives the networks of a Stable Diffusion folder,
 `load_generator` a trained translator on its base; `save_generator` and `save_folder` write. Weights are mapped, not
-read: a network is built without memory (device "meta") and its tensors are then the file's pages. """
+read: a network is built without memory (device "meta") and its tensors are then the file's pages. What is wrong with a
+file is said in one line that names it. """
 
 from __future__ import annotations  # a field called vae may be a vae.VAE
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 import pathlib
-import pickle
 import re
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 
 import safetensors.torch
@@ -36,20 +37,21 @@ BASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
 }
-# Names for --checkpoint: the released pix2pix-Turbo files, and how large they are.
+# Names for --checkpoint: the released pix2pix-Turbo files.
 CHECKPOINTS = {
     "edge_to_image": "https://www.cs.cmu.edu/~img2img-turbo/models/edge_to_image_loras.pkl",
     "sketch_to_image_stochastic": "https://www.cs.cmu.edu/~img2img-turbo/models/sketch_to_image_stochastic_lora.pkl",
 }
-# Part of a base: its network, configuration, the options it must have, and the stem of its weight files.
+# Networks of a base: class, configuration, the options it must have, the stem of its files, its name in diffusers.
 PARTS = {
-    "vae": (vae.VAE, vae.VAEConfig, vae.FIXED, "diffusion_pytorch_model"),
-    "unet": (unet.UNet, unet.UNetConfig, unet.FIXED, "diffusion_pytorch_model"),
-    "text_encoder": (clip.TextEncoder, clip.TextConfig, clip.FIXED, "model"),
+    "vae": (vae.VAE, vae.VAEConfig, vae.FIXED, "diffusion_pytorch_model", ("diffusers", "AutoencoderKL")),
+    "unet": (unet.UNet, unet.UNetConfig, unet.FIXED, "diffusion_pytorch_model", ("diffusers", "UNet2DConditionModel")),
+    "text_encoder": (clip.TextEncoder, clip.TextConfig, clip.FIXED, "model", ("transformers", "CLIPTextModel")),
 }
 FORMAT = "one-step-diffusion 1"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+LAYOUT = "a folder in the diffusers layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/, model_index.json)"
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 
 
 # ----------------------------------------------------------------------------------------------------- finding files
@@ -57,151 +59,157 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def hub_cache() -> pathlib.Path:
     env = os.environ
-    if cache := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
-        return pathlib.Path(cache)
-    if home := env.get("HF_HOME"):
-        return pathlib.Path(home) / "hub"
-    return pathlib.Path(env.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "huggingface" / "hub"
+    home = env.get("HF_HOME") or pathlib.Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface").expanduser()
+    return pathlib.Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or pathlib.Path(home, "hub"))
 
 
-def find(base: str, names: list[str]) -> pathlib.Path | None:
+def find(base: str, names: list[str], expected: str | None = None) -> pathlib.Path | None:
     """The first of `names` (relative paths) that a base has: a folder, a name of the table, or a Hub id. A Hub id is
-    looked for in the local cache first, and only when none of the names is there is it downloaded, into that
-    cache."""
+    looked for in the local cache first, and only when none of the names is there is it downloaded, into that cache,
+    which also remembers what the Hub does not have. Where there is none: None, or an error that says what was
+    `expected`."""
     base = BASES.get(base, base)
     folder = pathlib.Path(base).expanduser()
-    if folder.is_dir():
-        return next((folder / name for name in names if (folder / name).is_file()), None)
-    if folder.is_file():
-        raise ValueError(f"{base} is a file; expected a folder in the diffusers layout (unet/, vae/, text_encoder/, ...)")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base):
-        raise ValueError(f"there is no folder {base}; expected a folder, a Hub id (ORGANISATION/NAME) or one of {', '.join(BASES)}")
-    repository = hub_cache() / ("models--" + base.replace("/", "--"))
-    ref = repository / "refs" / "main"
-    commit = ref.read_text().strip() if ref.is_file() else None
-    if commit:
-        for name in names:
-            if (path := repository / "snapshots" / commit / name).is_file():
-                return path
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise ValueError(f"{base} has no {names[0]} in the local cache {repository}, and HF_HUB_OFFLINE forbids a download:"
-                         " unset it, or name a folder")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    for name in names:
+    hub, offline = not folder.is_dir(), os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if hub:
+        if folder.is_file() or not re.fullmatch(HUB_ID, base):
+            raise ValueError(f"{base} is {'a file' if folder.is_file() else 'no folder here'}; expected {LAYOUT}, a Hub"
+                             f" id (ORGANISATION/NAME) or one of {', '.join(BASES)}")
+        repository = hub_cache() / f"models--{base.replace('/', '--')}"
+        ref = repository / "refs" / "main"
+        commit = ref.read_text().strip() if ref.is_file() else "main"
+        folder = repository / "snapshots" / commit
+    if here := next((folder / name for name in names if (folder / name).is_file()), None):
+        return here
+    for name in names if hub and not offline else []:
+        absent = repository / ".no_exist" / commit / name
+        if absent.is_file():
+            continue
         landing = repository / "downloads" / name.replace("/", "--")
-        if answered := download(f"{endpoint}/{base}/resolve/{commit or 'main'}/{name}", landing):
-            path = repository / "snapshots" / answered / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            landing.replace(path)
-            if not commit:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        if answered := download(f"{endpoint}/{base}/resolve/{commit}/{name}", landing):
+            if not ref.is_file():
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 ref.write_text(answered)
-            return path
+                folder = repository / "snapshots" / answered
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            return landing.replace(folder / name)
+        if ref.is_file():
+            absent.parent.mkdir(parents=True, exist_ok=True)
+            absent.touch()
+    if expected:
+        note = f" in {folder}, and HF_HUB_OFFLINE forbids a download" if hub and offline else ""
+        raise ValueError(f"{base} has no {names[0]}{note}; expected {expected}")
     return None
 
 
 def download(url: str, path: pathlib.Path) -> str | None:
     """Fetches `url` to `path`, under another name until it is complete, saying so with its size. Returns the commit
     that a Hub answer names ("main" without one), or None where there is no such file."""
-    commits: list[str | None] = []
+    commits, partial = [], path.with_name(f"{path.name}.{os.getpid()}.incomplete")
+
+    def ask(target: str) -> urllib.request.Request:  # the token goes to the host that was named and to no other
+        token, same = os.environ.get("HF_TOKEN"), len({urllib.parse.urlsplit(u).netloc for u in (target, url)}) == 1
+        return urllib.request.Request(target, headers={"Authorization": f"Bearer {token}"} if token and same else {})
 
     class Redirects(urllib.request.HTTPRedirectHandler):  # the Hub names the commit in the answer that redirects
         def redirect_request(self, request, file, code, message, headers, newurl):
             commits.append(headers.get("X-Repo-Commit"))
-            return super().redirect_request(request, file, code, message, headers, newurl)
+            return ask(newurl)
 
-    request, partial = urllib.request.Request(url), path.with_name(path.name + ".incomplete")
-    if token := os.environ.get("HF_TOKEN"):
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.build_opener(Redirects).open(request, timeout=60) as answer:
+        with urllib.request.build_opener(Redirects).open(ask(url), timeout=60) as answer:
             commits.append(answer.headers.get("X-Repo-Commit"))
             size = int(answer.headers.get("Content-Length") or 0)
             print(f"downloading {url}, {size / 1e6:.1f} MB", file=sys.stderr)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+            with partial.open("wb") as file, tqdm(total=size, unit="B", unit_scale=True, disable=size < 1e7) as bar:
                 while block := answer.read(1 << 20):
                     bar.update(file.write(block))
+        if size and partial.stat().st_size != size:
+            raise OSError(f"it broke off after {partial.stat().st_size} of {size} bytes")
+        partial.replace(path)
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return None
-        raise OSError(f"{url} answered {error.code} {error.reason}; if the model asks for a login, set HF_TOKEN") from None
-    except OSError as error:
-        raise OSError(f"{url} could not be fetched ({error}); try again, or copy the files to a folder and name that") from None
-    if size and partial.stat().st_size != size:
-        raise OSError(f"{url} broke off after {partial.stat().st_size} of {size} bytes; run the command again")
-    partial.replace(path)
-    return next((c for c in commits if c), "main")
+        raise OSError(f"{url} answered {error.code} {error.reason}; expected a folder that is here or a model of the"
+                      " Hub: where that asks for a login, set HF_TOKEN") from None
+    except Exception as error:  # OSError and what http.client raises
+        raise OSError(f"{url} could not be fetched ({str(error) or type(error).__name__}); run the command again, or"
+                      " copy the files to a folder and name that") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return next((commit for commit in commits if commit), "main")
 
 
 # ----------------------------------------------------------------------------------------------------- reading files
 
 
-def read_json(path: pathlib.Path) -> dict:
+@contextlib.contextmanager
+def reading(what: object, expected: str) -> Iterator[None]:
+    """Whatever a damaged or foreign file makes Python or a library raise becomes one sentence that names the file."""
     try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or str(what) in str(error):
+            raise  # it names a file already
+        kind, text = type(error).__name__, " ".join(str(error).split())[:200]
+        text = text if kind == "ValueError" else f"{kind}: {text}"
+        raise ValueError(f"{what} cannot be used ({text}); expected {expected}") from error
+
+
+def read_json(path: pathlib.Path) -> dict:
+    with reading(path, "a JSON object: copy the file again"):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
     return value
+
+
+def from_json(cls: type, values: dict):
+    """A dataclass again, whose tuples JSON has made lists."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def read_config(cls: type, fixed: dict, path: pathlib.Path):
     """A network's configuration dataclass from its `config.json`. Keys that name no field and no fixed option are for
     training or for other libraries and are passed over."""
     found = read_json(path)
-    if "text_config" in found:  # a whole CLIP model's file
-        found = found["text_config"]
-    for key, value in fixed.items():
-        if key in found and found[key] != value:
-            raise ValueError(f"{path} says {key} {found[key]!r}; this network is built for {value!r} only:"
-                             " it is the file of another kind of model")
-    known = {f.name for f in fields(cls)}
-    try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in known})
-    except TypeError as error:
-        raise ValueError(f"{path} does not describe a {cls.__name__} ({error}); expected the file of a diffusers folder") from None
+    with reading(path, "the configuration of a network of Stable Diffusion 1.x or 2.x"):
+        found = found.get("text_config", found)  # of a whole CLIP model's file
+        for key, value in fixed.items():
+            if found.get(key, value) != value:
+                raise ValueError(f"{key} is {found[key]!r}, and this network is built for {value!r} only")
+        return from_json(cls, {f.name: found[f.name] for f in fields(cls) if f.name in found})
 
 
-def read_header(path: pathlib.Path) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], dict[str, str]]:
-    """Names, types and shapes of a safetensors file, and its metadata, without reading a tensor. Refuses a file whose
-    length or offsets do not add up."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            raise ValueError(f"{path} is no whole safetensors file ({size} bytes, header said to be {length}); copy it again")
-        try:
-            header = json.loads(file.read(length))
-            metadata = header.pop("__metadata__", {})
-            entries = {k: (DTYPES[v["dtype"]], tuple(v["shape"]), *v["data_offsets"]) for k, v in header.items()}
-            for name, (dtype, shape, start, end) in entries.items():
-                if end - start != math.prod(shape) * dtype.itemsize or min(start, *shape, 0) < 0:
-                    raise ValueError(name)
-            end = max((e[3] for e in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} has a damaged safetensors header ({type(error).__name__}: {error}); copy it again") from None
-    if 8 + length + end != size:
-        raise ValueError(f"{path} is cut: {size} bytes, and its header promises {8 + length + end}; copy it again")
-    return {k: e[:2] for k, e in entries.items()}, metadata
+def build(cls: type, config: object, path: pathlib.Path) -> nn.Module:
+    with reading(path, "sizes that make a network"), torch.device("meta"):
+        return cls(config)
+
+
+def read_header(path: pathlib.Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """Names, types ("F32") and shapes of a safetensors file, and its metadata, without reading a tensor. The library
+    refuses a file whose length, shapes and offsets do not add up to the byte."""
+    with reading(path, f"a whole safetensors file, and these are {path.stat().st_size} bytes: copy it again"), \
+            safetensors.safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}, file.metadata() or {}
 
 
 def weight_files(base: str, part: str, stem: str) -> list[pathlib.Path]:
     """The file, or all shards, of one part of a base. Full precision goes before fp16 where both are there."""
-    names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
-    path = find(base, [f"{part}/{name}" for name in names])
-    if path is None:
-        raise ValueError(f"{base} has no {part}/{names[0]} (nor fp16, nor an index of shards); expected weights as safetensors:"
-                         " where there are only .bin files, convert them with diffusers' save_pretrained")
+    ends = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")
+    path = find(base, [f"{part}/{stem}{end}" for end in ends], "weights as safetensors, whole, in shards or fp16: where"
+                " there are only .bin files, convert them with diffusers' save_pretrained")
     if path.suffix != ".json":
         return [path]
-    shards = sorted(set(read_json(path).get("weight_map", {}).values()))
-    files = [find(base, [f"{part}/{shard}"]) for shard in shards]
-    if not shards or None in files:
-        missing = shards[files.index(None)] if shards else "weight_map"
-        raise ValueError(f"{path} names {missing}, which is not there; expected all {len(shards)} shards beside it: copy it too")
-    return files
+    index = read_json(path)
+    with reading(path, "a weight_map of tensors to the shards beside it: copy it again"):
+        shards = sorted(set(index["weight_map"].values()))
+        if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
+            raise ValueError(f"it names {shards}")
+    return [find(base, [f"{part}/{s}"], f"all {len(shards)} shards that {path} names: copy it too") for s in shards]
 
 
 def current_name(part: str, name: str) -> str | None:
@@ -211,76 +219,75 @@ def current_name(part: str, name: str) -> str | None:
         old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{old[m[2]]}.", name)
     if part == "text_encoder":
-        if name.endswith("position_ids"):
-            return None
-        return name if name.startswith("text_model.") else "text_model." + name
+        return None if name.endswith("position_ids") else "text_model." + name.removeprefix("text_model.")
     return name
+
+
+def compare(found: list[tuple[str, str, str, tuple[int, ...], pathlib.Path]], expected: dict[str, Tensor],
+            owner: str, path: pathlib.Path) -> None:
+    """Refuses all but exactly the expected tensors, each once, in its shape. found: our name, the file's name, type,
+    shape, file."""
+    seen = set()
+    for ours, name, dtype, shape, where in found:
+        if ours not in expected or ours in seen:
+            fault = "a second time" if ours in seen else f"which {owner} does not have"
+            raise ValueError(f"{where} holds {name}, {fault}; expected the weights that belong to it")
+        if shape != expected[ours].shape or dtype not in FLOATS:
+            raise ValueError(f"{where}: {name} is {dtype} {list(shape)}; expected floating point"
+                             f" {list(expected[ours].shape)} for {owner}")
+        seen.add(ours)
+    if missing := sorted(expected.keys() - seen):
+        raise ValueError(f"{path} lacks {missing[0]} {list(expected[missing[0]].shape)} and {len(missing) - 1} more;"
+                         f" expected all {len(expected)} tensors of {owner}: copy it again")
 
 
 def load_network(network: nn.Module, part: str, files: list[pathlib.Path], dtype: torch.dtype | None = None,
                  device: str = "cpu") -> nn.Module:
     """Fills a network built on "meta" from safetensors files. Every tensor must be there, once, in its shape, and no
     other: all headers are checked before anything is read. `dtype` None keeps the file's."""
-    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    source: dict[str, tuple[pathlib.Path, str]] = {}
+    expected, found = network.state_dict(), []
     for path in files:
-        for name, (_, shape) in read_header(path)[0].items():
-            ours = current_name(part, name)
-            if ours is None:
-                continue
-            if ours not in expected:
-                raise ValueError(f"{path} holds {name}, which this {part} does not have; expected the weights that belong to its config.json")
-            if shape != expected[ours] and not (shape[2:] == (1, 1) and shape[:2] == expected[ours]):  # old 1x1 convolutions
-                raise ValueError(f"{path}: {name} is {list(shape)}; expected {list(expected[ours])} by its config.json")
-            source[ours] = path, name
-    if missing := sorted(expected.keys() - source.keys()):
-        raise ValueError(f"{files[0]} lacks {missing[0]} {list(expected[missing[0]])}" +
-                         (f" and {len(missing) - 1} more tensors" if len(missing) > 1 else "") + "; expected the whole network: copy it again")
+        for name, (kind, shape) in read_header(path)[0].items():
+            if ours := current_name(part, name):
+                if shape[2:] == (1, 1) and ours in expected and expected[ours].ndim == 2:
+                    shape = shape[:2]  # linear layers that were 1x1 convolutions
+                found.append((ours, name, kind, shape, path))
+    compare(found, expected, f"the {part} of its config.json", files[0])
     tensors = {}
     for path in files:
         with safetensors.safe_open(path, framework="pt", device=device) as file:
-            for ours, (where, name) in source.items():
-                if where == path:
-                    tensors[ours] = file.get_tensor(name).to(dtype).reshape(expected[ours])
+            tensors |= {ours: file.get_tensor(name).to(dtype).reshape(shape)
+                        for ours, name, _, shape, where in found if where == path}
     network.load_state_dict(tensors, strict=True, assign=True)
     return network.requires_grad_(False)
 
 
 def load_tokenizer(base: str) -> clip.Tokenizer:
     """From `tokenizer/`: vocab.json and merges.txt, or tokenizer.json; the padding from the configuration files."""
-    config, tokens = {}, {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if path := find(base, [f"tokenizer/{name}"]):
-            config = {**read_json(path), **config}
-    for name, default in dict(pad="<|endoftext|>", bos="<|startoftext|>", eos="<|endoftext|>").items():
-        token = config.get(f"{name}_token", default)
-        tokens[name] = token["content"] if isinstance(token, dict) else token
-    path = find(base, ["tokenizer/vocab.json", "tokenizer/tokenizer.json"])
-    if path is None:
-        raise ValueError(f"{base} has no tokenizer/vocab.json and no tokenizer/tokenizer.json; expected one: copy it too")
+    path = find(base, ["tokenizer/tokenizer_config.json"])
+    config = read_json(path) if path else {}
+    # As in transformers: the second file overrules the first, unless that is of the newer kind. SD 2.1 needs it.
+    if "added_tokens_decoder" not in config and (path := find(base, ["tokenizer/special_tokens_map.json"])):
+        config |= read_json(path)
+    path = find(base, ["tokenizer/vocab.json", "tokenizer/tokenizer.json"], "it and merges.txt, or tokenizer.json")
+    vocab = read_json(path)
     if path.name == "vocab.json":
-        merges = find(base, ["tokenizer/merges.txt"])
-        if merges is None:
-            raise ValueError(f"{base} has tokenizer/vocab.json but no tokenizer/merges.txt; expected both: copy it too")
-        lines = merges.read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        if bad := next((line for line in pairs if len(line) != 2), None):
-            raise ValueError(f"{merges} has a line of {len(bad)} pieces ({' '.join(bad)[:40]}); expected two a line: copy it again")
-        vocab = read_json(path)
-    else:
-        model = read_json(path).get("model", {})
-        vocab, pairs = model.get("vocab"), model.get("merges")
-        if not isinstance(vocab, dict) or not isinstance(pairs, list):
-            raise ValueError(f"{path} is not a byte-level BPE tokenizer; expected CLIP's")
-        pairs = [tuple(p.split()) if isinstance(p, str) else tuple(p) for p in pairs]
-    try:
-        pieces = clip.clip_pieces(vocab, pairs)
-    except Exception as error:  # tokenizers raises plain Exception for a merge that names no piece
-        raise ValueError(f"{path} and its merges do not fit together ({error}); copy both again") from None
-    return clip.Tokenizer(pieces, min(config.get("model_max_length", 77), 77), tokens["pad"], tokens["bos"], tokens["eos"])
+        path = find(base, ["tokenizer/merges.txt"], "it beside vocab.json: copy it too")
+    with reading(path, "CLIP's byte-level BPE, with all files in tokenizer/ of one model: copy them again"):
+        if path.name == "merges.txt":
+            merges = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#version")]
+        else:
+            vocab, merges = vocab["model"]["vocab"], vocab["model"]["merges"]
+        pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges if pair]
+        if odd := next((pair for pair in pairs if len(pair) != 2), None):
+            raise ValueError(f"a merge is of {len(odd)} pieces, not 2: {' '.join(odd)}")
+        tokens = [config.get(f"{name}_token") or default for name, default in
+                  dict(pad="<|endoftext|>", bos="<|startoftext|>", eos="<|endoftext|>").items()]
+        tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
+        return clip.Tokenizer(clip.clip_pieces(vocab, pairs), min(config.get("model_max_length", 77), 77), *tokens)
 
 
-# ----------------------------------------------------------------------------------------------------- bases
+# ------------------------------------------------------------------------------------------------------------- bases
 
 
 @dataclass
@@ -298,33 +305,25 @@ def load_base(name: str, parts: tuple[str, ...] = ("vae", "unet", "text_encoder"
               dtype: torch.dtype | None = None, device: str = "cpu", seed: int = 0) -> Base:
     """The parts of a base, frozen, in the file's type where `dtype` is None. `name`: see `find`. A base whose
     `model_index.json` says `"initialise": "random"` has no weights: they are drawn from `seed`."""
-    index = find(name, ["model_index.json"])
-    if index is None:
-        raise ValueError(f"{name} has no model_index.json; expected a folder in the diffusers layout")
-    drawn = read_json(index).get("initialise") == "random"
+    drawn = read_json(find(name, ["model_index.json"], LAYOUT)).get("initialise") == "random"
     base = Base(name)
     for part in parts:
         if part == "tokenizer":
             base.tokenizer = load_tokenizer(name)
         elif part == "schedule":
-            path = find(name, ["scheduler/scheduler_config.json"])
-            if path is None:
-                raise ValueError(f"{name} has no scheduler/scheduler_config.json; expected one: copy it too")
-            base.schedule = Schedule.from_config(read_json(path))
+            values = read_json(path := find(name, ["scheduler/scheduler_config.json"], LAYOUT))
+            with reading(path, "a scheduler of Stable Diffusion"):
+                base.schedule = Schedule.from_config(values)
         else:
-            cls, config_cls, fixed, stem = PARTS[part]
-            path = find(name, [f"{part}/config.json"])
-            if path is None:
-                raise ValueError(f"{name} has no {part}/config.json; expected one: copy it too")
+            cls, config_cls, fixed, stem, _ = PARTS[part]
+            path = find(name, [f"{part}/config.json"], LAYOUT)
             config = read_config(config_cls, fixed, path)
             if drawn:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
                     network = cls(config).requires_grad_(False).to(device=device, dtype=dtype)
             else:
-                with torch.device("meta"):
-                    network = cls(config)
-                load_network(network, part, weight_files(name, part, stem), dtype, device)
+                network = load_network(build(cls, config, path), part, weight_files(name, part, stem), dtype, device)
             setattr(base, part, network)
     return base
 
@@ -334,23 +333,57 @@ def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             for p in layer.parameters(recurse=False):
-                if not p.requires_grad:
-                    p.data = p.data.to(dtype)
+                p.data = p.data if p.requires_grad else p.data.to(dtype)
 
 
 def fingerprint(network: nn.Module, but: Iterable[str] = ()) -> str:
     """A short hash of the names, shapes and contents of a network's tensors, but those named (what is trained). Contents
     are summed as integers: fast, whatever the type, and enough to tell one base from another."""
-    digest, but = hashlib.sha256(), set(but)
+    digest, words = hashlib.sha256(), {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, tensor in network.state_dict().items():
-        if name not in but:
-            raw = tensor.detach().contiguous().flatten().view(torch.uint8)
-            raw = raw.view(torch.int64) if raw.numel() % 8 == 0 else raw
-            digest.update(f"{name} {tuple(tensor.shape)} {int(raw.sum(dtype=torch.int64))}".encode())
+        if name not in set(but):
+            total = tensor.contiguous().view(words[tensor.element_size()]).sum(dtype=torch.int64)
+            digest.update(f"{name} {tuple(tensor.shape)} {int(total)}".encode())
     return digest.hexdigest()[:16]
 
 
-# ----------------------------------------------------------------------------------------------------- generators
+def save_tensors(path: pathlib.Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # any new file's; left alone, safetensors makes the user its only reader
+    safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
+    path.chmod(mode)
+
+
+def save_folder(folder: pathlib.Path, base: Base, dtype: torch.dtype | None = None) -> None:
+    """Writes what there is of a base back in the Stable Diffusion layout, which `diffusers` reads too."""
+    index = dict(_class_name="StableDiffusionPipeline", feature_extractor=(None, None), safety_checker=(None, None),
+                 requires_safety_checker=False)
+
+    def write(name: str, text: str | dict) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text if isinstance(text, str) else json.dumps(text, indent=2), encoding="utf-8")
+
+    for part, (*_, stem, peer) in PARTS.items():
+        if network := getattr(base, part):
+            index[part] = peer
+            write(f"{part}/config.json", {"_class_name": peer[1], **asdict(network.config)})
+            save_tensors(folder / part / f"{stem}.safetensors",
+                         {name: t.to(dtype) for name, t in network.state_dict().items()}, {"format": "pt"})
+    if base.schedule:
+        index["scheduler"] = ("diffusers", base.schedule.config.get("_class_name", "DDIMScheduler"))
+        write("scheduler/scheduler_config.json", base.schedule.config)
+    if base.tokenizer:
+        index["tokenizer"] = ("transformers", "CLIPTokenizer")
+        model, tokens = json.loads(base.tokenizer.pieces.to_str())["model"], base.tokenizer.tokens
+        write("tokenizer/vocab.json", model["vocab"])
+        write("tokenizer/merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]))
+        write("tokenizer/tokenizer_config.json", dict(
+            tokenizer_class="CLIPTokenizer", model_max_length=base.tokenizer.length, pad_token=tokens["pad"],
+            bos_token=tokens["start"], eos_token=tokens["end"], unk_token=tokens["end"]))
+    write("model_index.json", index)
+
+
+# -------------------------------------------------------------------------------------------------------- generators
 
 
 @dataclass
@@ -369,36 +402,40 @@ def save_generator(path: pathlib.Path, generator: nn.Module, kind: str, base: st
                    text_encoder: clip.TextEncoder | None = None, tokenizer: clip.Tokenizer | None = None) -> None:
     """Writes what was trained, with all that sampling needs to know in the metadata. Where everything was trained the
     file also takes the text encoder, all configurations and the tokenizer, and opens no base."""
-    tensors = {name: p.detach() for name, p in generator.named_parameters() if p.requires_grad}
+    tensors = {name: p for name, p in generator.named_parameters() if p.requires_grad}
     config = dict(generator=asdict(generator.config))
     if generator.config.train == "all":
-        tensors |= {f"text_encoder.{name}": p.detach() for name, p in text_encoder.named_parameters()}
-        config |= dict(vae=asdict(generator.vae.config), unet=asdict(generator.unet.config), text_encoder=asdict(text_encoder.config),
-                       schedule=generator.schedule.config, tokenizer=tokenizer.to_json())
-    metadata = dict(format=FORMAT, kind=kind, base=base, config=json.dumps(config), prompts=json.dumps(prompts))
-    tensors = {name: t.to("cpu").contiguous() for name, t in tensors.items()}
-    safetensors.torch.save_file(tensors, path, metadata)
+        tensors |= dict(generator.named_buffers())  # what the twin of `conv_in` was before
+        tensors |= {f"text_encoder.{name}": p for name, p in text_encoder.named_parameters()}
+        config |= dict(vae=asdict(generator.vae.config), unet=asdict(generator.unet.config),
+                       schedule=generator.schedule.config, text_encoder=asdict(text_encoder.config),
+                       tokenizer=tokenizer.to_json())
+    save_tensors(path, tensors, dict(format=FORMAT, kind=kind, base=base, config=json.dumps(config),
+                                     prompts=json.dumps(prompts)))
 
 
 def read_pkl(path: pathlib.Path) -> dict:
     """An official `.pkl`: tensors, numbers, names; a file that would run code is refused."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0][:120]}); expected a file of"
-                         " img2img-turbo, and nothing in it that runs code") from None
+    except Exception as error:  # of many kinds, whose texts advise to let the code run
+        raise ValueError(f"{path} is no file of torch.save, or one with code in it ({type(error).__name__}); expected"
+                         " a checkpoint of img2img-turbo: tensors, numbers and names") from error
 
 
 def find_checkpoint(name: str) -> pathlib.Path:
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         path = path / "model.safetensors"
-    if not path.is_file() and name in CHECKPOINTS:
+    elif not path.is_file() and name in CHECKPOINTS:
         path = hub_cache().parent / "img2img-turbo" / CHECKPOINTS[name].rpartition("/")[2]
         if not path.is_file() and download(CHECKPOINTS[name], path) is None:
-            raise ValueError(f"{CHECKPOINTS[name]} does not exist any more; look for the file at the img2img-turbo project")
+            raise ValueError(f"{CHECKPOINTS[name]} does not exist any more; look for it at the img2img-turbo project")
+    elif not path.suffix and not path.parent.is_dir() and re.fullmatch(HUB_ID, name):
+        path = find(name, ["model.safetensors"], "a model that a trainer here wrote")
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}; expected a file, a run's folder, or one of {', '.join(CHECKPOINTS)}")
+        raise ValueError(f"there is no checkpoint {path}; expected a file, a run's folder, a Hub id or one of"
+                         f" {', '.join(CHECKPOINTS)}")
     return path
 
 
@@ -407,78 +444,57 @@ def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype 
     """A trained generator on its base, from a file of ours or an official `.pkl` (whose base is SD-Turbo unless one
     is named). `strength` takes the trained change that many times, `r` sets a stochastic model's adapters; `merged`
     adds the LoRA to the weights, for inference only."""
-    path = find_checkpoint(checkpoint)
-    if path.suffix != ".safetensors":
-        config, tensors = pix2pix_turbo.from_official(read_pkl(path), path)
-        kind, base, prompts = "pix2pix_turbo", base or "sd-turbo", []
-    else:
-        header, metadata = read_header(path)
-        if metadata.get("format") != FORMAT or metadata.get("kind") != "pix2pix_turbo":
-            raise ValueError(f"{path} is a safetensors file of format {metadata.get('format')!r} and kind {metadata.get('kind')!r};"
-                             f" expected {FORMAT!r} and 'pix2pix_turbo': a model.safetensors that a trainer here wrote")
-        saved, kind, prompts = json.loads(metadata["config"]), metadata["kind"], json.loads(metadata["prompts"])
-        base = base or metadata["base"]
-        config = pix2pix_turbo.Pix2PixTurboConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["generator"].items()})
-        tensors = safetensors.torch.load_file(path)
-
-    whole = config.train == "all"
-    if whole:
+    path, kind, prompts = find_checkpoint(checkpoint), "pix2pix_turbo", []
+    with reading(path, f"a {kind} checkpoint: a trainer's model.safetensors ({FORMAT}) or img2img-turbo's .pkl"):
+        if path.suffix != ".safetensors":
+            base, (config, tensors) = base or "sd-turbo", pix2pix_turbo.from_official(read_pkl(path), path)
+        else:
+            metadata, tensors = read_header(path)[1], safetensors.torch.load_file(path)
+            if (metadata.get("format"), metadata.get("kind")) != (FORMAT, kind):
+                raise ValueError(f"its format is {metadata.get('format')!r}, its kind {metadata.get('kind')!r}")
+            saved, base = json.loads(metadata["config"]), base or metadata["base"]
+            prompts = [str(prompt) for prompt in json.loads(metadata["prompts"])]
+            config = from_json(pix2pix_turbo.Pix2PixTurboConfig, saved["generator"])
+        if config.train == "all":
+            networks = Base(base, tokenizer=clip.Tokenizer.from_json(saved["tokenizer"]),
+                            schedule=Schedule.from_config(saved["schedule"]))
+            for part, (cls, config_cls, *_) in PARTS.items():
+                setattr(networks, part, build(cls, from_json(config_cls, saved[part]), path))
+    if config.train == "all":
         if strength != 1:
             raise ValueError(f"{path} holds every weight and knows no other; strength works for LoRA checkpoints only")
-        networks = Base(base, schedule=Schedule.from_config(saved["schedule"]), tokenizer=clip.Tokenizer.from_json(saved["tokenizer"]))
-        for part, (cls, config_cls, _, _) in PARTS.items():
-            sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in saved[part].items()}
-            with torch.device("meta"):
-                setattr(networks, part, cls(config_cls(**sizes)))
         own = {k.removeprefix("text_encoder."): tensors.pop(k) for k in [*tensors] if k.startswith("text_encoder.")}
         assign(networks.text_encoder, own, path)
     else:
         networks = load_base(base, dtype=dtype, device=device)
-    generator = pix2pix_turbo.Pix2PixTurbo(networks.vae, networks.unet, networks.schedule, config)
+    with reading(path, f"a checkpoint for the base {base}"):
+        generator = pix2pix_turbo.Pix2PixTurbo(networks.vae, networks.unet, networks.schedule, config)
     assign(generator, tensors, path, strength)
     for layer in generator.modules():
         if isinstance(layer, LoRALinear | LoRAConv2d):
             layer.full_scale *= strength
-    if config.stochastic:
-        r = 0.4 if r is None else r
-    elif r is not None:
+    if r is not None and not config.stochastic:
         raise ValueError(f"{path} is not a stochastic model and has no r; leave --r out")
+    r = 0.4 if r is None and config.stochastic else r
     set_scale(generator, 1.0 if r is None else r)
     if merged:
         merge(generator)
-    generator.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return Loaded(generator, networks.text_encoder.to(device=device, dtype=dtype).eval(), networks.tokenizer, kind, base, prompts, r)
+    for network in (generator, networks.text_encoder):
+        network.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return Loaded(generator, networks.text_encoder, networks.tokenizer, kind, base, prompts, r)
 
 
 def assign(network: nn.Module, tensors: dict[str, Tensor], path: pathlib.Path, strength: float = 1.0) -> None:
-    """Puts a checkpoint's tensors in place of the network's trainable ones: exactly those, in their shapes. Tensors
-    that were trained in full go `strength` of the way from their value before."""
-    trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    """Puts a checkpoint's tensors in place of the network's trainable ones, and of buffers without a value: exactly
+    those, in their shapes. Tensors that were trained in full go `strength` of the way from their value before."""
+    expected = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    expected |= {name: b for name, b in network.named_buffers() if b.is_meta}
+    with reading(path, "tensors under all names"):
+        found = [(name, name, str(t.dtype)[6:], tuple(t.shape), path) for name, t in tensors.items()]
+    compare(found, expected, "the generator on this base", path)
     for name, tensor in tensors.items():
-        if name not in trainable:
-            raise ValueError(f"{path} holds {name}, which the generator on this base does not train; is it for another base?")
-        if tensor.shape != trainable[name].shape:
-            raise ValueError(f"{path}: {name} is {list(tensor.shape)}; expected {list(trainable[name].shape)}: it is for another base")
-    if missing := sorted(trainable.keys() - tensors.keys()):
-        raise ValueError(f"{path} lacks {missing[0]} and {len(missing) - 1} more of {len(trainable)} trained tensors; copy it again")
-    if strength != 1:
-        tensors = {k: t if ".lora_" in k else torch.lerp(trainable[k].detach().cpu().to(t.dtype), t, strength) for k, t in tensors.items()}
-    for name, tensor in tensors.items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(network.get_submodule(parent), leaf, nn.Parameter(tensor))
-
-
-def save_folder(folder: pathlib.Path, base: Base, dtype: torch.dtype | None = None) -> None:
-    """Writes the networks of a base back in the Stable Diffusion layout."""
-    index = {"_class_name": "StableDiffusionPipeline"}
-    for part, (_, _, _, stem) in PARTS.items():
-        if network := getattr(base, part):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            (folder / part / "config.json").write_text(json.dumps(asdict(network.config), indent=2))
-            tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in network.state_dict().items()}
-            safetensors.torch.save_file(tensors, folder / part / f"{stem}.safetensors", {"format": "pt"})
-            index[part] = ["diffusers", part]
-    if base.schedule:
-        (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(base.schedule.config, indent=2))
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+        before, (parent, _, leaf) = expected[name], name.rpartition(".")
+        tensor = tensor if before.is_meta else tensor.to(before.device)
+        if strength != 1 and ".lora_" not in name:
+            tensor = torch.lerp(before.detach().to(tensor.dtype), tensor, strength)
+        setattr(network.get_submodule(parent), leaf, nn.Parameter(tensor) if before.requires_grad else tensor)

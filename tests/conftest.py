@@ -1,5 +1,6 @@
 """What the tests share: the measure of agreement, weights that hide nothing, the folder of real files."""
 
+import math
 import os
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 def relative(ours: Tensor, peer: Tensor) -> float:
     """Largest absolute difference over largest absolute value, of tensors of the same shape."""
     assert ours.shape == peer.shape, f"{list(ours.shape)} and {list(peer.shape)}"
-    return ((ours - peer).abs().max() / peer.abs().max()).item()
+    value = ((ours - peer).abs().max() / peer.abs().max()).item()
+    assert math.isfinite(value), "not a number, or all zeros"  # which max() over several would pass over
+    return value
 
 
 @torch.no_grad()

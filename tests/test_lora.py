@@ -176,12 +176,13 @@ def test_merging_keeps_the_scale_that_was_set(r):
 
 
 @torch.no_grad()
-def test_merging_into_half_precision_rounds_once():
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_merging_into_half_precision_rounds_once(stored):
     network = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(64, 64, 3)).to(torch.bfloat16)
     add_lora(network, ("0", "1"), 4, 8)
     for layer in network:
         assert layer.lora_A.weight.dtype == layer.lora_B.weight.dtype == torch.float32
-        randomise(layer.lora_A, seed=1), randomise(layer.lora_B, seed=2)
+        randomise(layer.lora_A.to(stored), seed=1), randomise(layer.lora_B.to(stored), seed=2)
     expected = []
     for layer in network:
         A, B = layer.lora_A.weight.double().flatten(1), layer.lora_B.weight.double().flatten(1)

@@ -1,0 +1,308 @@
+"""The paired trainer, run as users run it, on the drawn circles and on folders."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_pix2pix_turbo as trainer
+import training
+
+torch.set_num_threads(1)  # of two, one would only wait
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = ["--train_batch_size", "2", "--num_samples_eval", "2", "--viz_freq", "1000", "--eval_freq", "1000", "--device",
+         "cpu", "--resolution", "24", "--disc_width", "8"]
+
+
+def train(monkeypatch, *argv):
+    """Runs the trainer in this process; signal handlers are put back."""
+    monkeypatch.setattr(sys, "argv", ["train_pix2pix_turbo.py", *map(str, argv)])
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        training.run(trainer.main)
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def command(*argv, processes=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *torchrun, str(ROOT / "train_pix2pix_turbo.py"), *map(str, argv)]
+
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def assert_same_bits(a: pathlib.Path, b: pathlib.Path):
+    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Six pairs of noise in the official layout."""
+    folder, rng = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
+    for split, n in [("train", 6), ("test", 2)]:
+        for side in "AB":
+            (folder / f"{split}_{side}").mkdir()
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(folder / f"{split}_{side}" / f"{i}.png")
+        (folder / f"{split}_prompts.json").write_text(json.dumps({f"{i}.png": "noise" for i in range(n)}))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def test_losses_are_their_formulas_and_so_are_their_gradients():
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, 5, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    x = a.clone().requires_grad_()
+    loss = trainer.reconstruction_loss(x, b, 0.3)
+    loss.backward()
+    assert torch.allclose(loss, 0.3 * ((a - b) ** 2).sum() / a.numel(), rtol=1e-12)
+    assert torch.allclose(x.grad, 0.3 * 2 * (a - b) / a.numel(), rtol=1e-9)
+
+    for real in (0.8, 1.0):
+        x = a.clone().requires_grad_()
+        loss = trainer.generator_gan_loss(x, real)
+        loss.backward()
+        p = 1 / (1 + torch.exp(-a))
+        assert torch.allclose(loss, -(real * p.log() + (1 - real) * (1 - p).log()).mean(), rtol=1e-9)
+        assert torch.allclose(x.grad, (p - real) / a.numel(), rtol=1e-9)
+
+        x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
+        trainer.discriminator_loss(x, y, real).backward()
+        assert torch.allclose(x.grad, (torch.sigmoid(a) - real) / a.numel(), rtol=1e-9)
+        assert torch.allclose(y.grad, torch.sigmoid(b) / b.numel(), rtol=1e-9)
+
+
+def test_learning_rates_follow_their_schedules():
+    def rate(name, step, last=110):
+        return trainer.learning_rate(step, trainer.Config(lr_scheduler=name, learning_rate=1.0, lr_warmup_steps=10), last)
+
+    assert rate("constant", 0) == rate("constant", 100) == 1
+    assert rate("constant_with_warmup", 4) == 0.5 and rate("constant_with_warmup", 50) == 1
+    assert rate("linear", 60) == 0.5 and rate("linear", 4) == 0.5
+    assert rate("cosine", 60) == pytest.approx(0.5) and rate("cosine", 110) == pytest.approx(0)
+
+
+# --------------------------------------------------------------------------------------------------------- who learns
+
+
+@pytest.mark.parametrize("extra", [[], ["--stochastic"], ["--train", "all"]], ids=["lora", "stochastic", "all"])
+def test_ten_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_path, pairs, extra):
+    made = {}
+
+    def recorded(name):
+        cls = getattr(trainer, name)
+
+        def build(*args, **kwargs):
+            made[name] = cls(*args, **kwargs)
+            made[name + " before"] = {k: v.detach().clone() for k, v in made[name].state_dict().items()}
+            return made[name]
+
+        monkeypatch.setattr(trainer, name, build)
+
+    recorded("Pix2PixTurbo")
+    recorded("PatchDiscriminator")
+    calls, average = [], training.average_gradients
+
+    def watch(parameters):
+        parameters = list(parameters)
+        calls.append(len(parameters))
+        if len(calls) % 2 == 1:  # the generator's step: the discriminator has let the gradient through and kept none
+            assert all(p.grad is None for p in made["PatchDiscriminator"].parameters())
+            assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+        else:  # the discriminator's step: the generator's gradients are gone
+            assert all(p.grad is None for p in made["Pix2PixTurbo"].parameters())
+            assert all(p.grad is not None for p in parameters)
+        average(parameters)
+
+    monkeypatch.setattr(training, "average_gradients", watch)
+    train(monkeypatch, "--train", "lora", *extra, "--dataset_folder", pairs, "--output_dir", tmp_path / "run", *SMALL,
+          "--max_train_steps", 10, "--lr_warmup_steps", 1, "--lr_scheduler", "constant")
+    assert len(calls) == 20
+    for name in ("Pix2PixTurbo", "PatchDiscriminator"):
+        trains = {n for n, p in made[name].named_parameters() if p.requires_grad}
+        for k, v in made[name].state_dict().items():
+            same = torch.equal(v, made[name + " before"][k])
+            buffer = k not in dict(made[name].named_parameters())
+            assert same != (k in trains) or (buffer and name == "PatchDiscriminator"), k
+    if "all" not in extra:
+        saved = load_file(tmp_path / "run" / "model.safetensors")
+        names = {n for n, p in made["Pix2PixTurbo"].named_parameters() if p.requires_grad}
+        assert saved.keys() == names and {"unet.conv_in.weight", "vae.decoder.skip_conv_1.weight"} <= names
+
+
+def test_half_precision_stores_what_is_frozen_in_half_and_trains_in_float32(monkeypatch, tmp_path, pairs):
+    made = []
+    build = trainer.Pix2PixTurbo
+    monkeypatch.setattr(trainer, "Pix2PixTurbo", lambda *a, **k: made.append(build(*a, **k)) or made[0])
+    train(monkeypatch, "--train", "lora", "--mixed_precision", "bf16", "--gradient_checkpointing", "--dataset_folder",
+          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 1)
+    q = made[0].unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert (q.weight.dtype, q.lora_A.weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+# ------------------------------------------------------------------------------------- the same computation, otherwise
+
+
+def test_two_processes_accumulation_and_one_batch_are_one_computation(tmp_path, pairs):
+    """float64, five steps, all weights: largest difference 1e-10 of the largest value."""
+    common = ["--dataset_folder", pairs, "--dtype", "float64", "--max_train_steps", "5", "--num_samples_eval", "1",
+              "--viz_freq", "1000", "--device", "cpu", "--lambda_gan", "0.5", "--disc_width", "8", "--resolution", "24"]
+    ways = {"one": (["--train_batch_size", 4], 1), "two": (["--train_batch_size", 2], 2),
+            "slices": (["--train_batch_size", 2, "--gradient_accumulation_steps", 2], 1)}
+    for name, (flags, processes) in ways.items():
+        subprocess.run(command(*common, *flags, "--output_dir", tmp_path / name, processes=processes), env=ENV, check=True,
+                       capture_output=True)
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    for name in ("two", "slices"):
+        other = load_file(tmp_path / name / "model.safetensors")
+        worst = max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)).item() for k in one)
+        assert 0 <= worst < 1e-10, (name, worst)
+
+
+def killed_at(step: int, folder: pathlib.Path, *argv):
+    """Starts a run and kills it, as a power cut would, when its log reaches `step`."""
+    process = subprocess.Popen(command(*argv), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < step):
+        pass
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_and_resumed_ends_in_the_same_bits(monkeypatch, tmp_path, pairs):
+    flags = ["--dataset_folder", pairs, *SMALL, "--max_train_steps", "8", "--checkpointing_steps", "2"]
+    subprocess.run(command(*flags, "--output_dir", tmp_path / "whole"), env=ENV, check=True, capture_output=True)
+    killed_at(3, tmp_path / "cut", *flags, "--output_dir", tmp_path / "cut")
+    killed_at(6, tmp_path / "cut", "--resume", tmp_path / "cut")
+    subprocess.run(command("--resume", tmp_path / "cut"), env=ENV, check=True, capture_output=True)
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_what_is_there_and_says_how_to_go_on(tmp_path, pairs, number):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(command("--dataset_folder", pairs, *SMALL, "--output_dir", folder, "--max_train_steps", "1000"),
+                               env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (folder / "log.jsonl").exists():
+        assert process.poll() is None
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and f"go on with --resume {folder}" in error and "Traceback" not in error
+    assert training.torch.load(folder / "state.pt", weights_only=True)["step"] >= 1
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def wide(folder):
+    Image.new("RGB", (50, 40)).save(folder / "train_B" / "0.png")
+
+
+def alone(folder):
+    (folder / "train_B" / "3.png").unlink()
+
+
+def no_caption(folder):
+    (folder / "train_prompts.json").write_text('{"0.png": "a"}')
+
+
+def broken_json(folder):
+    (folder / "train_prompts.json").write_text('{"0.png": "a",')
+
+
+def no_picture(folder):
+    (folder / "train_A" / "0.png").write_text("<html>")
+
+
+def cut_picture(folder):
+    path = folder / "train_A" / "0.png"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def no_test(folder):
+    (folder / "test_A").rename(folder / "elsewhere")
+
+
+def empty(folder):
+    for path in (folder / "train_A").iterdir():
+        path.unlink()
+
+
+BAD = {  # what is wrong: (the flags, what is done to the folder before, words of the one line)
+    "unknown flag": (["--lerning_rate", "1"], None, ["--lerning_rate", "--learning_rate"]),
+    "not a number": (["--learning_rate", "fast"], None, ["--learning_rate", "fast"]),
+    "unknown choice": (["--gan_disc_type", "vgg"], None, ["--gan_disc_type", "patch"]),
+    "flag without meaning": (["--enable_xformers_memory_efficient_attention"], None, ["fused"]),
+    "no such folder": (["--dataset_folder", "/nowhere"], None, ["/nowhere", "train_A"]),
+    "no such drawing": (["--dataset_folder", "drawn:cats"], None, ["cats", "drawn:circles"]),
+    "no such base": (["--base", "/nowhere"], None, ["/nowhere", "expected a folder"]),
+    "base without index": (["--base", "{tmp}"], None, ["model_index.json"]),
+    "no such device": (["--device", "warp"], None, ["--device warp"]),
+    "unknown preparation": (["--train_image_prep", "crop"], None, ["crop", "resized_crop_N"]),
+    "resume from nothing": (["--resume", "/nowhere"], None, ["/nowhere", "config.json"]),
+    "batch of nothing": (["--train_batch_size", "0"], None, ["--train_batch_size", "1 or more"]),
+    "no steps": (["--max_train_steps", "-1"], None, ["--max_train_steps", "1 or more"]),
+    "rank of nothing": (["--train", "lora", "--lora_rank_unet", "0"], None, ["--lora_rank_unet", "1 or more"]),
+    "sizes of a pair differ": ([], wide, ["0.png", "50x40", "32x40"]),
+    "partner missing": ([], alone, ["3.png", "partner"]),
+    "caption missing": ([], no_caption, ["train_prompts.json", "1.png"]),
+    "captions cut": ([], broken_json, ["train_prompts.json", "line 1"]),
+    "not a picture": ([], no_picture, ["0.png", "not a picture"]),
+    "picture cut": ([], cut_picture, ["0.png"]),
+    "no test pictures": ([], no_test, ["test_A"]),
+    "empty folder": ([], empty, ["train_A", "no picture"]),
+    "run in the way": (["--output_dir", "{taken}"], None, ["holds a run already", "--resume"]),
+    "report to nobody": (["--report_to", "printer"], None, ["--report_to printer", "tensorboard"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing_half_written(monkeypatch, capsys, tmp_path, pairs, case):
+    flags, spoil, words = BAD[case]
+    folder, taken = tmp_path / "data", tmp_path / "taken"
+    subprocess.run(["cp", "-r", pairs, folder], check=True)
+    taken.mkdir()
+    (taken / "config.json").write_text("{}")
+    if spoil:
+        spoil(folder)
+    flags = [f.format(tmp=tmp_path, taken=taken) for f in flags]
+    defaults = [] if "--resume" in flags else ["--dataset_folder", folder, "--output_dir", tmp_path / "run", *SMALL]
+    with pytest.raises(SystemExit) as caught:
+        train(monkeypatch, *defaults, *flags)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line or "Traceback" in line]
+    assert caught.value.code == 2 and len(lines) == 1 and "Traceback" not in lines[0]
+    assert all(word in lines[0] for word in words), lines[0]
+    assert not list(tmp_path.glob("**/*.tmp")) and not list(tmp_path.glob("**/*.safetensors"))
+    assert (taken / "config.json").read_text() == "{}"
+
+
+def test_a_loss_that_is_no_number_stops_at_once_and_keeps_the_last_state(monkeypatch, capsys, tmp_path, pairs):
+    real = F.mse_loss
+
+    def failing(a, b, calls=[0]):  # noqa: B006  the list counts the calls
+        calls[0] += 1
+        return real(a, b) * (float("nan") if calls[0] == 4 else 1)
+
+    monkeypatch.setattr(trainer.F, "mse_loss", failing)
+    with pytest.raises(SystemExit) as caught:
+        train(monkeypatch, "--dataset_folder", pairs, "--output_dir", tmp_path / "run", *SMALL, "--checkpointing_steps", "1")
+    assert caught.value.code == 2
+    assert "step 3: the loss became {'l2': nan} on" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3
