@@ -220,6 +220,8 @@ def open_run(config, kind: str, rank: int) -> pathlib.Path:
             raise ValueError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another"
                              " --output_dir")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
         write_file(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
     return folder
 

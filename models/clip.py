@@ -92,6 +92,8 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
         self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        for embedding in (self.token_embedding, self.position_embedding):  # CLIP's own: small beside what attention adds,
+            nn.init.normal_(embedding.weight, std=0.02)  # so that every position soon tells of the whole prompt
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]

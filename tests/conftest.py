@@ -46,3 +46,12 @@ def shared() -> Path:
     if "SHARED_DATA" not in os.environ:
         pytest.skip("SHARED_DATA does not name the folder of real pictures and vocabularies")
     return Path(os.environ["SHARED_DATA"])
+
+
+@pytest.fixture
+def one_thread(request):
+    """Tiny networks gain nothing from a second thread, and lose tenfold waiting for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if request.node.get_closest_marker("slow") else 1)
+    yield
+    torch.set_num_threads(threads)

@@ -15,6 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from models.clip import TextConfig, TextEncoder, Tokenizer
 from models.weights import ROOT, load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = dict(vocab_size=99, hidden_size=32, intermediate_size=56, num_attention_heads=4, max_position_embeddings=77)
 FULL = {
     "CLIP ViT-L of SD 1.5": dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from models.diffusion import Schedule, add_noise, ddim, lcm, lcm_timesteps, predict_x0, timesteps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
 PIXART = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, num_train_timesteps=1000)
 SHORT = dict(beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.3, num_train_timesteps=40)

@@ -17,6 +17,8 @@ from models.pix2pix_turbo import UNET_TARGETS, VAE_TARGETS
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UNET = dict(block_out_channels=(16, 24, 32), layers_per_block=2, norm_num_groups=8, cross_attention_dim=20,
             attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))

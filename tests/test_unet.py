@@ -11,6 +11,8 @@ from torch import Tensor
 
 from models.unet import UNet, UNetConfig, timestep_embedding
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Two levels with attention and two without; widths that change and widths that stay.
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from models.pix2pix_turbo import add_skip_convs, convolved_skips
 from models.vae import VAE, VAEConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTHS = {
     "four levels, as Stable Diffusion's": (8, 16, 24, 24),
     "two levels, factor 2": (8, 16),

@@ -216,7 +216,8 @@ def assert_same_ids(ours, peer: CLIPTokenizer, pad: str) -> None:
 
 
 @pytest.mark.parametrize("config, tokens, pad", [
-    ({}, {}, END), (dict(pad_token="!"), None, "!"), ({}, dict(pad_token="!"), "!"), ({}, dict(pad_token=AS_TOKEN), "!"),
+    ({}, {}, END), (dict(pad_token="!"), None, "!"), ({}, dict(pad_token="!"), "!"),
+    ({}, dict(pad_token=AS_TOKEN), "!"),
     (dict(pad_token=END), dict(pad_token="!"), "!"),  # SD 2.1's files
     (dict(pad_token="!"), dict(pad_token=END), END),
     (dict(pad_token="!", **NEW), dict(pad_token=END), "!"),  # SD-Turbo's
@@ -439,7 +440,7 @@ def refusal(call, error: type = ValueError, expects: bool = True) -> str:
     """The one line that a call refuses with."""
     with pytest.raises(error) as raised:
         call()
-    message = str(raised.value); open("/tmp/wt/messages.txt","a").write(os.environ["PYTEST_CURRENT_TEST"].split("::")[1][:90]+"\n    "+message+"\n")
+    message = str(raised.value)
     assert "\n" not in message and len(message) < 700
     assert not expects or "expected" in message or "run the command again" in message
     return message
@@ -506,7 +507,8 @@ def twice(folder: Path) -> None:
 def index(**changes):
     def change(unet: Path) -> None:
         path = unet / "diffusion_pytorch_model.safetensors.index.json"
-        path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}))
+        entries = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in entries.items() if v is not None}))
     return sharded(change)
 
 
@@ -758,8 +760,10 @@ METADATA = {
     "config cut": lambda m: m | dict(config=m["config"][:50]), "config a list": lambda m: m | dict(config="[]"),
     "config null": lambda m: m | dict(config="null"), "config deep": lambda m: m | dict(config="[" * 100_000),
     "no generator": config_with(generator=None), "a generator of words": config_with(generator="small"),
-    "an option of tomorrow": generator_with(wings=2), "a rank in words": generator_with(lora_rank_unet="eight"),
-    "a rank of 0": generator_with(lora_rank_vae=0, train="lora"), "a rank of -1": generator_with(lora_rank_vae=-1),
+    "an option of tomorrow": generator_with(wings=2),
+    "a rank in words": generator_with(lora_rank_unet="eight", train="lora"),
+    "a rank of 0": generator_with(lora_rank_vae=0, train="lora"),
+    "a rank of -1": generator_with(lora_rank_vae=-1, train="lora"),
     "targets of nothing": generator_with(unet_targets=["wings"], train="lora"), "no prompts": without("prompts"),
     "prompts cut": lambda m: m | dict(prompts='["a'), "prompts a number": lambda m: m | dict(prompts="3"),
     "no base": without("base"),
@@ -777,8 +781,6 @@ METADATA_OF_ALL = {
 @pytest.mark.parametrize("change", METADATA.values(), ids=METADATA.keys())
 def test_a_checkpoint_with_broken_metadata_is_refused_in_one_line(checkpoint, tmp_path, change):
     target = tmp_path / "model.safetensors"
-    if checkpoint.parent.name.startswith("all") and change in (METADATA["a rank in words"], METADATA["a rank of -1"]):
-        return  # nobody asks for it
     message = refusal(lambda: load_generator(remade(checkpoint, target, change)))
     assert str(target) in message
 
