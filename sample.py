@@ -6,12 +6,11 @@
     python sample.py --checkpoint edge_to_image --input photo.jpg --preprocess canny "a cat" --output cat.png
     python sample.py --checkpoint runs/NAME --input FOLDER --output FOLDER2
 
-Noise is drawn on the CPU, picture i with its own generator of seed + i (all files of an input folder use the same seed):
-the same seed gives the same picture on every device, in every batch. Paths of what was written go to stdout.
+Noise is drawn on the CPU, picture i with its own generator of seed + i (all files of an input folder use the same
+seed): the same seed gives the same picture on every device, in every batch. Paths of what was written go to stdout.
 """
 
 import argparse
-import json
 import pathlib
 from collections.abc import Iterator
 from importlib import metadata
@@ -27,6 +26,9 @@ from models import diffusion, weights
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16,
           "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
+# What has a meaning for one of the two uses alone.
+OF_A_PROMPT = ("n", "steps", "sampler", "guidance", "negative", "size")
+OF_A_CHECKPOINT = ("r", "strength", "skip_scale", "preprocess", "low_threshold", "high_threshold")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw; a checkpoint trained with one caption needs none")
-    add("--base", help="a diffusers folder, a Hub id, or tiny, sd-turbo, sd15, sd21 [sd-turbo, or the checkpoint's own]")
+    add("--base", help=f"a diffusers folder, a Hub id, or {', '.join(weights.BASES)} [sd-turbo; the checkpoint's own]")
     add("--checkpoint", help="a trained translator: model.safetensors, a run's folder, an official .pkl or its name: "
         + ", ".join(weights.CHECKPOINTS))
     add("--input", type=pathlib.Path, help="a picture or a folder of pictures to translate")
@@ -57,15 +59,46 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="float32", help="of the networks")
     args = training.parse_args(parser, argv)
     if (args.checkpoint is None) != (args.input is None):
-        raise ValueError("--checkpoint and --input belong together: one is the translator, the other what it translates")
+        raise ValueError("--checkpoint and --input belong together; expected a translator and what it translates")
     if args.checkpoint is None and args.prompt is None:
         raise ValueError('nothing to draw: expected a prompt, as in python sample.py "a cat on a sofa"')
+    for name in OF_A_PROMPT if args.checkpoint else OF_A_CHECKPOINT:
+        if getattr(args, name) != parser.get_default(name):
+            where = "with" if args.checkpoint else "without"
+            raise ValueError(f"--{name} has no meaning {where} --checkpoint; leave it out")
     for name, low in [("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)]:
         if getattr(args, name) < low:
             raise ValueError(f"--{name} {getattr(args, name)}: expected {low} or more")
     if args.r is not None and not 0 <= args.r <= 1:
         raise ValueError(f"--r {args.r}: expected a number from 0 to 1")
     return args
+
+
+# ------------------------------------------------------------------------------------------------------- what comes out
+
+
+def is_file(output: pathlib.Path) -> bool:
+    """Whether --output names one picture, not a folder."""
+    if output.suffix.lower() in data.SUFFIXES - {".png"} and not output.is_dir():
+        raise ValueError(f"--output {output}: pictures are written as PNG; expected a name ending in .png, or a folder")
+    return output.suffix.lower() == ".png" and not output.is_dir()
+
+
+def save(picture: Tensor, path: pathlib.Path, args: argparse.Namespace, **facts) -> None:
+    """An 8-bit PNG that says how it was made; its path on stdout."""
+    try:
+        version = metadata.version("one-step-diffusion")
+    except metadata.PackageNotFoundError:
+        version = "source"
+    facts |= {name: getattr(args, name) for name in (OF_A_CHECKPOINT if args.checkpoint else OF_A_PROMPT)}
+    text = PngImagePlugin.PngInfo()
+    for key, value in {"prompt": args.prompt, **facts, "dtype": args.dtype, "version": version}.items():
+        if value is not None:
+            text.add_itxt(key, str(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = data.to_picture(picture.float().cpu())
+    training.write_file(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text))
+    print(path)
 
 
 # ---------------------------------------------------------------------------------------------------- text to picture
@@ -92,7 +125,7 @@ def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple
 
     shape = (base.unet.config.in_channels, size[1] // factor, size[0] // factor)
     noise, generators = draw_noise(seeds, shape)
-    ts = diffusion.lcm_timesteps(schedule, steps) if sampler == "lcm" else diffusion.timesteps(schedule, steps)
+    ts = (diffusion.lcm_timesteps if sampler == "lcm" else diffusion.timesteps)(schedule, steps)
     x = diffusion.start(noise, ts[0], schedule).to(like)
     if sampler == "lcm":
         z = diffusion.lcm(model, x, ts, schedule,
@@ -112,17 +145,17 @@ def parse_size(text: str | None, base: weights.Base) -> tuple[int, int]:
 
 
 def draw(args: argparse.Namespace, device: torch.device) -> None:
-    base = weights.load_base(args.base or "sd-turbo", dtype=DTYPES[args.dtype], device=str(device))
-    size, several = parse_size(args.size, base), args.n > 1
-    output = args.output or pathlib.Path("out" if several else "out.png")
-    if several and output.suffix:
+    output, several = args.output or pathlib.Path("out" if args.n > 1 else "out.png"), args.n > 1
+    one = is_file(output)
+    if one and several:
         raise ValueError(f"--output {output} is one file for {args.n} pictures; expected a folder")
+    base = weights.load_base(args.base or "sd-turbo", dtype=DTYPES[args.dtype], device=str(device))
+    size = parse_size(args.size, base)
     for first in tqdm(range(0, args.n, args.batch), disable=not several, unit="batch"):
         seeds = [args.seed + i for i in range(first, min(first + args.batch, args.n))]
         pictures = text_to_image(base, args.prompt, seeds, size, args.steps, args.sampler, args.guidance, args.negative)
         for picture, seed in zip(pictures, seeds):
-            path = output if output.suffix else output / f"{seed}.png"
-            save(picture, path, dict(prompt=args.prompt, seed=seed, base=base.name, steps=args.steps, guidance=args.guidance))
+            save(picture, output if one else output / f"{seed}.png", args, seed=seed, base=base.name)
 
 
 # ------------------------------------------------------------------------------------------------- picture to picture
@@ -161,48 +194,44 @@ def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], conte
     return model.generator(x, context.expand(len(x), -1, -1), r, noise, skip_scale)[:, :, :H, :W]
 
 
-def translate(args: argparse.Namespace, device: torch.device) -> None:
-    whole_folder = args.input.is_dir()
-    paths = sorted(p for p in args.input.iterdir() if p.suffix.lower() in data.SUFFIXES) if whole_folder else [args.input]
-    if not paths:
-        raise ValueError(f"--input {args.input} holds no picture; expected files ending in {', '.join(sorted(data.SUFFIXES))}")
-    if not whole_folder:
+def plan(args: argparse.Namespace) -> dict[pathlib.Path, pathlib.Path]:
+    """Input pictures, and where each one's translation goes."""
+    if not args.input.is_dir():
         data.open_picture(args.input)  # a bad file is known before the networks are loaded
-    output = args.output or pathlib.Path("out" if whole_folder else "out.png")
-    if whole_folder and (output.suffix or output.resolve() == args.input.resolve()):
-        raise ValueError(f"--output {output} for a folder of pictures; expected another folder")
-    if output.exists() and output.resolve() == args.input.resolve():
-        raise ValueError(f"--output {output} is the input; expected another name")
+        output = args.output or pathlib.Path("out.png")
+        targets = {args.input: output if is_file(output) else output / f"{args.input.stem}.png"}
+    else:
+        paths = sorted(p for p in args.input.iterdir() if p.suffix.lower() in data.SUFFIXES and p.name[0] != ".")
+        if not paths:
+            raise ValueError(f"--input {args.input} holds no picture; expected files ending in"
+                             f" {', '.join(sorted(data.SUFFIXES))}")
+        output = args.output or pathlib.Path("out")
+        if is_file(output):
+            raise ValueError(f"--output {output} is one file for a folder of pictures; expected a folder")
+        stems = [p.stem for p in paths]  # of a.jpg and a.png neither may overwrite the other
+        targets = {p: output / f"{p.stem if stems.count(p.stem) == 1 else p.name}.png" for p in paths}
+    inputs = {path.resolve() for path in targets}
+    if over := next((target for target in targets.values() if target.resolve() in inputs), None):
+        raise ValueError(f"--output would write over the input {over}; expected another name or folder")
+    return targets
 
+
+def translate(args: argparse.Namespace, device: torch.device) -> None:
+    targets, problems = plan(args), []
     model = weights.load_generator(args.checkpoint, args.base, DTYPES[args.dtype], str(device), args.r, args.strength)
-    prompt = args.prompt if args.prompt is not None else model.prompts[0] if len(model.prompts) == 1 else None
-    if prompt is None:
-        raise ValueError(f'{args.checkpoint} was trained with captions of its own; expected a prompt: --input {args.input} "..."')
+    if args.prompt is None and len(model.prompts) == 1:
+        args.prompt = model.prompts[0]
+    if args.prompt is None:
+        raise ValueError(f'{args.checkpoint} was trained with many captions; expected one: --input {args.input} "..."')
+    args.r = model.r
     with torch.inference_mode():
-        context = model.text_encoder(model.tokenizer(prompt).to(device))
-    problems: list[str] = []
-    for group, pictures in tqdm(read_batches(paths, args, problems), disable=not whole_folder, unit="batch"):
+        context = model.text_encoder(model.tokenizer(args.prompt).to(device))
+    for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1, unit="batch"):
         made = translate_pictures(model, pictures, context, args.seed, model.r, args.skip_scale)
-        for path, picture in zip(group, made):
-            save(picture, output / f"{path.stem}.png" if whole_folder or not output.suffix else output,
-                 dict(prompt=prompt, seed=args.seed, checkpoint=str(args.checkpoint), r=model.r))
+        for path, picture in zip(paths, made):
+            save(picture, targets[path], args, seed=args.seed, base=model.base, checkpoint=args.checkpoint)
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def save(picture: Tensor, path: pathlib.Path, facts: dict) -> None:
-    """An 8-bit PNG that says how it was made; its path on stdout."""
-    text = PngImagePlugin.PngInfo()
-    try:
-        version = metadata.version("one-step-diffusion")
-    except metadata.PackageNotFoundError:
-        version = "source"
-    for key, value in {**facts, "version": version}.items():
-        text.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = data.to_picture(picture.float().cpu())
-    training.write_file(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text))
-    print(path)
 
 
 def main() -> None:

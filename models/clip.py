@@ -1,4 +1,5 @@
-"""CLIP's text encoder and tokenizer, as Stable Diffusion uses them: prompts in, a context [B, 77, C] out.
+"""CLIP's text encoder and tokenizer, as Stable Diffusion uses them: prompts in, a context [B, 77, C] out. Below them
+its image encoder, which judges pictures and their captions.
 
 One class for CLIP ViT-L (SD 1.x), OpenCLIP ViT-H (SD 2.x, SD-Turbo) and small ones, told apart by `config.json`.
 Module names are those of `transformers`' `CLIPTextModel`. Source: Radford et al. 2021. """
@@ -92,8 +93,8 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
         self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-        for embedding in (self.token_embedding, self.position_embedding):  # CLIP's own: small beside what attention adds,
-            nn.init.normal_(embedding.weight, std=0.02)  # so that every position soon tells of the whole prompt
+        for embedding in (self.token_embedding, self.position_embedding):  # CLIP's own start, small beside what
+            nn.init.normal_(embedding.weight, std=0.02)  # attention adds: every position soon tells of the whole prompt
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
@@ -177,3 +178,123 @@ def clip_pieces(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Pieces:
     pieces.decoder = decoders.ByteLevel()
     pieces.add_special_tokens([token for token in ("<|startoftext|>", end) if token in vocab])
     return pieces
+
+
+# ------------------------------------------------------------------------------------------------ pictures and captions
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class VisionConfig:
+    """CLIP ViT-B/32's picture side."""
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    projection_dim: int = 512
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+VISION_B32 = VisionConfig()
+TEXT_B32 = TextConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+                      hidden_act="quick_gelu")
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1] -> as CLIP was trained: in [0, 1], less the mean, over the deviation."""
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return (x * 0.5 + 0.5 - mean) / std
+
+
+def prepare(x: Tensor, size: int = 224) -> Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1] -> pixels [B, 3, size, size] for the loss: normalised, then stretched bilinearly
+    without antialiasing, as img2img-turbo's paired trainer does. Gradients flow."""
+    return F.interpolate(normalise(x), (size, size), mode="bilinear", align_corners=False)
+
+
+class VisionEmbeddings(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(c.hidden_size))
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
+        self.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, N - 1, C]
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.embeddings = VisionEmbeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # spelt as in the files
+        sizes = c.hidden_size, c.intermediate_size, c.num_attention_heads
+        self.encoder = Encoder([Layer(*sizes, c.hidden_act, c.layer_norm_eps) for _ in range(c.num_hidden_layers)])
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+
+class ImageEncoder(nn.Module):
+    """Module names are those of `transformers`' `CLIPVisionModelWithProjection`."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTransformer(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, 224, 224] -> embeddings [B, 512], not of length one."""
+        return self.levels(pixels, ())[0]
+
+    def levels(self, pixels: Tensor, after: tuple[int, ...]) -> list[Tensor]:
+        """The patches' tokens after each layer numbered in `after`, from 1, as maps [B, 768, 7, 7]; last the
+        embedding [B, 512]."""
+        v, side = self.vision_model, self.config.image_size
+        if pixels.shape[2:] != (side, side):
+            raise ValueError(f"CLIP takes pixels of {side}x{side}, not of {pixels.shape[3]}x{pixels.shape[2]}")
+        h, maps = v.pre_layrnorm(v.embeddings(pixels)), []
+        for i, layer in enumerate(v.encoder.layers, 1):
+            h = layer(h, causal=False)
+            if i in after:
+                maps.append(h[:, 1:].transpose(1, 2).unflatten(2, (side // self.config.patch_size, -1)))
+        return [*maps, self.visual_projection(v.post_layernorm(h[:, 0]))]
+
+
+class CLIP(nn.Module):
+    """Both encoders and the space [B, 512] in which a picture lies near its caption."""
+
+    def __init__(self, vision: VisionConfig, text: TextConfig):
+        super().__init__()
+        self.image = ImageEncoder(vision)
+        self.text = TextEncoder(text)
+        self.text_projection = nn.Linear(text.hidden_size, vision.projection_dim, bias=False)
+
+    def embed_captions(self, ids: Tensor) -> Tensor:
+        """Token ids [B, 77] -> [B, 512]."""
+        return self.text_projection(self.text.pooled(ids))
+
+    def similarity(self, x: Tensor, captions: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1], embedded captions [B, 512] -> cosine [B] of each picture with its own."""
+        return F.cosine_similarity(self.image(prepare(x, self.image.config.image_size)), captions)
+
+
+def from_state_dict(tensors: dict[str, Tensor], vision: VisionConfig = VISION_B32, text: TextConfig = TEXT_B32) -> CLIP:
+    """CLIP, frozen, made of the tensors of a Hub file (`openai/clip-vit-base-patch32`), in their type."""
+    with torch.device("meta"):
+        network = CLIP(vision, text)
+    # Left out are the temperature of CLIP's training, and 0 1 2 ...
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(("logit_scale", ".position_ids"))}
+    ours = {name.removeprefix("image.").removeprefix("text."): name for name in network.state_dict()}
+    expected = {name: network.state_dict()[ours[name]] for name in ours}
+    for name in sorted(expected.keys() | tensors.keys()):
+        found, wanted = (list(d[name].shape) if name in d else "absent" for d in (tensors, expected))
+        if found != wanted:
+            raise ValueError(f"CLIP's weights: {name} is {found}, expected {wanted}; take openai/clip-vit-base-patch32")
+    network.load_state_dict({ours[name]: t for name, t in tensors.items()}, assign=True)
+    return network.eval().requires_grad_(False)

@@ -1,4 +1,5 @@
-"""What tells real pictures from made ones: the patch discriminator, which needs no download.
+"""What tells real pictures from made ones: the patch discriminator, which needs no download, and the vision-aided one,
+which looks through a frozen CLIP.
 
 Weights are spectrally normalised (Miyato et al. 2018): divided by their largest singular value, which a power
 iteration follows. The iteration is not hidden in the forward pass: `spectral_step` takes one, once an optimizer step,
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
+
+from models import clip
 
 
 class PatchDiscriminator(nn.Module):
@@ -29,8 +32,8 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) < 24:
-            raise ValueError(f"pictures of {x.shape[3]}x{x.shape[2]} are too small for the patch discriminator; expected 24"
-                             " pixels a side or more, or no adversarial loss (--lambda_gan 0)")
+            raise ValueError(f"pictures of {x.shape[3]}x{x.shape[2]} are too small for the patch discriminator;"
+                             " expected 24 pixels a side or more, or no adversarial loss (--lambda_gan 0)")
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)
         return self.last(x)
@@ -44,3 +47,110 @@ def spectral_step(discriminator: nn.Module) -> None:
             module.parametrizations.train()
             module.weight  # noqa: B018  computing it in training mode takes the step
             module.parametrizations.eval()
+
+
+DRAWS = ("brightness", "saturation", "contrast", "shift_y", "shift_x", "cut_y", "cut_x")
+
+
+def draw_augmentation(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The chances of `diff_augment` for n pictures, whatever their size: of each kind n numbers in [0, 1)."""
+    return dict(zip(DRAWS, torch.rand(n, len(DRAWS), generator=generator).unbind(1)))
+
+
+def shift(x: Tensor, by: Tensor, dim: int) -> Tensor:
+    """Picture i moved by `by[i]` pixels up (dim 2) or left (dim 3); what comes in is 0."""
+    shape, n = [1, 1, 1, 1], x.shape[dim]
+    shape[0], shape[dim] = len(x), n
+    source = torch.arange(n, device=x.device) + by[:, None]  # [B, n]
+    inside = (source >= 0) & (source < n)
+    return torch.take_along_dim(x, source.clamp(0, n - 1).view(shape), dim) * inside.view(shape)
+
+
+def diff_augment(x: Tensor, draws: dict[str, Tensor]) -> Tensor:
+    """Pictures [B, 3, H, W] in [-1, 1] with another brightness, saturation and contrast, shifted by up to 1/8 of each
+    side, with a grey hole of half of each side (less at the border). Gradients flow. Source: Zhao et al. 2020,
+    "Differentiable Augmentation for Data-Efficient GAN Training"; the policy color,translation,cutout."""
+    brightness, saturation, contrast = (draws[name].to(x).view(-1, 1, 1, 1) for name in DRAWS[:3])
+    x = x + (brightness - 0.5)
+    grey = x.mean(1, keepdim=True)
+    x = (x - grey) * (2 * saturation) + grey
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * (contrast + 0.5) + mean
+
+    def integer(name: str, low: int, high: int) -> Tensor:  # uniform over low, ..., high; in float64 it is never more
+        return (draws[name].to(x.device, torch.float64) * (high - low + 1)).floor().long() + low
+
+    hole = []
+    for axis, dim in (("y", 2), ("x", 3)):
+        n = x.shape[dim]
+        reach, cut = int(n / 8 + 0.5), int(n / 2 + 0.5)
+        x = shift(x, integer(f"shift_{axis}", -reach, reach), dim)
+        start = integer(f"cut_{axis}", 0, n - cut % 2) - cut // 2
+        offset = torch.arange(n, device=x.device) - start[:, None]  # [B, n]
+        hole.append((offset >= 0) & (offset < cut))
+    return x * ~(hole[0][:, None, :, None] & hole[1][:, None, None, :])
+
+
+def blur(x: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, C, h - 1, w - 1]: the binomial 1 3 3 1 in both directions, zeros around."""
+    kernel = x.new_tensor([1, 3, 3, 1]) / 8
+    kernel = (kernel[:, None] * kernel).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(x, kernel, padding=1, groups=x.shape[1])
+
+
+class MapHead(nn.Module):
+    """Feature map [B, C, 7, 7] -> logits [B, 1, 3, 3]."""
+
+    def __init__(self, c_in: int, c: int):
+        super().__init__()
+        self.conv = spectral_norm(nn.Conv2d(c_in, c, 3, padding=1))
+        self.last = spectral_norm(nn.Conv2d(c, 1, 1, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(blur(F.leaky_relu(self.conv(x), 0.2)))
+
+
+class VectorHead(nn.Module):
+    """Embedding [B, C] -> logit [B, 1]."""
+
+    def __init__(self, c_in: int, c: int):
+        super().__init__()
+        self.linear = spectral_norm(nn.Linear(c_in, c))
+        self.last = spectral_norm(nn.Linear(c, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.leaky_relu(self.linear(x), 0.2))
+
+
+class VisionAidedDiscriminator(nn.Module):
+    """Pictures [B, 3, H, W] in [-1, 1] -> logits of three levels, [B, 1, 3, 3], [B, 1, 3, 3], [B, 1]: heads on what a
+    frozen CLIP sees after a third and two thirds of its layers, and on its embedding. Source: Kumari et al. 2022,
+    "Ensembling Off-the-shelf Models for GAN Training"; `vision_aided_loss` with `cv_type="clip"`."""
+
+    def __init__(self, vision: clip.ImageEncoder, width: int = 256):
+        super().__init__()
+        # In a tuple it is no submodule: not trained, saved, moved or unfrozen with the heads.
+        self.vision = (vision.eval().requires_grad_(False),)
+        c = vision.config
+        self.after = (c.num_hidden_layers // 3, 2 * c.num_hidden_layers // 3)
+        self.maps = nn.ModuleList([MapHead(c.hidden_size, width) for _ in self.after])
+        self.vector = VectorHead(c.projection_dim, width)
+        self.eval()  # in training mode every forward pass would take a power step of its own
+
+    def train(self, mode: bool = True) -> "VisionAidedDiscriminator":
+        return super().train(False)
+
+    def forward(self, x: Tensor, draws: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """`draws`, of `draw_augmentation`, augment the pictures first."""
+        (vision,) = self.vision
+        x = x if draws is None else diff_augment(x, draws)
+        side = vision.config.image_size
+        pixels = clip.normalise(F.interpolate(x, (side, side), mode="area"))
+        *maps, embedding = vision.levels(pixels.to(vision.visual_projection.weight.dtype), self.after)
+        return [*(head(m.to(x.dtype)) for head, m in zip(self.maps, maps)), self.vector(embedding.to(x.dtype))]
+
+
+def multilevel_bce(logits: list[Tensor], target: float) -> Tensor:
+    """Binary cross-entropy against `target`, mean over a level's positions and pictures, summed over the levels. The
+    target of fakes is 0; of what shall pass as real 1, or 0.8 (`multilevel_sigmoid_s`)."""
+    return sum(F.binary_cross_entropy_with_logits(level, torch.full_like(level, target)) for level in logits)

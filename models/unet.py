@@ -132,8 +132,8 @@ class FeedForward(nn.Module):
 
 @torch.no_grad()
 def start_louder(layer: nn.Module) -> None:
-    """Three times PyTorch's first weights on the caption's way into the picture. With those as they are, another caption
-    changes an untrained network's prediction by 2%, and training from nothing first learns to ignore it."""
+    """Three times PyTorch's first weights on the caption's way into the picture. With those as they are, another
+    caption changes an untrained network's prediction by 2%, and training from nothing first learns to ignore it."""
     layer.weight *= 3
 
 

@@ -1,0 +1,301 @@
+"""T5 v1.1's text encoder and tokenizer, as PixArt uses them: captions in, a context [B, 120, C] and a mask out.
+
+Module names are those of `transformers`' `T5EncoderModel` (4096 wide and 24 layers in PixArt), so its state dictionary
+loads as it is; `encoder.embed_tokens.weight`, which some files add, is `shared.weight` again. Source: Raffel et al.
+2020, and Shazeer 2020 for the gate. """
+
+import base64
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer as Pieces
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+FIXED = dict(model_type="t5", feed_forward_proj="gated-gelu", dense_act_fn="gelu_new", is_gated_act=True,
+             is_decoder=False)
+
+
+@dataclass
+class T5Config:
+    """The defaults are those of `transformers`, whose files leave out what equals them."""
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64  # the width of one head
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets < 4 or buckets % 2 or distance <= buckets // 4:
+            raise ValueError(f"the text encoder has {buckets} relative positions up to a distance of {distance};"
+                             " expected an even number from 4 and a distance of more than a quarter of it")
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, c: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(c))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)).to(self.weight.dtype)
+
+
+def position_buckets(n: int, buckets: int, max_distance: int, device: torch.device | None = None) -> Tensor:
+    """[n, n]: for row (query) i and column (key) j, which of the learned biases stands for the distance j - i. Half of
+    the buckets are for each direction; in each, half are single distances and half grow logarithmically up to
+    `max_distance`, beyond which all share the last."""
+    position = torch.arange(n, device=device)
+    distance, buckets = position - position[:, None], buckets // 2
+    far, exact = distance.abs(), buckets // 2
+    logarithmic = exact + (torch.log(far.float() / exact) / math.log(max_distance / exact) * (buckets - exact)).long()
+    return torch.where(distance > 0, buckets, 0) + torch.where(far < exact, far, logarithmic.clamp(max=buckets - 1))
+
+
+class Attention(nn.Module):
+    """Heads of their own width; the scores are not scaled: T5's initial weights do that."""
+
+    def __init__(self, c: int, heads: int, c_head: int, buckets: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(c, heads * c_head, bias=False) for _ in range(3))
+        self.o = nn.Linear(heads * c_head, c, bias=False)
+        self.relative_attention_bias = nn.Embedding(buckets, heads) if buckets else None  # in block 0, for all
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)  # [B, heads, N, c_head]
+        return self.o(h.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c: int, c_hidden: int):
+        super().__init__()
+        self.wi_0, self.wi_1 = nn.Linear(c, c_hidden, bias=False), nn.Linear(c, c_hidden, bias=False)
+        self.wo = nn.Linear(c_hidden, c, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        if h.dtype == torch.float16:  # the trained model's sums here exceed 65504: from here on the stream is float32
+            return F.linear(h.float(), self.wo.weight.float())
+        return self.wo(h)
+
+
+class Block(nn.Module):
+    def __init__(self, c: T5Config, first: bool):
+        super().__init__()
+        buckets = c.relative_attention_num_buckets if first else 0
+        self.layer = nn.ModuleList([
+            nn.ModuleDict(dict(SelfAttention=Attention(c.d_model, c.num_heads, c.d_kv, buckets),
+                               layer_norm=RMSNorm(c.d_model, c.layer_norm_epsilon))),
+            nn.ModuleDict(dict(DenseReluDense=FeedForward(c.d_model, c.d_ff),
+                               layer_norm=RMSNorm(c.d_model, c.layer_norm_epsilon)))])
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        attention, feed_forward = self.layer
+        x = x + attention["SelfAttention"](attention["layer_norm"](x), bias)
+        return x + feed_forward["DenseReluDense"](feed_forward["layer_norm"](x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: T5Config):
+        super().__init__()
+        self.block = nn.ModuleList([Block(c, i == 0) for i in range(c.num_layers)])
+        self.final_layer_norm = RMSNorm(c.d_model, c.layer_norm_epsilon)
+
+    def forward(self, x: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
+        bias = self.block[0].layer[0]["SelfAttention"].relative_attention_bias(buckets).permute(2, 0, 1)
+        bias = bias[None].masked_fill(mask[:, None, None] == 0, torch.finfo(bias.dtype).min)  # [B, heads, N, N]
+        for block in self.block:
+            x = block(x, bias)
+        return self.final_layer_norm(x)
+
+
+class T5Encoder(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Encoder(config)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids [B, N] of any length and their mask [B, N], 0 where there is padding -> context [B, N, C]. The
+        padding's own rows are filled too; who reads them must be given the mask."""
+        c = self.config
+        buckets = position_buckets(ids.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance,
+                                   ids.device)
+        return self.encoder(self.shared(ids), buckets, mask)
+
+
+def clean(text: str) -> str:
+    """A caption as the PixArt pipeline of `diffusers` gives it to the tokenizer where bs4 and ftfy are not installed;
+    with them it also removes links, addresses, markup and doubled punctuation, which are left in here."""
+    return text.lower().strip()
+
+
+class T5Tokenizer:
+    """Captions to ids [B, length] and their mask [B, length]: pieces, `</s>`, padding (id 0 in T5), which the mask
+    marks with 0. A longer text loses its end, not its `</s>`. `pieces`: of `pieces_from_spiece` or `pieces_from_json`;
+    120 is PixArt's length."""
+
+    def __init__(self, pieces: Pieces, length: int = 120):
+        self.pieces, self.length = pieces, length
+        self.pad, self.end = pieces.token_to_id("<pad>"), pieces.token_to_id("</s>")
+        if self.pad is None or self.end is None:
+            raise ValueError(f"the tokenizer has no piece {'<pad>' if self.pad is None else '</s>'};"
+                             " expected one of T5, which has both")
+
+    def __call__(self, texts: str | list[str]) -> tuple[Tensor, Tensor]:
+        texts, ids, mask = [texts] if isinstance(texts, str) else texts, [], []
+        for encoding in self.pieces.encode_batch(texts, add_special_tokens=False):
+            row = [*encoding.ids[:self.length - 1], self.end]
+            ids.append(row + [self.pad] * (self.length - len(row)))
+            mask.append([1] * len(row) + [0] * (self.length - len(row)))
+        return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
+
+    def to_json(self) -> str:
+        return json.dumps(dict(pieces=self.pieces.to_str(), length=self.length))
+
+    @classmethod
+    def from_json(cls, text: str) -> "T5Tokenizer":
+        saved = json.loads(text)
+        return cls(pieces_from_json(saved["pieces"]), saved["length"])
+
+
+def t5_pieces(vocab: list[tuple[str, float]], unknown: int, charsmap: bytes, special: list[str]) -> Pieces:
+    """The unigram model as `transformers` builds it: pieces with their log probabilities, the id of the unknown one,
+    sentencepiece's table of characters to replace, and the pieces that stand for themselves wherever they are."""
+    if not 0 <= unknown < len(vocab):
+        raise ValueError(f"the unknown piece is {unknown} of {len(vocab)}")
+    for i, (piece, score) in enumerate(vocab):
+        if not 0 < len(piece) <= 1000 or not math.isfinite(score):
+            raise ValueError(f"piece {i} has {len(piece)} characters and the score {score}")
+    pieces = Pieces(models.Unigram(vocab, unk_id=unknown, byte_fallback=False))
+    if charsmap:
+        check_charsmap(charsmap)
+        pieces.normalizer = normalizers.Precompiled(charsmap)
+    words = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    pieces.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), words])
+    pieces.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    pieces.add_special_tokens(special)
+    return pieces
+
+
+def check_charsmap(data: bytes) -> None:
+    """The table is a double-array trie, its size in bytes before it, then the texts that its leaves point into. The
+    library that reads it trusts every offset, so that a damaged one would stop the process: all are checked here."""
+    size = int.from_bytes(data[:4], "little")
+    if not size or size % 1024 or size >= len(data) - 4:
+        raise ValueError(f"the table of characters has {len(data)} bytes and a trie of {size}")
+    data[4 + size:].decode()
+    trie = np.frombuffer(data, "<u4", size // 4, offset=4).astype(np.int64)
+    texts = np.frombuffer(data, np.uint8, offset=4 + size)
+    nodes = np.flatnonzero(trie < 1 << 31)  # the others are leaves, reached from a node alone
+    children = nodes ^ (trie[nodes] >> 10 << ((trie[nodes] & 512) >> 6))
+    if nodes[:1].tolist() != [0] or children.max() >= len(trie):  # blocks of 256: with its start, a node's whole family
+        raise ValueError("the table of characters points outside its trie")
+    leaves = trie[children[(trie[nodes] & 256) > 0]] & ((1 << 31) - 1)
+    if leaves.max(initial=0) >= len(texts) or (texts[leaves] & 0xc0 == 0x80).any():
+        raise ValueError("the table of characters points outside its texts")
+
+
+def pieces_from_json(text: str) -> Pieces:
+    """From the text of a T5 `tokenizer.json`: its vocabulary, table of characters and special pieces. How they are
+    put together is T5's way, whatever else the file says: so does `transformers`."""
+    try:
+        file = json.loads(text)
+        kind, vocab, normalizer = file["model"]["type"], file["model"]["vocab"], file.get("normalizer") or {}
+        if kind != "Unigram":
+            raise ValueError(f"a model of the type {kind}, not Unigram")
+        steps = [step.get("precompiled_charsmap") for step in [normalizer, *normalizer.get("normalizers", [])]]
+        charsmap = base64.b64decode(next(filter(None, steps), ""), validate=True)
+        special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+        pieces = t5_pieces([(str(piece), float(score)) for piece, score in vocab], file["model"]["unk_id"], charsmap,
+                           list(special))
+        if wrong := next((name for name, i in special.items() if pieces.token_to_id(name) != i), None):
+            raise ValueError(f"its piece {wrong} is number {pieces.token_to_id(wrong)}, not {special[wrong]}")
+    except Exception as error:  # whatever it holds in place of what was expected
+        raise ValueError(f"this is no tokenizer.json of T5 ({type(error).__name__}: {error})") from error
+    return pieces
+
+
+# What is read of a `spiece.model`: in each protobuf message the numbers, names and types of the fields. Source:
+# sentencepiece_model.proto of google/sentencepiece.
+MODEL = {1: ("piece", bytes), 2: ("trainer", bytes), 3: ("normalizer", bytes)}
+PIECE = {1: ("text", bytes), 2: ("score", float), 3: ("type", int)}
+TRAINER = {3: ("model_type", int), 24: ("treat_whitespace_as_suffix", int), 35: ("byte_fallback", int)}
+NORMALIZER = {2: ("charsmap", bytes), 3: ("add_dummy_prefix", int), 4: ("remove_extra_whitespaces", int),
+              5: ("escape_whitespaces", int)}
+# What sentencepiece takes for an absent option, and the only values that T5 has and this file builds.
+OPTIONS = dict(model_type=1, treat_whitespace_as_suffix=0, byte_fallback=0, add_dummy_prefix=1,
+               remove_extra_whitespaces=1, escape_whitespaces=1)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces
+
+
+def read_varint(data: bytes, i: int) -> tuple[int, int]:
+    """The number at byte i, seven bits a byte, and where the next byte is."""
+    value = 0
+    for k in range(10):
+        if i + k >= len(data):
+            raise ValueError("it ends in the middle of a number")
+        value |= (data[i + k] & 127) << 7 * k
+        if data[i + k] < 128:
+            return value, i + k + 1
+    raise ValueError(f"no number ends within ten bytes of byte {i}")
+
+
+def read_message(data: bytes, known: dict[int, tuple[str, type]]) -> Iterator[tuple[str, int | float | bytes]]:
+    """Names and values of a protobuf message's known fields, in their order."""
+    i = 0
+    while i < len(data):
+        tag, i = read_varint(data, i)
+        number, wire = tag >> 3, tag & 7
+        if wire not in (0, 1, 2, 5):
+            raise ValueError(f"byte {i} begins a field of the unknown type {wire}")
+        value, i = read_varint(data, i) if wire in (0, 2) else ({1: 8, 5: 4}[wire], i)
+        if wire:  # then the value is the length of what follows
+            if value > len(data) - i:
+                raise ValueError(f"a field of {value} bytes begins {len(data) - i} bytes before the end")
+            value, i = data[i:i + value], i + value
+        if number in known:
+            name, kind = known[number]
+            if kind is not {0: int, 1: None, 2: bytes, 5: float}[wire]:
+                raise ValueError(f"its {name} has the type {wire}")
+            yield name, struct.unpack("<f", value)[0] if kind is float else value
+
+
+def pieces_from_spiece(data: bytes, extra: int = 100) -> Pieces:
+    """From the bytes of T5's `spiece.model`, to which T5 adds `extra` pieces that mark gaps, the last first."""
+    try:
+        vocab, types, found = [], [], {}
+        for name, value in read_message(data, MODEL):
+            if name == "piece":
+                piece = dict(read_message(value, PIECE))
+                vocab.append((piece.get("text", b"").decode(), piece.get("score", 0.0)))
+                types.append(piece.get("type", NORMAL))
+            else:
+                found |= read_message(value, TRAINER if name == "trainer" else NORMALIZER)
+        for name, built in OPTIONS.items():
+            if found.get(name, built) != built:
+                raise ValueError(f"its {name} is {found[name]}, and T5's is {built}")
+        if not {*types} <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED} or types.count(UNKNOWN) != 1:
+            raise ValueError(f"its {len(types)} pieces have the types {sorted({*types})}, unknown (2) {types.count(2)}"
+                             " times; T5's have 1 to 4, and one is unknown")
+        gaps = [f"<extra_id_{i}>" for i in reversed(range(extra))]
+        special = [text for (text, _), kind in zip(vocab, types) if kind != NORMAL]
+        return t5_pieces(vocab + [(gap, 0.0) for gap in gaps], types.index(UNKNOWN), found.get("charsmap", b""),
+                         special + gaps)
+    except ValueError as error:
+        raise ValueError(f"this is no spiece.model of T5 ({error})") from error
