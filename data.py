@@ -267,8 +267,9 @@ class PairedFolder(Dataset):
                              f"of {len(partners)} have none): add the missing pictures or remove these")
         self.pairs = list(partners.items())
         prompts = _read_prompts(Path(folder) / f"{split}_prompts.json")
-        self.captions = [_caption(self.a / a, self.b / b, prompts) for a, b in self.pairs]
-        missing = [a for (a, _), caption in zip(self.pairs, self.captions, strict=True) if caption is None]
+        captions = [_caption(self.a / a, self.b / b, prompts) for a, b in self.pairs]
+        self.captions = [caption or "" for caption in captions]
+        missing = [a for (a, _), caption in zip(self.pairs, captions, strict=True) if caption is None]
         if missing and prompts is not None:
             raise ValueError(f"{split}_prompts.json in {folder} has no caption for '{missing[0]}' ({len(missing)} of "
                              f"{len(self.pairs)} have none): add the entries")
@@ -284,7 +285,7 @@ class PairedFolder(Dataset):
             sizes = " and ".join(f"{w}x{h}" for w, h in (picture.size for picture in pair))
             raise ValueError(f"{self.a / name} and its partner in {self.b.name} are {sizes} pixels: make them equal")
         a, b = self.prepare(pair, None if key is None else np.random.default_rng(key))
-        return dict(input=to_tensor(a), target=to_tensor(b) * 2 - 1, caption=self.captions[index] or "", name=name)
+        return dict(input=to_tensor(a), target=to_tensor(b) * 2 - 1, caption=self.captions[index], name=name)
 
 
 def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0) -> Dataset:

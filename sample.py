@@ -45,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--n", type=int, default=1, help="pictures of the prompt [1]")
     add("--steps", type=int, default=1, help="network evaluations [1]")
     add("--sampler", choices=["ddim", "lcm"], default="ddim")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none [1]")
+    add("--guidance", type=float, default=1.0, help="classifier-free guidance; none up to 1 [1]")
     add("--negative", default="", help="what guidance leads away from")
     add("--size", help="N or WIDTHxHEIGHT of a picture from a prompt [the base's]")
     add("--r", type=float, help="stochastic translators: 1 follows the input, 0 the noise [0.4]")
@@ -118,7 +118,7 @@ def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple
     context = base.text_encoder(base.tokenizer([prompt, negative]).to(like.device))  # [2, 77, C]
 
     def model(x: Tensor, t: int) -> Tensor:
-        if guidance == 1:
+        if guidance <= 1:
             return base.unet(x, t, context[:1].expand(len(x), -1, -1))
         wanted, unwanted = base.unet(torch.cat([x, x]), t, context.repeat_interleave(len(x), dim=0)).chunk(2)
         return unwanted + guidance * (wanted - unwanted)
@@ -186,7 +186,7 @@ def read_batches(paths: list[pathlib.Path], args: argparse.Namespace, problems: 
 @torch.inference_mode()
 def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], context: Tensor, seed: int, r: float | None,
                        skip_scale: float = 1.0) -> Tensor:
-    """Pictures of one size [B, 3, H, W] in [-1, 1], of any H and W: padded to the VAE's factor, translated, cut back."""
+    """Pictures of one size, whatever it is: padded to the VAE's factor, translated, cut back: [B, 3, H, W] in [-1, 1]."""
     like, factor = next(model.generator.parameters()), model.generator.vae.factor
     x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]).to(like), factor)
     shape = (model.generator.unet.config.in_channels, x.shape[2] // factor, x.shape[3] // factor)
@@ -222,11 +222,11 @@ def translate(args: argparse.Namespace, device: torch.device) -> None:
     if args.prompt is None and len(model.prompts) == 1:
         args.prompt = model.prompts[0]
     if args.prompt is None:
-        raise ValueError(f'{args.checkpoint} was trained with many captions; expected one: --input {args.input} "..."')
+        raise ValueError(f'{args.checkpoint} has many captions; expected one: --input {args.input} "..."')
     args.r = model.r
     with torch.inference_mode():
         context = model.text_encoder(model.tokenizer(args.prompt).to(device))
-    for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1, unit="batch"):
+    for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1):
         made = translate_pictures(model, pictures, context, args.seed, model.r, args.skip_scale)
         for path, picture in zip(paths, made):
             save(picture, targets[path], args, seed=args.seed, base=model.base, checkpoint=args.checkpoint)

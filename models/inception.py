@@ -1,7 +1,7 @@
 """The Inception network of the FID, with the weights of 2015: pictures in, 2048 features out.
 
 It differs from torchvision's Inception v3 in three places: the average pools do not count the padding, the last block
-has a max pool in place of one, and there are 1008 classes. 23,851,784 parameters. Module names are torchvision's.
+has a max pool in place of one, and there are 1008 classes. 23,850,960 parameters. Module names are torchvision's.
 Sources: Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision"; `pytorch-fid`; the resizing
 is `clean-fid`'s (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"). """
 

@@ -19,6 +19,8 @@ from models import weights
 from models.lora import LoRAConv2d, LoRALinear, TwinConv2d, set_scale
 from models.pix2pix_turbo import UNET_TARGETS, VAE_TARGETS, Pix2PixTurbo, Pix2PixTurboConfig, from_official
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = dict(VAE, block_out_channels=(8, 12, 16, 16), down_block_types=["DownEncoderBlock2D"] * 4,
              up_block_types=["UpDecoderBlock2D"] * 4)
 SKIPS = [f"skip_conv_{i}" for i in range(1, 5)]

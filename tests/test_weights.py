@@ -24,6 +24,8 @@ from models import weights
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 from models.weights import ROOT, load_base, load_generator, load_tokenizer, save_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PARTS = ("vae", "unet", "text_encoder")
 TOKENIZER = ROOT / "tiny" / "tiny" / "tokenizer"
 UNET = dict(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32, sample_size=8,
@@ -37,6 +39,7 @@ SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.01
 
 def tiny_pipeline(unet: dict = UNET, vae: dict = VAE, scheduler=None, seed: int = 0) -> StableDiffusionPipeline:
     """A whole Stable Diffusion pipeline of the peers, every weight drawn, with the tiny base's vocabulary."""
+    torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     ids = dict(eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=0)
     scheduler = scheduler or DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)

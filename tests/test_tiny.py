@@ -1,0 +1,83 @@
+"""The embedded base and its drawings: what is held out is never shown, the judge is right, the files are the recipe's."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+from models import weights
+from tiny import circles, recipe
+
+
+def test_held_out_combinations_are_never_drawn_in_training():
+    train, test = circles.Circles("train"), circles.Circles("test")
+    seen = {train[(i, (0, i, 0))]["caption"] for i in range(3000)}
+    assert seen == set(train.captions) and not seen & set(test.captions)
+    assert {test[i]["caption"] for i in range(len(test))} == set(test.captions)
+    for role in (0, 1):  # every colour is seen in both roles
+        assert {pair[role] for pair in train.pairs} == set(range(circles.N))
+
+
+def test_a_drawing_follows_its_key_and_nothing_else():
+    a, b = circles.Circles("train", 3), circles.Circles("train", 3)
+    assert torch.equal(a[(5, (1, 2, 3))]["target"], b[(5, (1, 2, 3))]["target"])
+    assert not torch.equal(a[(5, (1, 2, 3))]["target"], a[(5, (1, 2, 4))]["target"])
+    assert not torch.equal(a[(5, (1, 2, 3))]["target"], circles.Circles("train", 4)[(5, (1, 2, 3))]["target"])
+
+
+def test_the_judge_passes_the_truth_and_fails_another_colour():
+    world = circles.Circles("test")
+    indices = list(range(0, len(world), 3))
+    truth = torch.stack([world[i]["target"] for i in indices])
+    assert world.judge(truth, indices) == dict(circle=1, background=1, both=1)
+    assert world.judge(-truth, indices)["both"] == 0
+    # the background of the truth with the outline's inside left as it was: the background is right, the circle is not
+    outside = truth.clone()
+    for row, index in enumerate(indices):
+        outside[row] = truth[row, :, :1, :1]
+    assert world.judge(outside, indices) == dict(circle=0, background=1, both=0)
+
+
+def test_the_outline_lies_on_the_circle():
+    item = circles.Circles("test")[4]
+    change = (item["target"] - item["target"][:, :1, :1]).abs().sum(0) > 0.1  # the circle's area
+    edge = item["input"].mean(0) > 0.5
+    assert edge.any() and (change & edge).sum() >= 0.4 * edge.sum() and not edge[0].any()
+
+
+def test_a_written_folder_is_in_the_paired_layout(tmp_path):
+    subprocess.run([sys.executable, "-m", "tiny.circles", tmp_path / "out", "--n", "20", "--size", "48"], check=True)
+    pairs = data.PairedFolder(tmp_path / "out", "train", "no_resize")
+    assert len(pairs) == 20 and pairs[3]["target"].shape == (3, 48, 48) and "circle with" in pairs[3]["caption"]
+    assert len(data.PairedFolder(tmp_path / "out", "test", "no_resize")) == 2
+
+
+def test_the_tokenizer_in_the_tree_is_the_recipes(tmp_path):
+    recipe.write_tokenizer(tmp_path)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (recipe.HERE / "tiny" / "tokenizer" / path.name).read_bytes(), path.name
+    tokenizer = weights.load_tokenizer("tiny")
+    words = tokenizer.pieces.encode(" ".join(dict.fromkeys(recipe.WORDS)), add_special_tokens=False).ids
+    assert len(words) == len(dict.fromkeys(recipe.WORDS))
+
+
+def test_the_tiny_base_is_drawn_from_its_seed():
+    a, b, c = (weights.load_base("tiny", ("unet",), seed=seed).unet.conv_out.weight for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_an_untrained_tiny_base_hears_its_caption():
+    """Another caption changes the untrained prediction by more than a tenth of its size: training can begin with it."""
+    base = weights.load_base("tiny")
+    texts = base.text_encoder(base.tokenizer(circles.Circles("test").captions))
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(len(texts), -1, -1, -1)
+    with torch.no_grad():
+        prediction = base.unet(z, 999, texts)
+    assert prediction.std(0).mean() > 0.1 * prediction.std()
+
+
+@pytest.mark.parametrize("name", ["drawn:circles"])
+def test_drawn_worlds_are_reached_by_name(name):
+    assert len(data.open_paired(name, "test", "no_resize")) > 0
