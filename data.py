@@ -288,6 +288,51 @@ class PairedFolder(Dataset):
         return dict(input=to_tensor(a), target=to_tensor(b) * 2 - 1, caption=self.captions[index], name=name)
 
 
+class UnpairedFolder(Dataset):
+    """The pictures of two domains; item i, or (i, key), is the i-th of A with one of B, drawn from the key (the i-th
+    without one): a, b [3, H, W] in [-1, 1], name_a, name_b. `prompts` are the two fixed captions, of A and of B.
+
+    ValueError, one sentence: at construction on a missing or empty folder or prompt, at an item on an unreadable
+    picture."""
+
+    def __init__(self, folder: str | Path, split: str, prep: str):
+        self.sides, self.prepare = [Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"], prepare(prep)
+        for path in (Path(folder), *self.sides):
+            if not path.is_dir():
+                raise ValueError(f"{path} is not a folder: expected a data set with {split}_A and {split}_B inside")
+        self.names = [_pictures(side) for side in self.sides]
+        for side, names in zip(self.sides, self.names):
+            if not names:
+                raise ValueError(f"{side} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
+        files = [Path(folder) / f"fixed_prompt_{domain}.txt" for domain in "ab"]
+        if missing := next((file for file in files if not file.is_file()), None):
+            raise ValueError(f"{missing} is missing: expected one line, the caption of all pictures of that domain")
+        self.prompts = tuple(_read_text(file).strip() for file in files)
+
+    def __len__(self) -> int:
+        return max(map(len, self.names))
+
+    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
+        index, key = item if isinstance(item, tuple) else (item, None)
+        rng = None if key is None else np.random.default_rng(key)
+        other = index if rng is None else int(rng.integers(len(self.names[1])))
+        names = [names[i % len(names)] for names, i in zip(self.names, (index, other))]
+        a, b = (to_tensor(self.prepare([open_picture(side / name)], rng)[0]) * 2 - 1
+                for side, name in zip(self.sides, names))
+        return dict(a=a, b=b, name_a=names[0], name_b=names[1])
+
+
+def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0) -> Dataset:
+    """A folder of two domains, or the built-in drawings drawn:day2night and drawn:clear2rain (no use for prep)."""
+    kind, colon, name = str(folder).partition(":")
+    if not (kind == "drawn" and colon):
+        return UnpairedFolder(folder, split, prep)
+    if name in ("day2night", "clear2rain"):
+        from tiny.scenes import Unpaired
+        return Unpaired(name, split, seed)
+    raise ValueError(f"there are no unpaired drawings '{name}': known are drawn:day2night and drawn:clear2rain")
+
+
 def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0) -> Dataset:
     """A folder of pairs, or the built-in drawings of a name such as drawn:circles (these have no use for prep)."""
     kind, colon, name = str(folder).partition(":")
@@ -313,9 +358,10 @@ def _steps(length: int, batch: int, seed: int, start: int, end: int | None, rows
 
 
 def _collate(items: list[dict]) -> dict:
+    picture, name = ("input", "name") if "input" in items[0] else ("a", "name_a")
     for item in items:
-        if item["input"].shape != items[0]["input"].shape:
-            raise ValueError(f"'{items[0]['name']}' and '{item['name']}' differ in size, expected one size a batch: "
+        if item[picture].shape != items[0][picture].shape:
+            raise ValueError(f"'{items[0][name]}' and '{item[name]}' differ in size, expected one size a batch: "
                              "choose a preparation that makes them equal, or a batch size of 1")
     return default_collate(items)
 

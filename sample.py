@@ -186,7 +186,7 @@ def read_batches(paths: list[pathlib.Path], args: argparse.Namespace, problems: 
 @torch.inference_mode()
 def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], context: Tensor, seed: int, r: float | None,
                        skip_scale: float = 1.0) -> Tensor:
-    """Pictures of one size, whatever it is: padded to the VAE's factor, translated, cut back: [B, 3, H, W] in [-1, 1]."""
+    """Pictures of any one size, padded to the VAE's factor, translated, cut back: [B, 3, H, W] in [-1, 1]."""
     like, factor = next(model.generator.parameters()), model.generator.vae.factor
     x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]).to(like), factor)
     shape = (model.generator.unet.config.in_channels, x.shape[2] // factor, x.shape[3] // factor)

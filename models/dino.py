@@ -82,24 +82,26 @@ class DINO(nn.Module):
         self.blocks = nn.ModuleList([Block(c.width, c.heads) for _ in range(c.depth)])
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
 
-    def positions(self, h: int, w: int) -> Tensor:
-        """[1, 1 + h w, C]: the learned ones, other grids than theirs interpolated bicubically.
+    def positions(self, H: int, W: int) -> Tensor:
+        """Of a picture of H x W pixels, [1, 1 + h w, C]: the learned ones, but interpolated bicubically where it is not a
+        square of their grid.
 
-        The original scales by (h + 0.1) / 28, so that rounding never loses a row, and interpolates by that scale: the
-        samples lie up to 0.1 / h of the way off those of an interpolation to the size h, which `transformers` does. The
-        published evaluation loads the original from torch.hub, so ours is the original's."""
-        side = self.config.side
-        if h == w == side:
+        The original interpolates by the factor (h + 0.1) / 28, so that rounding never loses a row; `transformers` by
+        h / 28. The released evaluation loads the original from torch.hub, so the tenth is here too, and so is that a
+        picture of 224 x 230 is interpolated although its grid is the learned one's."""
+        side, patch = self.config.side, self.config.patch
+        if H == W and H // patch == side:
             return self.pos_embed
         grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, scale_factor=((h + 0.1) / side, (w + 0.1) / side), mode="bicubic")
+        factors = ((H // patch + 0.1) / side, (W // patch + 0.1) / side)
+        grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> tokens [B, 1 + (H / 8) (W / 8), C], the class token first."""
         patches = self.patch_embed.proj(pixels)
         x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
-        return x + self.positions(*patches.shape[2:])
+        return x + self.positions(*pixels.shape[2:])
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> tokens after the last norm."""
@@ -128,7 +130,9 @@ def pillow_weights(n_in: int, n_out: int) -> Tensor:
 
 def prepare(x: Tensor, short: int = 224) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] -> normalised pixels, their short side 224: to the last level what torchvision's
-    `Resize(224), ToTensor(), Normalize(...)` makes of the 8-bit Pillow picture. No gradient flows."""
+    `Resize(224), ToTensor(), Normalize(...)` makes of the 8-bit Pillow picture. No gradient flows. (Pillow 13 goes down
+    before across where a picture is more than twice as high as wide, and differs by a level there; the released
+    figures are older.)"""
     H, W = x.shape[2:]
     h, w = short * H // min(H, W), short * W // min(H, W)
     levels = ((x.detach().cpu().double().clamp(-1, 1) + 1) * 127.5).round()  # on the CPU: not every device has float64

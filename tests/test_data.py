@@ -761,3 +761,37 @@ def test_the_command_without_arguments_prints_its_usage():
     done = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("usage: data.py") and "check" in done.stderr
+
+
+# -------------------- Unpaired folders
+
+@pytest.fixture
+def domains(tmp_path):
+    for side, n in [("A", 5), ("B", 3)]:
+        (tmp_path / f"train_{side}").mkdir()
+        for i in range(n):
+            Image.new("RGB", (20 + i, 18), (10 * i, 100 if side == "A" else 200, 0)).save(
+                tmp_path / f"train_{side}" / f"{side.lower()}{i}.png")
+        (tmp_path / f"fixed_prompt_{side.lower()}.txt").write_text(f"a photo of {side}\n")
+    return tmp_path
+
+
+def test_unpaired_items_come_of_both_domains_and_follow_their_key(domains):
+    pictures = data.UnpairedFolder(domains, "train", "resize_16")
+    assert len(pictures) == 5 and pictures.prompts == ("a photo of A", "a photo of B")
+    item = pictures[4]
+    assert (item["name_a"], item["name_b"]) == ("a4.png", "b1.png")
+    for side, green in [("a", 100), ("b", 200)]:
+        assert item[side].shape == (3, 16, 16) and item[side][1].mean() == pytest.approx(2 * green / 255 - 1)
+    drawn = [[pictures[(0, (7, s, 0))]["name_b"] for s in range(30)] for _ in range(2)]
+    assert set(drawn[0]) == {"b0.png", "b1.png", "b2.png"} and drawn[0] == drawn[1]
+
+
+def test_unpaired_folders_are_refused_by_name(domains):
+    (domains / "fixed_prompt_b.txt").unlink()
+    with pytest.raises(ValueError, match="fixed_prompt_b.txt is missing"):
+        data.UnpairedFolder(domains, "train", "resize_16")
+    with pytest.raises(ValueError, match="test_A is not a folder"):
+        data.UnpairedFolder(domains, "test", "resize_16")
+    with pytest.raises(ValueError, match="drawn:day2night"):
+        data.open_unpaired("drawn:cats", "train", "resize_16")

@@ -1,6 +1,7 @@
 """sample.py draws what the `diffusers` pipelines draw from the same folder and noise, and translates pictures of any
 size; what a user gets wrong is one line, and writes nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_full_size_sd_turbo_draws_what_the_pipeline_draws_in_float32():
                                              for name, t in randomise(peer).state_dict().items()}, assign=True)
     scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
     base.tokenizer = clip.Tokenizer(weights.load_tokenizer("tiny").pieces)
-    base.schedule = Schedule.from_config(dict(scheduler.config))
+    base.schedule = Schedule.from_config(json.loads(scheduler.to_json_string()))
     pipe = StableDiffusionPipeline(**peers, tokenizer=tokenizer, scheduler=scheduler, safety_checker=None,
                                    feature_extractor=None, requires_safety_checker=False)
     noise, _ = sample.draw_noise([0], (4, 32, 32))

@@ -20,6 +20,7 @@ from transformers import T5Tokenizer as PeerTokenizer
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 from models.t5 import (
+    FIXED,
     RMSNorm,
     T5Config,
     T5Encoder,
@@ -31,6 +32,7 @@ from models.t5 import (
     read_message,
     read_varint,
 )
+from models.weights import read_config
 
 TINY = dict(vocab_size=99, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=4)
 KINDS = {
@@ -143,6 +145,14 @@ def test_the_whole_network_learns():
     assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_the_peers_config_is_read_and_other_t5_are_refused_by_name(tmp_path):
+    PeerConfig(feed_forward_proj="gated-gelu", **TINY).save_pretrained(tmp_path)
+    assert read_config(T5Config, FIXED, tmp_path / "config.json") == T5Config(**TINY)
+    PeerConfig(feed_forward_proj="gated-silu", **TINY).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="feed_forward_proj is 'gated-silu'"):
+        read_config(T5Config, FIXED, tmp_path / "config.json")
+
+
 def test_positions_without_room_are_refused():
     for sizes in (dict(relative_attention_num_buckets=5), dict(relative_attention_num_buckets=2),
                   dict(relative_attention_max_distance=8)):
@@ -163,7 +173,8 @@ def test_the_width_of_xxl_agrees_in_float32():
 FRAGMENTS = [
     "<extra_id_0>", "<extra_id_99>", "<extra_id_100>", "<extra_id_>", "a<extra_id_7>b", " <extra_id_7> ",
     "<EXTRA_ID_0>", "<pad>", "</s>", "<unk>", "a</s>b", "<s>", "▁", "▁▁a", "a▁b", "_",
-    "<p>one<br/>two</p>", "&quot;q&quot;", "&#39;", "https://a.b/c?d=e&f#g", "10.5281/zenodo.123", "\x00", "\x01\x02", "\x1b[31mred\x1b[0m", "\x7f", "\x85", "a\x85b",
+    "<p>one<br/>two</p>", "&quot;q&quot;", "&#39;", "https://a.b/c?d=e&f#g",
+    "10.5281/zenodo.123", "\x00", "\x01\x02", "\x1b[31mred\x1b[0m", "\x7f", "\x85", "a\x85b",
     "\u2028", "\u200b", "\ufeff", "\t\t", "a\tb", "a\u00a0b", "a\u3000b", "  two  spaces  ", "ﬀ", "㍿", "½", "①", "Å",
     "A\u030a", "e\u0301e\u0323\u0302", "U\u0308\u0304", "क्षि", "กำ", "ᄒ\u1161ᆫ", "ﷺ", "𝕳", "👩‍👩‍👧‍👦", "🏳️‍🌈",
     "漢字かな交じり文", "…", "``quoted''", "—", "a" * 500, "🙂" * 200, "(((tie)))",
@@ -184,7 +195,7 @@ def strings() -> list[str]:
 
 def train(**options) -> bytes:
     """A `spiece.model` as T5's, of few pieces, trained by the sentencepiece package on the fragments."""
-    sentences = [" ".join(odd_strings(300)[i:i + 3]).replace("\x00", "").replace("\n", " ") for i in range(250)]
+    sentences = [" ".join(odd_strings(300)[i:i + 3]).replace("\x00", "").replace("\n", " ") for i in range(100)]
     options = dict(vocab_size=400, hard_vocab_limit=False, model_type="unigram", normalization_rule_name="nmt_nfkc",
                    pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=0.98, num_threads=1,
                    minloglevel=3) | options

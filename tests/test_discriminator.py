@@ -1,0 +1,215 @@
+"""models/discriminator.py: power iteration only when asked, the vision-aided heads on a frozen CLIP, augmentation from
+given numbers, the losses. What the official package computes is written out here by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import normal, randomise, relative
+from torch import Tensor, nn
+
+from models.clip import ImageEncoder, VisionConfig
+from models.discriminator import (
+    PatchDiscriminator,
+    VisionAidedDiscriminator,
+    blur,
+    diff_augment,
+    draw_augmentation,
+    multilevel_bce,
+    spectral_step,
+)
+
+# Widths small, the grid of tokens 7 x 7 as in ViT-B/32.
+VISION = VisionConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=56,
+                      patch_size=8, projection_dim=20)
+LOGITS = [(2, 1, 3, 3), (2, 1, 3, 3), (2, 1)]
+
+
+def tiny() -> VisionAidedDiscriminator:
+    vision = randomise(ImageEncoder(VISION).double())
+    return randomise(VisionAidedDiscriminator(vision, width=16).double(), seed=1)
+
+
+def spectral_layers(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if hasattr(module, "parametrizations")]
+
+
+# ------------------------------------------------------------------------------------------------------ spectral norms
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda: PatchDiscriminator(4).double(), tiny], ids=["patch", "vision-aided"])
+def test_the_largest_singular_value_of_every_weight_becomes_one_by_steps_and_never_by_a_forward_pass(make):
+    discriminator, x = randomise(make(), seed=1), normal(2, 3, 40, 40)
+    layers = spectral_layers(discriminator)
+    weighted = [module for module in discriminator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert len(layers) == len(weighted)
+    before = {name: t.clone() for name, t in discriminator.state_dict().items()}
+    discriminator.train()
+    assert not any(module.training for module in discriminator.modules())
+    discriminator(x)
+    assert all(torch.equal(t, before[name]) for name, t in discriminator.state_dict().items())
+    spectral_step(discriminator)
+    changed = [name for name, t in discriminator.state_dict().items() if not torch.equal(t, before[name])]
+    assert sum(name.endswith("_v") for name in changed) == len(layers)  # _u of a weight of one row is always 1
+    assert all(name.endswith(("_u", "_v")) for name in changed)
+    for _ in range(300):
+        spectral_step(discriminator)
+    largest = [torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() for layer in layers]
+    assert max(abs(value - 1) for value in largest) < 1e-6
+
+
+# -------------------------------------------------------------------------------------------------- patch discriminator
+
+
+def test_a_patch_logit_sees_70_pixels():
+    discriminator = randomise(PatchDiscriminator(4).double())
+    x = normal(1, 3, 128, 128).requires_grad_()
+    logits = discriminator(x)
+    assert logits.shape == (1, 1, 14, 14)
+    (gradient,) = torch.autograd.grad(logits[0, 0, 7, 7], x)
+    seen = gradient[0].abs().sum(0).nonzero()
+    assert (seen.amax(0) - seen.amin(0) + 1).tolist() == [70, 70]
+    with pytest.raises(ValueError, match="23x64 are too small"):
+        discriminator(torch.zeros(1, 3, 64, 23).double())
+
+
+# ------------------------------------------------------------------------------------------------------- vision-aided
+
+
+def test_blur_is_1_3_3_1_both_ways_with_zeros_around():
+    x = torch.zeros(1, 2, 7, 7, dtype=torch.float64)
+    x[0, 1, 3, 3], x[0, 0, 0, 6] = 64, 64
+    line = torch.tensor([1.0, 3, 3, 1], dtype=torch.float64)
+    expected = torch.zeros(1, 2, 6, 6, dtype=torch.float64)
+    expected[0, 1, 1:5, 1:5] = line[:, None] * line
+    expected[0, 0, :2, 4:] = torch.tensor([[3.0, 9], [1, 3]])  # what of the kernel lies inside
+    assert torch.equal(blur(x), expected)
+
+
+@torch.no_grad()
+def test_logits_of_the_three_levels_are_the_heads_written_out():
+    discriminator = tiny()
+    for _ in range(300):
+        spectral_step(discriminator)
+    x = normal(2, 3, 80, 47).clamp(-1, 1)
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None]
+                 for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    pixels = (F.adaptive_avg_pool2d(x * 0.5 + 0.5, 56) - mean) / std
+    *maps, embedding = discriminator.vision[0].levels(pixels, (1, 2))  # after a third and two thirds
+
+    def divided(layer: nn.Module) -> tuple[Tensor, Tensor]:
+        weight = layer.parametrizations.weight.original
+        return weight / torch.linalg.matrix_norm(weight.flatten(1), 2), layer.bias
+
+    expected = []
+    for head, m in zip(discriminator.maps, maps):
+        weight, bias = divided(head.conv)
+        m = F.leaky_relu(F.conv2d(m, weight, bias, padding=1), 0.2)  # [2, 16, 7, 7]
+        blurred = torch.stack([torch.stack([blur(channel[None, None])[0, 0] for channel in picture]) for picture in m])
+        weight, bias = divided(head.last)
+        expected.append((blurred[:, :, ::2, ::2] * weight).sum(1, keepdim=True) + bias)
+    (w1, b1), (w2, b2) = divided(discriminator.vector.linear), divided(discriminator.vector.last)
+    h = embedding @ w1.T + b1
+    expected.append(torch.where(h > 0, h, 0.2 * h) @ w2.T + b2)
+    logits = discriminator(x)
+    assert [tuple(level.shape) for level in logits] == LOGITS
+    assert max(relative(a, b) for a, b in zip(logits, expected)) < 1e-6
+
+
+def test_the_frozen_clip_is_no_part_of_what_is_trained_saved_or_unfrozen():
+    discriminator = tiny()
+    vision = discriminator.vision[0]
+    discriminator.requires_grad_(False).requires_grad_(True).train()
+    assert not vision.training and not any(p.requires_grad for p in vision.parameters())
+    assert sum(p.numel() for p in discriminator.parameters()) == 2 * (16 * 24 * 9 + 16 + 16 + 1) + 16 * 20 + 16 + 16 + 1
+    assert all(name.startswith(("maps.", "vector.")) for name in discriminator.state_dict())
+
+
+def test_gradients_reach_the_picture_and_the_heads_through_clip():
+    discriminator, draws = tiny(), draw_augmentation(1, torch.Generator().manual_seed(0))
+    x = normal(1, 3, 20, 24).requires_grad_()
+    loss = multilevel_bce(discriminator(x, draws), 0.8)
+    (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+    heads = torch.autograd.grad(loss, list(discriminator.parameters()))
+    assert all(g.abs().sum() > 0 for g in heads)
+    direction, step = normal(1, 3, 20, 24, seed=1), 1e-6
+    with torch.no_grad():
+        change = [multilevel_bce(discriminator(x + s * step * direction, draws), 0.8) for s in (1, -1)]
+    assert abs((gradient * direction).sum() / ((change[0] - change[1]) / (2 * step)) - 1) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------- augmentation
+
+
+def augmented(x: Tensor, u: dict[str, float]) -> Tensor:
+    """One picture [3, H, W], from `u` in [0, 1), pixel by pixel."""
+    _, H, W = x.shape
+    x = x + (u["brightness"] - 0.5)
+    x = (x - x.mean(0)) * 2 * u["saturation"] + x.mean(0)
+    x = (x - x.mean()) * (u["contrast"] + 0.5) + x.mean()
+    reach, cut = [int(n * 0.125 + 0.5) for n in (H, W)], [int(n * 0.5 + 0.5) for n in (H, W)]
+    dy, dx = (math.floor(u[f"shift_{a}"] * (2 * r + 1)) - r for a, r in zip("yx", reach))
+    top, left = (math.floor(u[f"cut_{a}"] * (n + 1 - c % 2)) - c // 2 for a, n, c in zip("yx", (H, W), cut))
+    out = torch.zeros_like(x)
+    for i in range(H):
+        for j in range(W):
+            hole = top <= i < top + cut[0] and left <= j < left + cut[1]
+            if 0 <= i + dy < H and 0 <= j + dx < W and not hole:
+                out[:, i, j] = x[:, i + dy, j + dx]
+    return out
+
+
+@pytest.mark.parametrize("size", [(16, 24), (13, 30), (9, 9)], ids=str)
+def test_augmentation_is_color_translation_cutout(size):
+    x, draws = normal(6, 3, *size), draw_augmentation(6, torch.Generator().manual_seed(0))
+    draws["shift_y"][0], draws["shift_x"][0], draws["cut_y"][1], draws["cut_x"][1] = 0.0, 0.0, 0.0, 0.0
+    last = 1 - 2 ** -24  # the largest that is drawn
+    draws["shift_y"][2], draws["shift_x"][2], draws["cut_y"][3], draws["cut_x"][3] = last, last, last, last
+    expected = torch.stack([augmented(x[i], {k: v[i].item() for k, v in draws.items()}) for i in range(6)])
+    assert relative(diff_augment(x, draws), expected) < 1e-12
+
+
+def test_shifts_and_holes_are_as_large_as_they_should_be():
+    n = 400
+    draws = draw_augmentation(n, torch.Generator().manual_seed(0))
+    assert all(u.shape == (n,) and 0 <= u.min() < 0.02 and 0.98 < u.max() < 1 for u in draws.values())
+    still = {name: torch.full_like(u, 0.5) for name, u in draws.items()}  # nothing but a hole in the middle
+    x = normal(n, 3, 32, 48).abs() + 1
+    assert relative(diff_augment(x, still | {"cut_y": draws["cut_y"]})[:, :, :, :12], x[:, :, :, :12]) < 1e-12
+    holes = (diff_augment(x, still | {k: draws[k] for k in ("cut_y", "cut_x")}) == 0).all(1)  # [n, 32, 48]
+    assert holes.any(2).sum(1).unique().tolist() == list(range(8, 17))
+    assert holes.any(1).sum(1).unique().tolist() == list(range(12, 25))
+    outside = {k: draws[k] for k in ("shift_y", "shift_x")}
+    empty = (diff_augment(x, still | outside | {"cut_y": torch.zeros(n), "cut_x": torch.zeros(n)}) == 0).all(1)
+    assert empty[:, 20].all(1).sum() == 0 and empty[:, 8:, :].all(2).sum(1).unique().tolist() == [0, 1, 2, 3, 4]
+    assert empty[:, :, 12:].all(1).sum(1).unique().tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_pictures_augmentation_is_its_row_of_the_global_batch():
+    x, draws = normal(6, 3, 16, 16), draw_augmentation(6, torch.Generator().manual_seed(0))
+    slices = [diff_augment(x[i:i + 2], {name: u[i:i + 2] for name, u in draws.items()}) for i in (0, 2, 4)]
+    assert torch.equal(torch.cat(slices), diff_augment(x, draws))
+    again = draw_augmentation(6, torch.Generator().manual_seed(0))
+    assert all(torch.equal(again[name], draws[name]) for name in draws)
+
+
+def test_augmentation_lets_gradients_through():
+    draws = draw_augmentation(2, torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(lambda x: diff_augment(x, draws), normal(2, 3, 6, 8).requires_grad_())
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("target", [0.0, 0.8, 1.0])
+def test_multilevel_loss_is_the_cross_entropy_summed_over_levels(target):
+    logits = [normal(*shape, seed=i) for i, shape in enumerate(LOGITS)]
+    expected = 0.0
+    for level in logits:
+        p = [1 / (1 + math.exp(-z)) for z in level.flatten().tolist()]
+        expected += sum(-target * math.log(q) - (1 - target) * math.log(1 - q) for q in p) / len(p)
+    assert multilevel_bce(logits, target).item() == pytest.approx(expected, rel=1e-12)
+    zeros = [torch.zeros(shape) for shape in LOGITS]
+    assert multilevel_bce(zeros, target).item() == pytest.approx(3 * math.log(2))
