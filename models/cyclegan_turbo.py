@@ -3,7 +3,7 @@
 
 Parmar et al. 2024, section 3.3. One U-Net serves both directions, told apart by the caption. Each direction has
 adapters and skip convolutions of its own on the VAE, over one frozen VAE in memory. Trained are LoRA on U-Net and
-VAE, the U-Net's first convolution and the skip convolutions; with `train="all"`, for small bases, every weight. """
+VAE, the U-Net's first convolution and the skip convolutions; with `train="all"`, for small bases, every weight."""
 
 import copy
 from dataclasses import dataclass

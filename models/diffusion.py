@@ -2,7 +2,7 @@
 
 A schedule is two tables, kept in float64 and cast where they are used. Samplers are functions of (model, x,
 timesteps): `model(x, t)` is the network's prediction at one timestep, whatever it needs besides (context, guidance)
-bound by the caller. """
+bound by the caller."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -3,7 +3,7 @@ which looks through a frozen CLIP.
 
 Weights are spectrally normalised (Miyato et al. 2018): divided by their largest singular value, which a power
 iteration follows. The iteration is not hidden in the forward pass: `spectral_step` takes one, once an optimizer step,
-so that the same step in more pieces, or on more processes, stays the same computation. """
+so that the same step in more pieces, or on more processes, stays the same computation."""
 
 import torch
 import torch.nn.functional as F

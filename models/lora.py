@@ -2,7 +2,7 @@
 
 `add_lora` replaces named layers of a network in place. A replaced layer keeps its `weight` and `bias` (the same
 Parameter objects) and gains `lora_A.weight` [rank, in, ...] and `lora_B.weight` [out, rank, ...]: the names, shapes
-and arithmetic of `peft`. Source: Hu et al. 2021. """
+and arithmetic of `peft`. Source: Hu et al. 2021."""
 
 from collections.abc import Iterable
 

@@ -1,6 +1,6 @@
 """LPIPS, the perceptual distance of two pictures: differences between the features of a VGG16, weighted by what people
 called alike. Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric";
-version 0.1 of the `lpips` package with `net="vgg"`. """
+version 0.1 of the `lpips` package with `net="vgg"`."""
 
 import torch
 from torch import Tensor, nn

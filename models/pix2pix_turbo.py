@@ -3,7 +3,7 @@
 Parmar et al. 2024, section 3. The condition goes in where the noise did: VAE encoder -> U-Net at the last timestep ->
 VAE decoder, with four skips from encoder to decoder that carry detail past the latent. Trained are LoRA on the U-Net
 and the VAE, the U-Net's first convolution and the skip convolutions; with `train="all"`, for small bases, every
-weight. """
+weight."""
 
 from dataclasses import dataclass
 

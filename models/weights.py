@@ -85,7 +85,7 @@ def find(base: str, names: list[str], expected: str | None = None) -> pathlib.Pa
         absent = repository / ".no_exist" / commit / name
         if absent.is_file():
             continue
-        landing = repository / "downloads" / name.replace("/", "--")
+        landing = repository / "downloads" / f"{os.getpid()}--{name.replace('/', '--')}"  # each process its own
         endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         if answered := download(f"{endpoint}/{base}/resolve/{commit}/{name}", landing):
             if not ref.is_file():
@@ -230,7 +230,7 @@ def compare(found: list[tuple[str, str, str, tuple[int, ...], pathlib.Path]], ex
     seen = set()
     for ours, name, dtype, shape, where in found:
         if ours not in expected or ours in seen:
-            fault = "a second time" if ours in seen else f"which {owner} does not have"
+            fault = "a second time" if ours in seen else f"a tensor that {owner} does not have"
             raise ValueError(f"{where} holds {name}, {fault}; expected the weights that belong to it")
         if shape != expected[ours].shape or dtype not in FLOATS:
             raise ValueError(f"{where}: {name} is {dtype} {list(shape)}; expected floating point"
@@ -337,12 +337,14 @@ def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def fingerprint(network: nn.Module, but: Iterable[str] = ()) -> str:
-    """A short hash of the names, shapes and contents of a network's tensors, but those named (what is trained). Contents
-    are summed as integers: fast, whatever the type, and enough to tell one base from another."""
-    digest, words = hashlib.sha256(), {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    """A short hash of the names, shapes and contents of a network's tensors, but those named (what is trained).
+    Contents are summed as integers: fast, whatever the type, and enough to tell one base from another."""
+    digest, but = hashlib.sha256(), set(but)
     for name, tensor in network.state_dict().items():
-        if name not in set(but):
-            total = tensor.contiguous().view(words[tensor.element_size()]).sum(dtype=torch.int64)
+        if name not in but:
+            raw = tensor.contiguous().flatten().view(torch.uint8)
+            raw = raw.clone() if raw.storage_offset() % 8 else raw  # what the next line asks for
+            total = (raw.view(torch.int64) if len(raw) % 8 == 0 else raw).sum(dtype=torch.int64)
             digest.update(f"{name} {tuple(tensor.shape)} {int(total)}".encode())
     return digest.hexdigest()[:16]
 

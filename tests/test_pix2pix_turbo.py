@@ -292,7 +292,7 @@ def test_an_untrained_generator_is_the_base_but_for_nearly_nothing(official):
     expected = plain.vae.decode(z / plain.vae.config.scaling_factor).clamp(-1, 1)
     args = [1.0, noise] if official.stochastic else []
     assert relative(generator(x, context, *args, skip_scale=0.0), expected) < 1e-9
-    assert 0 < relative(generator(x, context, *args), expected) < 1e-2
+    assert 0 < relative(generator(x, context, *args), expected) < 1e-3
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -370,7 +370,7 @@ def test_a_generator_is_loaded_whole_in_the_type_asked_for(official, dtype, merg
     args = [t if t is None or isinstance(t, float) else t.to(dtype) for t in calls(official)[-1]]
     set_scale(loaded.generator, 1.0)
     if not official.stochastic and dtype == torch.float32:
-        assert relative(loaded.generator(*args).double(), official(*calls(official)[-1])) < 1e-3
+        assert relative(loaded.generator(*args).double(), official(*calls(official)[-1])) < 1e-4
     assert loaded.generator(*args).dtype == dtype
 
 

@@ -705,11 +705,10 @@ def test_a_fingerprint_changes_with_one_value_of_what_counts(saved, dtype):
 
 
 def test_a_fingerprint_is_of_values_and_not_of_where_they_lie():
-    layer = nn.Conv2d(3, 3, 3)
+    layer = nn.Conv2d(4, 4, 3)
     before = weights.fingerprint(layer)
     layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
-    pool = torch.cat([torch.zeros(1), layer.bias.data])
-    layer.bias.data = pool[1:]  # not at a multiple of 8 bytes
+    layer.bias.data = torch.cat([torch.zeros(1), layer.bias.data])[1:]  # not at a multiple of 8 bytes
     assert weights.fingerprint(layer) == before
 
 

@@ -1,0 +1,131 @@
+"""The unpaired trainer, run as users run it, on two small domains."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits
+
+import train_cyclegan_turbo as trainer
+import training
+
+torch.set_num_threads(1)
+SMALL = ["--train_batch_size", "1", "--validation_num_images", "1", "--viz_freq", "1000", "--device", "cpu",
+         "--resolution", "24", "--disc_width", "8"]
+
+
+def command(*argv, processes=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *torchrun, str(ROOT / "train_cyclegan_turbo.py"), *map(str, argv)]
+
+
+def train(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train_cyclegan_turbo.py", *map(str, argv)])
+    monkeypatch.setattr(training, "catch_stop", lambda: lambda: False)
+    training.run(trainer.main)
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("domains"), np.random.default_rng(0)
+    for side, n in [("A", 5), ("B", 4)]:
+        (folder / f"fixed_prompt_{side.lower()}.txt").write_text(f"a picture of {side}")
+        for split in ("train", "test"):
+            (folder / f"{split}_{side}").mkdir()
+            for i in range(n):
+                pixels = rng.integers(0, 128, (30, 26, 3), np.uint8) + (128 if side == "B" else 0)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{split}_{side}" / f"{side}{i}.png")
+    return folder
+
+
+def test_losses_are_their_formulas():
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, 5, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    for loss in (trainer.cycle_loss, trainer.identity_loss):
+        x = a.clone().requires_grad_()
+        value = loss(x, b)
+        value.backward()
+        assert torch.allclose(value, (a - b).abs().mean(), rtol=1e-12)
+        assert torch.allclose(x.grad, (a - b).sign() / a.numel(), rtol=1e-12)
+    x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
+    trainer.discriminator_loss(x, y, 1.0).backward()
+    assert torch.allclose(x.grad, 0.5 * (torch.sigmoid(a) - 1) / a.numel(), rtol=1e-9)
+    assert torch.allclose(y.grad, 0.5 * torch.sigmoid(b) / b.numel(), rtol=1e-9)
+
+
+def test_gradients_through_the_cut_are_those_of_one_joint_backward(monkeypatch, tmp_path, domains):
+    """One step's generator gradients, piece by piece, against the sum of the paper's losses in one graph, in float64."""
+    pieces, made = [], dict(CycleGANTurbo=[], PatchDiscriminator=[])
+    monkeypatch.setattr(training, "average_gradients", lambda parameters: pieces.append([p.grad for p in parameters]))
+    for name in made:
+        def build(*args, cls=getattr(trainer, name), to=made[name], **kwargs):
+            to.append(cls(*args, **kwargs))
+            return to[-1]
+        monkeypatch.setattr(trainer, name, build)
+    monkeypatch.setattr(trainer.weights, "save_generator", lambda path, *a, **k: path.write_text(""))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)  # nothing moves, so the graph can be built again
+    monkeypatch.setattr(trainer, "spectral_step", lambda discriminators: None)
+    train(monkeypatch, "--train", "lora", "--dataset_folder", domains, "--output_dir", tmp_path / "run", *SMALL,
+          "--dtype", "float64", "--max_train_steps", "1", "--lambda_gan", "0.5")
+
+    generator, (d_a, d_b) = made["CycleGANTurbo"][0], made["PatchDiscriminator"]
+    base = trainer.weights.load_base("tiny", dtype=torch.float64, seed=42)
+    cfg = trainer.Config(**{**trainer.TINY, "resolution": 24, "train": "lora", "lambda_gan": 0.5})
+    prep = "resize_26_randomcrop_24x24_hflip"
+    batch = next(trainer.data.batches(trainer.data.open_unpaired(domains, "train", prep), 1, 42))
+    x = {k: batch[k].double() for k in "ab"}
+    context = dict(a2b=base.text_encoder(base.tokenizer("a picture of B")),
+                   b2a=base.text_encoder(base.tokenizer("a picture of A")))
+
+    def go(picture, direction, noise):
+        noise = torch.randn(1, 4, 6, 6, generator=training.rng(42, 0, noise)).double()
+        return generator(picture, context[direction], direction, latent_noise=noise)
+
+    total = 0
+    for there, back, here, judge in [("a2b", "b2a", "a", d_b), ("b2a", "a2b", "b", d_a)]:
+        fake = go(x[here], there, there)
+        total = total + cfg.lambda_cycle * (go(fake, back, f"{there} {back}") - x[here]).abs().mean()
+        total = total + cfg.lambda_idt * (go(x[here], back, f"{here} identity") - x[here]).abs().mean()
+        total = total - cfg.lambda_gan * torch.log(torch.sigmoid(judge(fake))).mean()
+    joint = torch.autograd.grad(total, [p for p in generator.parameters() if p.requires_grad])
+    assert len(joint) == len(pieces[0]) and max(g.abs().max() for g in joint) > 0
+    for piece, whole in zip(pieces[0], joint):
+        assert (piece - whole).abs().max() <= 1e-9 * max(whole.abs().max(), 1e-12)
+
+
+def test_killed_half_way_and_resumed_ends_in_the_same_bits(tmp_path, domains):
+    flags = ["--dataset_folder", domains, *SMALL, "--lr_scheduler", "constant"]
+    quiet = dict(env=ENV, check=True, capture_output=True)
+    for name, steps in [("whole", 4), ("cut", 2)]:
+        subprocess.run(command(*flags, "--max_train_steps", steps, "--output_dir", tmp_path / name), **quiet)
+    subprocess.run(command("--resume", tmp_path / "cut", "--max_train_steps", "4"), **quiet)
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_two_processes_and_accumulation_are_one_computation(tmp_path, domains):
+    common = ["--dataset_folder", domains, *SMALL[2:], "--dtype", "float64", "--max_train_steps", "5"]
+    ways = {"one": (["--train_batch_size", 2], 1), "two": (["--train_batch_size", 1], 2),
+            "slices": (["--train_batch_size", 1, "--gradient_accumulation_steps", 2], 1)}
+    for name, (flags, processes) in ways.items():
+        subprocess.run(command(*common, *flags, "--output_dir", tmp_path / name, processes=processes), env=ENV,
+                       check=True, capture_output=True)
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    for name in ("two", "slices"):
+        other = load_file(tmp_path / name / "model.safetensors")
+        worst = max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)).item() for k in one)
+        assert worst < 1e-10, (name, worst)
+
+
+def test_the_log_tells_copying_and_the_discriminators_state(monkeypatch, tmp_path, domains):
+    train(monkeypatch, "--dataset_folder", domains, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", "2")
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"cycle", "idt", "gan", "disc", "grad_norm", "disc_right_on_real", "disc_right_on_fake",
+            "val_change_a2b"} <= last.keys()
+    assert 0 <= last["disc_right_on_real"] <= 1 and last["val_change_a2b"] > 0
+    assert pathlib.Path(tmp_path / "run" / "samples" / "000001.png").exists()

@@ -1,0 +1,340 @@
+"""Trains CycleGAN-Turbo: a one-step text-to-image model becomes a translator between two sets of unpaired pictures.
+
+    python train_cyclegan_turbo.py                        # drawn day and night, tiny base from random weights, CPU
+    python train_cyclegan_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA --mixed_precision bf16
+    torchrun --nproc_per_node=4 train_cyclegan_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA ...
+    python train_cyclegan_turbo.py --resume runs/NAME
+
+DATA holds train_A train_B test_A test_B (two sets of pictures, of any names), fixed_prompt_a.txt and fixed_prompt_b.txt
+(a caption each); look at it with `python data.py check DATA`. The run's folder is that of train_pix2pix_turbo.py.
+
+Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.3:
+    L = lambda_cycle L_cycle + lambda_gan L_gan + lambda_idt L_idt, over both directions.
+The released script takes three generator steps an iteration (cycle, GAN, identity), each with forward passes of its
+own; this one takes the paper's: one step on the sum. Memory is held down all the same: fake_b = G(a) is computed once
+and cut off; cycle and GAN leave their gradients at the cut, one after the other, and these go once through G.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import training
+from models import weights
+from models.cyclegan_turbo import DIRECTIONS, CycleGANTurbo, CycleGANTurboConfig
+from models.discriminator import PatchDiscriminator, spectral_step
+
+
+@dataclass
+class Config:
+    # data
+    dataset_folder: str = "drawn:day2night"  # a folder of two domains, drawn:day2night or drawn:clear2rain
+    train_img_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
+    val_img_prep: str | None = None  # the same for the test pictures
+    resolution: int = 256  # N of the default preparation, resize_286_randomcrop_256x256_hflip in this proportion
+    dataloader_num_workers: int = 0  # processes that prepare pictures
+    # model
+    base: str = "tiny"  # a folder, a Hub id such as stabilityai/sd-turbo, or a name: tiny, sd-turbo, sd15, sd21
+    train: Literal["lora", "all"] = "lora"  # LoRA, conv_in and skips, or every weight (for small bases)
+    lora_rank_unet: int = 128  # rank of the U-Net's LoRA
+    lora_rank_vae: int = 4  # rank of the VAEs' LoRA
+    skips: bool = True  # skip connections from encoder to decoder
+    # losses
+    lambda_cycle: float = 1.0  # weight of |G(G(a)) - a|
+    lambda_idt: float = 1.0  # weight of |G(b) - b| for b that is already where G leads
+    lambda_gan: float = 0.5  # weight of the adversarial loss; 0 trains no discriminator
+    gan_disc_type: Literal["patch"] = "patch"  # the discriminators
+    gan_loss_type: Literal["multilevel_sigmoid", "multilevel_sigmoid_s"] = "multilevel_sigmoid"  # "real" is 1, or 0.8
+    disc_width: int = 64  # channels of the patch discriminators' first layer
+    # optimisation
+    learning_rate: float = 1e-5  # of generator and discriminators
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"  # last two: to zero
+    lr_warmup_steps: int = 500  # linear rise; "constant" has none
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 10.0  # gradients longer than this are shortened to it
+    train_batch_size: int = 1  # pictures of each domain, a process and slice
+    gradient_accumulation_steps: int = 1  # slices a step
+    max_train_steps: int = 25_000  # optimizer steps
+    num_training_epochs: int | None = None  # ends earlier, after so many passes over the larger domain
+    gradient_checkpointing: bool = False  # less memory, a third more time
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast and the type of frozen weights
+    dtype: Literal["float32", "float64"] = "float32"  # of what is trained (float64 for tests)
+    # the run
+    seed: int = 42  # of every draw
+    device: str = "auto"  # auto, cpu, cuda, mps
+    output_dir: str | None = None  # default runs/cyclegan_turbo-DATE
+    resume: str | None = None  # a run's folder, to go on from its state.pt
+    viz_freq: int = 100  # steps between sample grids
+    validation_steps: int = 500  # steps between validations
+    validation_num_images: int = 50  # test pictures of a validation
+    checkpointing_steps: int = 500  # steps between saves
+    report_to: str = "none"  # none, tensorboard, wandb
+    tracker_project_name: str = "train_cyclegan_turbo"  # W&B project
+
+
+# Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster.
+TINY = dict(train="all", resolution=64, learning_rate=5e-4, lr_scheduler="cosine", lr_warmup_steps=50,
+            train_batch_size=4, max_train_steps=1000, lambda_cycle=10.0, lambda_idt=5.0, disc_width=16,
+            validation_steps=100, checkpointing_steps=100, adam_beta2=0.99)
+ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", eval_freq="validation_steps",
+               num_samples_eval="validation_num_images", train_image_prep="train_img_prep",
+               test_image_prep="val_img_prep")
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def cycle_loss(back: Tensor, x: Tensor) -> Tensor:
+    """L_cycle = |G_ba(G_ab(a)) - a|: what went there and back is what it was."""
+    return F.l1_loss(back, x)
+
+
+def identity_loss(same: Tensor, x: Tensor) -> Tensor:
+    """L_idt = |G_ba(a) - a|: a picture that is already where G leads stays as it is."""
+    return F.l1_loss(same, x)
+
+
+def generator_gan_loss(logits: Tensor, real: float) -> Tensor:
+    """Binary cross-entropy towards "real": the generator wants its pictures taken for real."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real))
+
+
+def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, real: float) -> Tensor:
+    """Half the binary cross-entropy: real pictures towards "real", made ones towards 0."""
+    return 0.5 * (F.binary_cross_entropy_with_logits(logits_real, torch.full_like(logits_real, real))
+                  + F.binary_cross_entropy_with_logits(logits_fake, torch.zeros_like(logits_fake)))
+
+
+def learning_rate(step: int, config: Config, last: int) -> float:
+    rise = 1.0 if config.lr_scheduler == "constant" else min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
+    done = max(0.0, (step - config.lr_warmup_steps) / max(last - config.lr_warmup_steps, 1))
+    fall = {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}.get(config.lr_scheduler, 1.0)
+    return config.learning_rate * rise * fall
+
+
+def main() -> None:
+    cfg = training.parse(Config, TINY, ALIASES, __doc__)
+    rank, world, device = training.start_ranks(cfg.device)
+    dtype = getattr(torch, cfg.dtype)
+    half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
+    torch.manual_seed(cfg.seed)
+
+    # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
+    n = cfg.resolution
+    train_set = data.open_unpaired(cfg.dataset_folder, "train",
+                                   cfg.train_img_prep or f"resize_{n * 286 // 256}_randomcrop_{n}x{n}_hflip", cfg.seed)
+    test_set = data.open_unpaired(cfg.dataset_folder, "test", cfg.val_img_prep or f"resize_{n}", cfg.seed)
+    global_batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
+    slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
+    last_step = cfg.max_train_steps
+    if cfg.num_training_epochs:
+        last_step = min(last_step, cfg.num_training_epochs * len(train_set) // global_batch)
+
+    # ---- networks: what is trained stays in float32, what is frozen may be stored in half
+    base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=cfg.seed)
+    generator = CycleGANTurbo(base.vae, base.unet, base.schedule, CycleGANTurboConfig(
+        lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, skips=cfg.skips, train=cfg.train,
+        prediction_type=base.schedule.prediction_type), training.rng(cfg.seed, 0, "lora")).train()
+    tokenizer, text_encoder = base.tokenizer, base.text_encoder.requires_grad_(cfg.train == "all")
+    trained = {n: p for n, p in generator.named_parameters() if p.requires_grad}
+    trained |= {f"text_encoder.{n}": p for n, p in text_encoder.named_parameters() if p.requires_grad}
+    frozen = weights.fingerprint(generator, trained.keys())
+    if half:
+        weights.cast_frozen(generator, half)
+    for network in (generator.unet, *(part for vae in (generator.vae_a2b, generator.vae_b2a)
+                                      for part in (vae.encoder, vae.decoder))):
+        network.checkpointing = cfg.gradient_checkpointing
+    factor, channels = generator.vae_a2b.factor, generator.vae_a2b.config.latent_channels
+    discriminators = nn.ModuleDict({domain: PatchDiscriminator(cfg.disc_width) for domain in "ab"}).to(device, dtype) \
+        if cfg.lambda_gan else None
+
+    # ---- captions: a2b goes where b's caption says. A frozen encoder is asked once and then let go
+    leads_to = dict(a2b=test_set.prompts[1], b2a=test_set.prompts[0])
+    contexts = {}
+    if cfg.train == "lora":
+        with torch.no_grad():
+            contexts = {d: text_encoder(tokenizer(prompt).to(device)) for d, prompt in leads_to.items()}
+        text_encoder = base.text_encoder = None
+
+    def translate(x: Tensor, direction: str, latent_noise: Tensor | None = None) -> Tensor:
+        context = contexts[direction] if contexts else text_encoder(tokenizer(leads_to[direction]).to(device))
+        with autocast:
+            return generator(x, context.expand(len(x), -1, -1), direction, latent_noise=latent_noise)
+
+    # ---- optimizers
+    adam = dict(lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon,
+                weight_decay=cfg.adam_weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(trained.values(), **adam)
+    optimizer_d = torch.optim.AdamW(discriminators.parameters(), **adam) if discriminators else None
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
+    autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
+    real_target = 0.8 if cfg.gan_loss_type == "multilevel_sigmoid_s" else 1.0
+
+    # ---- the run's folder, and where it stood
+    folder = training.open_run(cfg, "cyclegan_turbo", rank)
+    start = 0
+    if cfg.resume:
+        state = training.load_state(folder, frozen)
+        start = state["step"]
+        with torch.no_grad():
+            for name, p in trained.items():
+                p.copy_(state["trained"][name])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if discriminators:
+            discriminators.load_state_dict(state["discriminators"])
+            optimizer_d.load_state_dict(state["optimizer_d"])
+
+    def save(step: int) -> None:
+        training.save_state(folder / "state.pt", dict(
+            step=step, base=frozen, trained={n: p.detach() for n, p in trained.items()},
+            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            discriminators=discriminators.state_dict() if discriminators else None,
+            optimizer_d=optimizer_d.state_dict() if discriminators else None))
+        training.write_file(folder / "model.safetensors", lambda path: weights.save_generator(
+            path, generator, "cyclegan_turbo", cfg.base, list(test_set.prompts), text_encoder, tokenizer))
+
+    @torch.inference_mode()
+    def translated(items: list[dict], direction: str) -> Tensor:
+        """Test items' pictures of the one domain, led to the other: [N, 3, H, W] in [-1, 1]."""
+        out = []
+        for item in items:
+            x, size = data.pad_to_multiple(item[direction[0]][None].to(device, dtype), factor)
+            out.append(translate(x, direction)[0, :, :size[0], :size[1]].float().cpu())
+        return torch.stack(out)
+
+    def validate() -> dict[str, float]:
+        """How far the output is from the input (a model that only copies: 0) and, where the drawing knows the true
+        translation, PSNR to it, beside that of doing nothing."""
+        values, indices = {}, range(min(cfg.validation_num_images, len(test_set)))
+        items = [test_set[i] for i in indices]
+        for direction in DIRECTIONS:
+            x, y = torch.stack([item[direction[0]] for item in items]), translated(items, direction)
+            values[f"val_change_{direction}"] = (y - x).abs().mean().item()
+            if hasattr(test_set, "truth"):
+                truth = torch.stack([test_set.truth(i, direction) for i in indices])
+                for name, picture in (("psnr", y), ("psnr_doing_nothing", x)):
+                    error = (picture - truth).square().mean(dim=(1, 2, 3))
+                    values[f"val_{name}_{direction}"] = (10 * torch.log10(4 / error)).mean().item()
+        return values
+
+    # ---- the loop
+    if rank == 0:
+        n = sum(p.numel() for p in trained.values())
+        print(f"training {n / 1e6:.2f} M weights on {len(train_set)} pictures, {device}; {folder}", file=sys.stderr)
+    log = training.open_log(folder, start) if rank == 0 else None
+    report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
+    shown = [test_set[i] for i in range(min(8, len(test_set)))]
+    stop, clock = training.catch_stop(), time.monotonic()
+    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
+                           [row for rows in slices for row in rows], cfg.dataloader_num_workers)
+    bar = tqdm(total=last_step, initial=start, disable=rank != 0, unit="step")
+    for step in range(start, last_step):
+        batch = next(batches)
+        for group in [g for o in (optimizer, optimizer_d) if o for g in o.param_groups]:
+            group["lr"] = learning_rate(step, cfg, last_step)
+        size = [batch["a"].shape[i] // factor for i in (2, 3)]
+
+        def latent_noise(pass_name: str, rows: list[int], step: int = step, size: list[int] = size) -> Tensor:
+            generator = training.rng(cfg.seed, step, pass_name)
+            return torch.randn(global_batch, channels, *size, generator=generator)[rows].to(device, dtype)
+
+        # Generator: there and back, past the discriminator, and staying put. One backward pass a piece: a graph is
+        # freed before the next begins. The discriminators only pass the gradient on.
+        losses: dict[str, float] = {}
+        fakes: dict[str, list[Tensor]] = {"a": [], "b": []}
+        if discriminators:
+            discriminators.requires_grad_(False)
+
+        def backward(name: str, loss: Tensor, losses: dict[str, float] = losses) -> None:
+            scaler.scale(loss / len(slices)).backward()
+            losses[name] = losses.get(name, 0.0) + loss.item() / len(slices)
+
+        for i, rows in enumerate(slices):
+            for there in DIRECTIONS:
+                here, other = there[0], there[2]
+                back = f"{other}2{here}"
+                x = batch[here][i * len(rows):(i + 1) * len(rows)].to(device, dtype)
+                fake = translate(x, there, latent_noise(there, rows))
+                cut = fake.detach().requires_grad_(True)
+                returned = translate(cut, back, latent_noise(f"{there} {back}", rows))
+                backward("cycle", cfg.lambda_cycle * cycle_loss(returned, x))
+                if discriminators:
+                    with autocast:
+                        loss = cfg.lambda_gan * generator_gan_loss(discriminators[other](cut), real_target)
+                    backward("gan", loss)
+                fake.backward(cut.grad)
+                fakes[other].append(cut.detach())
+                del fake, returned
+                same = translate(x, back, latent_noise(f"{here} identity", rows))
+                backward("idt", cfg.lambda_idt * identity_loss(same, x))
+        training.check_finite(losses, step, [*batch["name_a"], *batch["name_b"]])
+        training.average_gradients(trained.values())
+        scaler.unscale_(optimizer)
+        losses["grad_norm"] = nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+
+        # Discriminators: real pictures of each domain against those just made.
+        if discriminators:
+            discriminators.requires_grad_(True)
+            spectral_step(discriminators)
+            for i, rows in enumerate(slices):
+                for domain in "ab":
+                    real = batch[domain][i * len(rows):(i + 1) * len(rows)].to(device, dtype)
+                    with autocast:
+                        logits = discriminators[domain](real), discriminators[domain](fakes[domain][i])
+                        loss = cfg.lambda_gan * discriminator_loss(*logits, real_target)
+                    backward("disc", loss)
+                    for kind, right in (("real", (logits[0] > 0).float()), ("fake", (logits[1] < 0).float())):
+                        key = f"disc_right_on_{kind}"  # 0.5: it cannot tell; near 1 for long: the generator has lost
+                        losses[key] = losses.get(key, 0.0) + right.mean().item() / (2 * len(slices))
+            training.check_finite(losses, step, [*batch["name_a"], *batch["name_b"]])
+            training.average_gradients(discriminators.parameters())
+            scaler.unscale_(optimizer_d)
+            nn.utils.clip_grad_norm_(discriminators.parameters(), cfg.max_grad_norm)
+            scaler.step(optimizer_d)
+            optimizer_d.zero_grad(set_to_none=True)
+        scaler.update()
+
+        # What came out. A stop that was asked for is taken here, with everything saved.
+        done = step + 1
+        losses = training.mean_over_ranks(losses)
+        stopping = stop()
+        if rank == 0:
+            if done % cfg.validation_steps == 0 or done == last_step:
+                losses |= validate()
+            if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
+                columns = [f(shown, d) for d in DIRECTIONS
+                           for f in (lambda items, d: torch.stack([item[d[0]] for item in items]), translated)]
+                training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
+            training.append_log(log, done, losses)
+            report(done, losses)
+            rate = (done - start) * global_batch / (time.monotonic() - clock)
+            bar.set_postfix({k: f"{losses[k]:.3g}" for k in ("cycle", "idt", "gan", "disc") if k in losses}
+                            | {"pictures/s": f"{rate:.1f}"}, refresh=False)
+            bar.update()
+            if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
+                save(done)
+                training.plot_losses(log, folder / "losses.png")
+        if stopping:
+            if rank == 0:
+                print(f"stopped after step {done}, saved; go on with --resume {folder}", file=sys.stderr)
+            raise KeyboardInterrupt
+    if rank == 0:
+        print(folder / "model.safetensors")
+
+
+if __name__ == "__main__":
+    training.run(main)
