@@ -38,7 +38,6 @@ class LPIPS(nn.Module):
             x = layer(x)
             if i in LAST:
                 f = x.to(torch.promote_types(x.dtype, torch.float32))  # 1e-10 is zero in half precision
-                # vector_norm's gradient at zero is zero; that of sqrt(sum of squares) is not a number.
                 maps.append(f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10))
         return maps
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -60,16 +61,18 @@ def test_losses_are_their_formulas():
 
 
 def test_gradients_through_the_cut_are_those_of_one_joint_backward(monkeypatch, tmp_path, domains):
-    """One step's generator gradients, piece by piece, against the sum of the paper's losses in one graph, in float64."""
+    """A step's generator gradients, piece by piece, are those of the sum of the paper's losses in one graph."""
     pieces, made = [], dict(CycleGANTurbo=[], PatchDiscriminator=[])
     monkeypatch.setattr(training, "average_gradients", lambda parameters: pieces.append([p.grad for p in parameters]))
+
+    def build(cls, name, *args, **kwargs):
+        made[name].append(cls(*args, **kwargs))
+        return made[name][-1]
+
     for name in made:
-        def build(*args, cls=getattr(trainer, name), to=made[name], **kwargs):
-            to.append(cls(*args, **kwargs))
-            return to[-1]
-        monkeypatch.setattr(trainer, name, build)
+        monkeypatch.setattr(trainer, name, partial(build, getattr(trainer, name), name))
     monkeypatch.setattr(trainer.weights, "save_generator", lambda path, *a, **k: path.write_text(""))
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)  # nothing moves, so the graph can be built again
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)  # so the graph can be built again
     monkeypatch.setattr(trainer, "spectral_step", lambda discriminators: None)
     train(monkeypatch, "--train", "lora", "--dataset_folder", domains, "--output_dir", tmp_path / "run", *SMALL,
           "--dtype", "float64", "--max_train_steps", "1", "--lambda_gan", "0.5")
