@@ -133,7 +133,8 @@ def main() -> None:
         last_step = min(last_step, cfg.num_training_epochs * len(train_set) // global_batch)
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
-    base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=cfg.seed)
+    base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
+    base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
     generator = Pix2PixTurbo(base.vae, base.unet, base.schedule, Pix2PixTurboConfig(
         lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, stochastic=cfg.stochastic, train=cfg.train,
         prediction_type=base.schedule.prediction_type), training.rng(cfg.seed, 0, "lora")).train()
