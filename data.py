@@ -322,14 +322,15 @@ class UnpairedFolder(Dataset):
         return dict(a=a, b=b, name_a=names[0], name_b=names[1])
 
 
-def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0) -> Dataset:
-    """A folder of two domains, or the built-in drawings drawn:day2night and drawn:clear2rain (no use for prep)."""
+def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 64) -> Dataset:
+    """A folder of two domains, or the built-in drawings drawn:day2night and drawn:clear2rain, which are drawn at `size`
+    and have no use for prep."""
     kind, colon, name = str(folder).partition(":")
     if not (kind == "drawn" and colon):
         return UnpairedFolder(folder, split, prep)
     if name in ("day2night", "clear2rain"):
         from tiny.scenes import Unpaired
-        return Unpaired(name, split, seed)
+        return Unpaired(name, split, size, seed)
     raise ValueError(f"there are no unpaired drawings '{name}': known are drawn:day2night and drawn:clear2rain")
 
 

@@ -4,7 +4,8 @@
     python sample.py "a cat on a sofa" --base sd15 --steps 25 --guidance 7.5
     python sample.py --checkpoint runs/NAME --input picture.png "a cat"
     python sample.py --checkpoint edge_to_image --input photo.jpg --preprocess canny "a cat" --output cat.png
-    python sample.py --checkpoint runs/NAME --input FOLDER --output FOLDER2
+    python sample.py --checkpoint day_to_night --input photo.jpg --output night.png
+    python sample.py --checkpoint runs/NAME --direction b2a --input FOLDER --output FOLDER2
 
 Noise is drawn on the CPU, picture i with its own generator of seed + i (all files of an input folder use the same
 seed): the same seed gives the same picture on every device, in every batch. Paths of what was written go to stdout.
@@ -28,14 +29,14 @@ DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float64": torch.floa
           "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 # What has a meaning for one of the two uses alone.
 OF_A_PROMPT = ("n", "steps", "sampler", "guidance", "negative", "size")
-OF_A_CHECKPOINT = ("r", "strength", "skip_scale", "preprocess", "low_threshold", "high_threshold")
+OF_A_CHECKPOINT = ("direction", "r", "strength", "skip_scale", "preprocess", "low_threshold", "high_threshold")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("prompt", nargs="?", help="what to draw; a checkpoint trained with one caption needs none")
+    add("prompt", nargs="?", help="what to draw; a checkpoint that knows its caption needs none")
     add("--base", help=f"a diffusers folder, a Hub id, or {', '.join(weights.BASES)} [sd-turbo; the checkpoint's own]")
     add("--checkpoint", help="a trained translator: model.safetensors, a run's folder, an official .pkl or its name: "
         + ", ".join(weights.CHECKPOINTS))
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance", type=float, default=1.0, help="classifier-free guidance; none up to 1 [1]")
     add("--negative", default="", help="what guidance leads away from")
     add("--size", help="N or WIDTHxHEIGHT of a picture from a prompt [the base's]")
+    add("--direction", choices=["a2b", "b2a"], help="between two domains [the released file's own, or a2b]")
     add("--r", type=float, help="stochastic translators: 1 follows the input, 0 the noise [0.4]")
     add("--strength", type=float, default=1.0, help="how much of the trained change is applied [1]")
     add("--skip_scale", type=float, default=1.0, help="gamma, the strength of the skips [1]")
@@ -185,10 +187,12 @@ def read_batches(paths: list[pathlib.Path], args: argparse.Namespace, problems: 
 
 @torch.inference_mode()
 def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], context: Tensor, seed: int, r: float | None,
-                       skip_scale: float = 1.0) -> Tensor:
+                       skip_scale: float = 1.0, direction: str | None = None) -> Tensor:
     """Pictures of any one size, padded to the VAE's factor, translated, cut back: [B, 3, H, W] in [-1, 1]."""
     like, factor = next(model.generator.parameters()), model.generator.vae.factor
     x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]).to(like), factor)
+    if model.kind == "cyclegan_turbo":
+        return model.generator(2 * x - 1, context.expand(len(x), -1, -1), direction, skip_scale)[:, :, :H, :W]
     shape = (model.generator.unet.config.in_channels, x.shape[2] // factor, x.shape[3] // factor)
     noise = None if r is None else draw_noise([seed] * len(x), shape)[0].to(like)
     return model.generator(x, context.expand(len(x), -1, -1), r, noise, skip_scale)[:, :, :H, :W]
@@ -219,15 +223,24 @@ def plan(args: argparse.Namespace) -> dict[pathlib.Path, pathlib.Path]:
 def translate(args: argparse.Namespace, device: torch.device) -> None:
     targets, problems = plan(args), []
     model = weights.load_generator(args.checkpoint, args.base, DTYPES[args.dtype], str(device), args.r, args.strength)
-    if args.prompt is None and len(model.prompts) == 1:
-        args.prompt = model.prompts[0]
+    if model.kind == "cyclegan_turbo":
+        _, own, caption = weights.CHECKPOINTS.get(args.checkpoint, (None, None, None))
+        args.direction = args.direction or own or "a2b"
+        known = caption if args.direction == own else None
+        if model.prompts:
+            known = model.prompts[args.direction == "a2b"]  # a2b goes where b's caption says
+    else:
+        if args.direction:
+            raise ValueError(f"{args.checkpoint} translates one way; leave --direction out")
+        known = model.prompts[0] if len(model.prompts) == 1 else None
+    args.prompt = known if args.prompt is None else args.prompt
     if args.prompt is None:
-        raise ValueError(f'{args.checkpoint} has many captions; expected one: --input {args.input} "..."')
+        raise ValueError(f'{args.checkpoint} names no caption; expected one: --input {args.input} "..."')
     args.r = model.r
     with torch.inference_mode():
         context = model.text_encoder(model.tokenizer(args.prompt).to(device))
     for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1):
-        made = translate_pictures(model, pictures, context, args.seed, model.r, args.skip_scale)
+        made = translate_pictures(model, pictures, context, args.seed, model.r, args.skip_scale, args.direction)
         for path, picture in zip(paths, made):
             save(picture, targets[path], args, seed=args.seed, base=model.base, checkpoint=args.checkpoint)
     if problems:

@@ -7,6 +7,9 @@
 
 DATA holds train_A train_B test_A test_B (two sets of pictures, of any names), fixed_prompt_a.txt and fixed_prompt_b.txt
 (a caption each); look at it with `python data.py check DATA`. The run's folder is that of train_pix2pix_turbo.py.
+LPIPS and the vision-aided discriminators look through networks that are downloaded once (0.5 + 0.6 GB);
+--lambda_cycle_lpips 0, --lambda_idt_lpips 0 and --gan_disc_type patch do without. Of the validations the best one's
+weights are kept in best.safetensors: by PSNR where the drawing knows the truth, else by FID (--track_val_fid).
 
 Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.3:
     L = lambda_cycle L_cycle + lambda_gan L_gan + lambda_idt L_idt, over both directions.
@@ -30,7 +33,7 @@ import data
 import training
 from models import weights
 from models.cyclegan_turbo import DIRECTIONS, CycleGANTurbo, CycleGANTurboConfig
-from models.discriminator import PatchDiscriminator, spectral_step
+from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
 
 
 @dataclass
@@ -50,9 +53,12 @@ class Config:
     # losses
     lambda_cycle: float = 1.0  # weight of |G(G(a)) - a|
     lambda_idt: float = 1.0  # weight of |G(b) - b| for b that is already where G leads
+    lambda_cycle_lpips: float = 10.0  # weight of the same difference to VGG's eye; 0 needs no VGG
+    lambda_idt_lpips: float = 1.0  # weight of the same difference to VGG's eye; 0 needs no VGG
     lambda_gan: float = 0.5  # weight of the adversarial loss; 0 trains no discriminator
-    gan_disc_type: Literal["patch"] = "patch"  # the discriminators
+    gan_disc_type: Literal["vagan_clip", "patch"] = "vagan_clip"  # look through CLIP, or need no download
     gan_loss_type: Literal["multilevel_sigmoid", "multilevel_sigmoid_s"] = "multilevel_sigmoid"  # "real" is 1, or 0.8
+    gan_augment: bool = True  # what the discriminators see: other colours, shifted, with a hole
     disc_width: int = 64  # channels of the patch discriminators' first layer
     # optimisation
     learning_rate: float = 1e-5  # of generator and discriminators
@@ -86,6 +92,7 @@ class Config:
 # Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster.
 TINY = dict(train="all", resolution=64, learning_rate=5e-4, lr_scheduler="cosine", lr_warmup_steps=50,
             train_batch_size=4, max_train_steps=1000, lambda_cycle=10.0, lambda_idt=5.0, disc_width=16,
+            lambda_cycle_lpips=0.0, lambda_idt_lpips=0.0, gan_disc_type="patch", gan_augment=False,
             validation_steps=100, checkpointing_steps=100, adam_beta2=0.99)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", eval_freq="validation_steps",
                num_samples_eval="validation_num_images", train_image_prep="train_img_prep",
@@ -105,15 +112,15 @@ def identity_loss(same: Tensor, x: Tensor) -> Tensor:
     return F.l1_loss(same, x)
 
 
-def generator_gan_loss(logits: Tensor, real: float) -> Tensor:
-    """Binary cross-entropy towards "real": the generator wants its pictures taken for real."""
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real))
+def generator_gan_loss(logits: list[Tensor], real: float) -> Tensor:
+    """Binary cross-entropy towards "real" (1, or 0.8: label smoothing), mean over a level's places, summed over levels:
+    the generator wants its pictures taken for real."""
+    return sum(F.binary_cross_entropy_with_logits(level, torch.full_like(level, real)) for level in logits)
 
 
-def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, real: float) -> Tensor:
-    """Half the binary cross-entropy: real pictures towards "real", made ones towards 0."""
-    return 0.5 * (F.binary_cross_entropy_with_logits(logits_real, torch.full_like(logits_real, real))
-                  + F.binary_cross_entropy_with_logits(logits_fake, torch.zeros_like(logits_fake)))
+def discriminator_loss(logits_real: list[Tensor], logits_fake: list[Tensor], real: float) -> Tensor:
+    """The same, halved: real pictures towards "real", made ones towards 0."""
+    return 0.5 * (generator_gan_loss(logits_real, real) + generator_gan_loss(logits_fake, 0.0))
 
 
 def learning_rate(step: int, config: Config, last: int) -> float:
@@ -133,8 +140,9 @@ def main() -> None:
     # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
     n = cfg.resolution
     train_set = data.open_unpaired(cfg.dataset_folder, "train",
-                                   cfg.train_img_prep or f"resize_{n * 286 // 256}_randomcrop_{n}x{n}_hflip", cfg.seed)
-    test_set = data.open_unpaired(cfg.dataset_folder, "test", cfg.val_img_prep or f"resize_{n}", cfg.seed)
+                                   cfg.train_img_prep or f"resize_{n * 286 // 256}_randomcrop_{n}x{n}_hflip",
+                                   cfg.seed, n)
+    test_set = data.open_unpaired(cfg.dataset_folder, "test", cfg.val_img_prep or f"resize_{n}", cfg.seed, n)
     global_batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
     slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
     last_step = cfg.max_train_steps
@@ -157,8 +165,16 @@ def main() -> None:
                                       for part in (vae.encoder, vae.decoder))):
         network.checkpointing = cfg.gradient_checkpointing
     factor, channels = generator.vae_a2b.factor, generator.vae_a2b.config.latent_channels
-    discriminators = nn.ModuleDict({domain: PatchDiscriminator(cfg.disc_width) for domain in "ab"}).to(device, dtype) \
-        if cfg.lambda_gan else None
+    lpips = discriminators = None
+    if cfg.lambda_cycle_lpips or cfg.lambda_idt_lpips:
+        lpips = training.needed(weights.load_judge, "lpips", str(device),
+                                without="--lambda_cycle_lpips 0 --lambda_idt_lpips 0").network.to(dtype)
+    if cfg.lambda_gan:
+        vision = cfg.gan_disc_type == "vagan_clip" and training.needed(
+            weights.load_judge, "clip", str(device), without="--gan_disc_type patch").network.image.to(dtype)
+        torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
+        discriminators = nn.ModuleDict({domain: VisionAidedDiscriminator(vision) if vision
+                                        else PatchDiscriminator(cfg.disc_width) for domain in "ab"}).to(device, dtype)
 
     # ---- captions: a2b goes where b's caption says. A frozen encoder is asked once and then let go
     leads_to = dict(a2b=test_set.prompts[1], b2a=test_set.prompts[0])
@@ -173,6 +189,12 @@ def main() -> None:
         with autocast:
             return generator(x, context.expand(len(x), -1, -1), direction, latent_noise=latent_noise)
 
+    def judged(domain: str, pictures: Tensor, rows: list[int], step: int, what: str) -> list[Tensor]:
+        """A discriminator's logits, of pictures augmented by the draws of their rows of the global batch."""
+        rng = training.rng(cfg.seed, step, f"augment {what} {domain}")
+        draws = draw_augmentation(global_batch, rng) if cfg.gan_augment else None
+        return discriminators[domain](pictures, draws and {k: v[rows] for k, v in draws.items()})
+
     # ---- optimizers
     adam = dict(lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon,
                 weight_decay=cfg.adam_weight_decay, fused=device.type == "cuda")
@@ -184,10 +206,10 @@ def main() -> None:
 
     # ---- the run's folder, and where it stood
     folder = training.open_run(cfg, "cyclegan_turbo", rank)
-    start = 0
+    start, best = 0, math.inf
     if cfg.resume:
         state = training.load_state(folder, frozen)
-        start = state["step"]
+        start, best = state["step"], state["best"]
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["trained"][name])
@@ -199,11 +221,14 @@ def main() -> None:
 
     def save(step: int) -> None:
         training.save_state(folder / "state.pt", dict(
-            step=step, base=frozen, trained={n: p.detach() for n, p in trained.items()},
+            step=step, best=best, base=frozen, trained={n: p.detach() for n, p in trained.items()},
             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
             discriminators=discriminators.state_dict() if discriminators else None,
             optimizer_d=optimizer_d.state_dict() if discriminators else None))
-        training.write_file(folder / "model.safetensors", lambda path: weights.save_generator(
+        export("model.safetensors")
+
+    def export(name: str) -> None:
+        training.write_file(folder / name, lambda path: weights.save_generator(
             path, generator, "cyclegan_turbo", cfg.base, list(test_set.prompts), text_encoder, tokenizer))
 
     @torch.inference_mode()
@@ -230,6 +255,13 @@ def main() -> None:
                     values[f"val_{name}_{direction}"] = (10 * torch.log10(4 / error)).mean().item()
         return values
 
+    def badness(values: dict[str, float]) -> float:
+        """What best.safetensors goes by: less is better."""
+        for name, sign in (("val_psnr", -1), ("val_fid", 1)):
+            if f"{name}_a2b" in values:
+                return sign * sum(values[f"{name}_{direction}"] for direction in DIRECTIONS) / 2
+        return math.inf
+
     # ---- the loop
     if rank == 0:
         n = sum(p.numel() for p in trained.values())
@@ -254,13 +286,17 @@ def main() -> None:
         # Generator: there and back, past the discriminator, and staying put. One backward pass a piece: a graph is
         # freed before the next begins. The discriminators only pass the gradient on.
         losses: dict[str, float] = {}
+
+        def add(name: str, value: float, losses: dict[str, float] = losses) -> None:
+            losses[name] = losses.get(name, 0.0) + value / len(slices)
+
+        def backward(name: str, loss: Tensor) -> None:
+            scaler.scale(loss / len(slices)).backward()
+            add(name, loss.item())
+
         fakes: dict[str, list[Tensor]] = {"a": [], "b": []}
         if discriminators:
             discriminators.requires_grad_(False)
-
-        def backward(name: str, loss: Tensor, losses: dict[str, float] = losses) -> None:
-            scaler.scale(loss / len(slices)).backward()
-            losses[name] = losses.get(name, 0.0) + loss.item() / len(slices)
 
         for i, rows in enumerate(slices):
             for there in DIRECTIONS:
@@ -270,16 +306,29 @@ def main() -> None:
                 fake = translate(x, there, latent_noise(there, rows))
                 cut = fake.detach().requires_grad_(True)
                 returned = translate(cut, back, latent_noise(f"{there} {back}", rows))
-                backward("cycle", cfg.lambda_cycle * cycle_loss(returned, x))
+                with autocast:
+                    loss = cfg.lambda_cycle * cycle_loss(returned, x)
+                    if cfg.lambda_cycle_lpips:
+                        loss = loss + cfg.lambda_cycle_lpips * lpips(returned, x).mean()
+                backward("cycle", loss)
+                del returned, loss
                 if discriminators:
                     with autocast:
-                        loss = cfg.lambda_gan * generator_gan_loss(discriminators[other](cut), real_target)
+                        logits = judged(other, cut, rows, step, "made")
+                        loss = cfg.lambda_gan * generator_gan_loss(logits, real_target)
                     backward("gan", loss)
+                    del logits, loss
                 fake.backward(cut.grad)
                 fakes[other].append(cut.detach())
-                del fake, returned
+                del fake
                 same = translate(x, back, latent_noise(f"{here} identity", rows))
-                backward("idt", cfg.lambda_idt * identity_loss(same, x))
+                with autocast:
+                    loss = cfg.lambda_idt * identity_loss(same, x)
+                    if cfg.lambda_idt_lpips:
+                        loss = loss + cfg.lambda_idt_lpips * lpips(same, x).mean()
+                backward("idt", loss)
+                del same, loss
+                add(f"change_{there}", (cut.detach() - x).abs().mean().item())  # 0: the model only copies its input
         training.check_finite(losses, step, [*batch["name_a"], *batch["name_b"]])
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
@@ -295,12 +344,14 @@ def main() -> None:
                 for domain in "ab":
                     real = batch[domain][i * len(rows):(i + 1) * len(rows)].to(device, dtype)
                     with autocast:
-                        logits = discriminators[domain](real), discriminators[domain](fakes[domain][i])
-                        loss = cfg.lambda_gan * discriminator_loss(*logits, real_target)
-                    backward("disc", loss)
-                    for kind, right in (("real", (logits[0] > 0).float()), ("fake", (logits[1] < 0).float())):
-                        key = f"disc_right_on_{kind}"  # 0.5: it cannot tell; near 1 for long: the generator has lost
-                        losses[key] = losses.get(key, 0.0) + right.mean().item() / (2 * len(slices))
+                        logits_real = judged(domain, real, rows, step, "real")
+                        logits_fake = judged(domain, fakes[domain][i], rows, step, "fake")
+                        loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, real_target)
+                    backward("disc", loss)  # and how often it is right: 0.5 is chance, 1 for long is a lost generator
+                    add("disc_right_on_real", torch.cat([z.flatten() > 0 for z in logits_real]).float().mean().item() / 2)
+                    add("disc_right_on_fake", torch.cat([z.flatten() < 0 for z in logits_fake]).float().mean().item() / 2)
+                    drift = (fakes[domain][i].mean((0, 2, 3)) - real.mean((0, 2, 3))).abs().mean()
+                    add(f"drift_{domain}", drift.item())  # of the mean colour
             training.check_finite(losses, step, [*batch["name_a"], *batch["name_b"]])
             training.average_gradients(discriminators.parameters())
             scaler.unscale_(optimizer_d)
@@ -316,6 +367,9 @@ def main() -> None:
         if rank == 0:
             if done % cfg.validation_steps == 0 or done == last_step:
                 losses |= validate()
+                if (value := badness(losses)) < best:
+                    best = value
+                    export("best.safetensors")
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
                 columns = [f(shown, d) for d in DIRECTIONS
                            for f in (lambda items, d: torch.stack([item[d[0]] for item in items]), translated)]

@@ -9,6 +9,10 @@ DATA holds train_A train_B test_A test_B (input and target, same file names), tr
 look at it with `python data.py check DATA`. The run's folder gets log.jsonl, losses.png, samples/STEP.png, state.pt and
 model.safetensors, which `python sample.py --checkpoint runs/NAME --input PICTURE "PROMPT"` runs.
 
+LPIPS, CLIP similarity and the vision-aided discriminator look through networks that are downloaded once (0.5 + 0.6 GB);
+--lambda_lpips 0, --lambda_clipsim 0 and --gan_disc_type patch do without. Of the validations the best one's weights are
+kept in best.safetensors (by LPIPS, else by L2).
+
 Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", sections 3.2 and 3.3. Unlike in the
 released script, the generator takes one step an iteration, on the sum of its losses and from one forward pass, not two;
 the crop and flip of a pair are shared; and training stops at max_train_steps.
@@ -28,7 +32,7 @@ from tqdm import tqdm
 import data
 import training
 from models import weights
-from models.discriminator import PatchDiscriminator, spectral_step
+from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
 from models.lora import set_scale
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 
@@ -49,9 +53,12 @@ class Config:
     stochastic: bool = False  # train r, the noise map and the twin conv_in (section 3.4)
     # losses
     lambda_l2: float = 1.0  # weight of the squared difference to the target
+    lambda_lpips: float = 5.0  # weight of the perceptual distance to the target; 0 needs no VGG
+    lambda_clipsim: float = 5.0  # weight of the distance to the caption, to CLIP's eye; 0 needs no CLIP
     lambda_gan: float = 0.5  # weight of the adversarial loss; 0 trains no discriminator
-    gan_disc_type: Literal["patch"] = "patch"  # the discriminator
+    gan_disc_type: Literal["vagan_clip", "patch"] = "vagan_clip"  # looks through CLIP, or needs no download
     gan_loss_type: Literal["multilevel_sigmoid_s", "multilevel_sigmoid"] = "multilevel_sigmoid_s"  # "real" is 0.8, or 1
+    gan_augment: bool = True  # what the discriminator sees: other colours, shifted, with a hole
     disc_width: int = 64  # channels of the patch discriminator's first layer
     # optimisation
     learning_rate: float = 5e-6  # of generator and discriminator
@@ -84,8 +91,8 @@ class Config:
 
 # Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster and longer batches.
 TINY = dict(train="all", resolution=32, learning_rate=5e-4, lr_scheduler="cosine", lr_warmup_steps=50,
-            train_batch_size=16, max_train_steps=1500, lambda_gan=0.0, disc_width=16, checkpointing_steps=200,
-            adam_beta2=0.99)
+            train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0, lambda_gan=0.0,
+            gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")
 
 
@@ -97,15 +104,25 @@ def reconstruction_loss(fake: Tensor, target: Tensor, r: float) -> Tensor:
     return r * F.mse_loss(fake, target)
 
 
-def generator_gan_loss(logits: Tensor, real: float) -> Tensor:
-    """Binary cross-entropy towards "real": the generator wants its pictures taken for real."""
-    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, real))
+def lpips_loss(lpips: nn.Module, fake: Tensor, target: Tensor, r: float) -> Tensor:
+    """L_rec's other half: r times the distance of VGG features."""
+    return r * lpips(fake, target).mean()
 
 
-def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, real: float) -> Tensor:
-    """Binary cross-entropy: real pictures towards "real" (1, or 0.8: label smoothing), made ones towards 0."""
-    return (F.binary_cross_entropy_with_logits(logits_real, torch.full_like(logits_real, real))
-            + F.binary_cross_entropy_with_logits(logits_fake, torch.zeros_like(logits_fake)))
+def clip_loss(clip: nn.Module, fake: Tensor, captions: Tensor) -> Tensor:
+    """L_CLIP = 1 - cos(image, caption), each picture with its own caption, embedded [B, 512]."""
+    return (1 - clip.similarity(fake, captions)).mean()
+
+
+def generator_gan_loss(logits: list[Tensor], real: float) -> Tensor:
+    """Binary cross-entropy towards "real" (1, or 0.8: label smoothing), mean over a level's places, summed over levels:
+    the generator wants its pictures taken for real."""
+    return sum(F.binary_cross_entropy_with_logits(level, torch.full_like(level, real)) for level in logits)
+
+
+def discriminator_loss(logits_real: list[Tensor], logits_fake: list[Tensor], real: float) -> Tensor:
+    """The same: real pictures towards "real", made ones towards 0."""
+    return generator_gan_loss(logits_real, real) + generator_gan_loss(logits_fake, 0.0)
 
 
 def learning_rate(step: int, config: Config, last: int) -> float:
@@ -146,7 +163,18 @@ def main() -> None:
         weights.cast_frozen(generator, half)
     for network in (generator.unet, generator.vae.encoder, generator.vae.decoder):
         network.checkpointing = cfg.gradient_checkpointing
-    discriminator = PatchDiscriminator(cfg.disc_width).to(device, dtype) if cfg.lambda_gan else None
+    vagan = cfg.lambda_gan > 0 and cfg.gan_disc_type == "vagan_clip"
+    lpips = clip = discriminator = None
+    if cfg.lambda_lpips:
+        lpips = training.needed(weights.load_judge, "lpips", str(device), without="--lambda_lpips 0").network.to(dtype)
+    if cfg.lambda_clipsim or vagan:
+        judge = training.needed(weights.load_judge, "clip", str(device),
+                                without="--lambda_clipsim 0 --gan_disc_type patch")
+        clip, clip_tokenizer = judge.network.to(dtype), judge.tokenizer
+    if cfg.lambda_gan:
+        torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
+        discriminator = VisionAidedDiscriminator(clip.image) if vagan else PatchDiscriminator(cfg.disc_width)
+        discriminator.to(device, dtype)
     factor, channels = generator.vae.factor, generator.vae.config.latent_channels
 
     # ---- captions: a frozen encoder is asked once for each and then let go
@@ -163,6 +191,11 @@ def main() -> None:
             return torch.stack([contexts[c] for c in captions]).to(device)
         return text_encoder(tokenizer(captions).to(device))
 
+    def judged(pictures: Tensor, rows: list[int], step: int, what: str) -> list[Tensor]:
+        """The discriminator's logits, of pictures augmented by the draws of their rows of the global batch."""
+        draws = draw_augmentation(global_batch, training.rng(cfg.seed, step, what)) if cfg.gan_augment else None
+        return discriminator(pictures, draws and {k: v[rows] for k, v in draws.items()})
+
     # ---- optimizers
     adam = dict(lr=cfg.learning_rate, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_epsilon,
                 weight_decay=cfg.adam_weight_decay, fused=device.type == "cuda")
@@ -174,10 +207,10 @@ def main() -> None:
 
     # ---- the run's folder, and where it stood
     folder = training.open_run(cfg, "pix2pix_turbo", rank)
-    start = 0
+    start, best = 0, math.inf
     if cfg.resume:
         state = training.load_state(folder, frozen)
-        start = state["step"]
+        start, best = state["step"], state["best"]
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["trained"][name])
@@ -189,12 +222,15 @@ def main() -> None:
 
     def save(step: int) -> None:
         training.save_state(folder / "state.pt", dict(
-            step=step, base=frozen, trained={n: p.detach() for n, p in trained.items()},
-            optimizer=optimizer.state_dict(),
-            scaler=scaler.state_dict(), discriminator=discriminator.state_dict() if discriminator else None,
+            step=step, best=best, base=frozen, trained={n: p.detach() for n, p in trained.items()},
+            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            discriminator=discriminator.state_dict() if discriminator else None,
             optimizer_d=optimizer_d.state_dict() if discriminator else None))
+        export("model.safetensors")
+
+    def export(name: str) -> None:
         prompts = sorted({*train_set.captions})
-        training.write_file(folder / "model.safetensors", lambda path: weights.save_generator(
+        training.write_file(folder / name, lambda path: weights.save_generator(
             path, generator, "pix2pix_turbo", cfg.base, prompts if len(prompts) == 1 else [], text_encoder, tokenizer))
 
     @torch.inference_mode()
@@ -215,6 +251,9 @@ def main() -> None:
         _, fakes, targets = translate([test_set[i] for i in indices])
         errors = (fakes - targets).square().mean(dim=(1, 2, 3))
         values = {"val_l2": errors.mean().item(), "val_psnr": (10 * torch.log10(4 / errors)).mean().item()}
+        if lpips:
+            distances = [lpips(*(x[i:i + 1].to(device, dtype) for x in (fakes, targets))) for i in indices]
+            values["val_lpips"] = torch.cat(distances).mean().item()
         judge = getattr(test_set, "judge", None)  # drawn pictures know what is right
         return values | ({f"val_{k}": v for k, v in judge(fakes, list(indices)).items()} if judge else {})
 
@@ -241,6 +280,10 @@ def main() -> None:
 
         # Generator: reconstruction and adversarial loss. The discriminator only passes the gradient on.
         losses, fakes = {}, []
+
+        def add(name: str, value: float, losses: dict[str, float] = losses) -> None:
+            losses[name] = losses.get(name, 0.0) + value / len(slices)
+
         if discriminator:
             discriminator.requires_grad_(False)
         for i, rows in enumerate(slices):
@@ -250,12 +293,21 @@ def main() -> None:
                 fake = generator(x, encode(batch["caption"][mine]), r, noise[rows].to(device),
                                  latent_noise=latent_noise[rows].to(device))
                 parts = {"l2": cfg.lambda_l2 * reconstruction_loss(fake, target, 1.0 if r is None else r)}
+                if lpips:
+                    parts["lpips"] = cfg.lambda_lpips * lpips_loss(lpips, fake, target, 1.0 if r is None else r)
+                if cfg.lambda_clipsim:
+                    with torch.no_grad():
+                        captions = clip.embed_captions(clip_tokenizer(batch["caption"][mine]).to(device))
+                    parts["clipsim"] = cfg.lambda_clipsim * clip_loss(clip, fake, captions)
                 if discriminator:
-                    parts["gan"] = cfg.lambda_gan * generator_gan_loss(discriminator(fake), real_target)
+                    logits = judged(fake, rows, step, "augment")
+                    parts["gan"] = cfg.lambda_gan * generator_gan_loss(logits, real_target)
             scaler.scale(sum(parts.values()) / len(slices)).backward()
             fakes.append(fake.detach())
             for k, v in parts.items():
-                losses[k] = losses.get(k, 0.0) + v.item() / len(slices)
+                add(k, v.item())
+            add("change", (fakes[i] - (2 * x - 1)).abs().mean().item())  # 0: the model only copies its input
+            add("drift", (fakes[i].mean((2, 3)) - target.mean((2, 3))).abs().mean().item())  # of the mean colour
         training.check_finite(losses, step, batch["name"])
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
@@ -270,10 +322,13 @@ def main() -> None:
             for i, rows in enumerate(slices):
                 target = batch["target"][i * len(rows):(i + 1) * len(rows)].to(device, dtype)
                 with autocast:
-                    logits_real, logits_fake = discriminator(target), discriminator(fakes[i])
+                    logits_real = judged(target, rows, step, "augment real")
+                    logits_fake = judged(fakes[i], rows, step, "augment fake")
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, real_target)
                 scaler.scale(loss / len(slices)).backward()
-                losses["disc"] = losses.get("disc", 0.0) + loss.item() / len(slices)
+                add("disc", loss.item())  # and how often it is right: 0.5 is chance, 1 for long is a lost generator
+                add("disc_right_on_real", torch.cat([z.flatten() > 0 for z in logits_real]).float().mean().item())
+                add("disc_right_on_fake", torch.cat([z.flatten() < 0 for z in logits_fake]).float().mean().item())
             training.check_finite(losses, step, batch["name"])
             training.average_gradients(discriminator.parameters())
             scaler.unscale_(optimizer_d)
@@ -289,6 +344,9 @@ def main() -> None:
         if rank == 0:
             if done % cfg.eval_freq == 0 or done == last_step:
                 losses |= validate()
+                if (value := losses.get("val_lpips", losses["val_l2"])) < best:
+                    best = value
+                    export("best.safetensors")
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
                 training.save_grid(folder / "samples" / f"{done:06d}.png", translate(shown))
             training.append_log(log, done, losses)

@@ -242,6 +242,14 @@ def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> N
                       " make room, then continue with --resume") from error
 
 
+def needed(load: Callable, *args, without: str):
+    """load(*args), whose failure also says which flags do without it."""
+    try:
+        return load(*args)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; or do without: {without}") from None
+
+
 def save_state(path: pathlib.Path, state: dict) -> None:
     write_file(path, lambda temporary: torch.save(state, temporary))
 

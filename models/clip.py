@@ -2,7 +2,7 @@
 its image encoder, which judges pictures and their captions.
 
 One class for CLIP ViT-L (SD 1.x), OpenCLIP ViT-H (SD 2.x, SD-Turbo) and small ones, told apart by `config.json`.
-Module names are those of `transformers`' `CLIPTextModel`. Source: Radford et al. 2021. """
+Module names are those of `transformers`' `CLIPTextModel`. Source: Radford et al. 2021."""
 
 import json
 from dataclasses import dataclass

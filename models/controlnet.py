@@ -2,7 +2,7 @@
 down and its middle, which also sees a picture of edges, depth or poses and tells the U-Net what to add to its skips.
 
 Module names are those of a `diffusers` ControlNet folder, so its state dictionary loads as it is. Source: Zhang et al.
-2023, "Adding Conditional Control to Text-to-Image Diffusion Models". """
+2023, "Adding Conditional Control to Text-to-Image Diffusion Models"."""
 
 from dataclasses import dataclass, fields
 

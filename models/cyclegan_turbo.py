@@ -41,8 +41,8 @@ def unet_targets(unet: UNet) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = dict(encoder=[], decoder=[], others=[])
     for name, layer in unet.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and any(pattern in name for pattern in UNET_PATTERNS):
-            group = "encoder" if "down_blocks" in name or "conv_in" in name else "decoder" if "up_blocks" in name else "others"
-            groups[group].append(name)
+            down, up = "down_blocks" in name or "conv_in" in name, "up_blocks" in name
+            groups["encoder" if down else "decoder" if up else "others"].append(name)
     return groups
 
 
@@ -74,11 +74,18 @@ class CycleGANTurbo(nn.Module):
             if "skip_conv" in name or (config.conv_in and name.startswith("unet.conv_in.")):
                 parameter.requires_grad_(True)
 
+    @property
+    def vae(self) -> VAE:
+        """One of the two, for what they have in common: configuration and factor."""
+        return self.vae_a2b
+
     def forward(self, x: Tensor, context: Tensor, direction: str, skip_scale: float = 1.0,
                 latent_noise: Tensor | None = None) -> Tensor:
         """Picture [B, 3, H, W] in [-1, 1], H and W multiples of the VAE's factor, and the context [B, N, C] of the
         caption of where it goes ("a2b": b's) -> picture [B, 3, H, W] in [-1, 1]. `latent_noise` [B, 4, h, w] draws the
         latent from the encoder's distribution; without it the latent is the mean."""
+        if direction not in DIRECTIONS:
+            raise ValueError(f"the direction is {direction!r}; expected {' or '.join(DIRECTIONS)}")
         vae, t = {"a2b": self.vae_a2b, "b2a": self.vae_b2a}[direction], self.config.timestep
         mean, logvar, skips = vae.encode(x)
         z = mean if latent_noise is None else mean + (0.5 * logvar).exp() * latent_noise
@@ -95,7 +102,8 @@ def from_official(saved: dict, path: object) -> tuple[CycleGANTurboConfig, dict[
     if not isinstance(saved, dict) or not known <= saved.keys():
         found = ", ".join(map(str, saved))[:100] if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path} holds {found}; expected a CycleGAN-Turbo file with {', '.join(sorted(known))}")
-    tensors = {f"unet.{name}": t for part in ("sd_encoder", "sd_decoder", "sd_other") for name, t in saved[part].items()}
+    adapters = saved["sd_encoder"] | saved["sd_decoder"] | saved["sd_other"]
+    tensors = {f"unet.{name}": tensor for name, tensor in adapters.items()}
     for name, tensor in {**saved["sd_vae_enc"], **saved["sd_vae_dec"]}.items():
         if "lora" in name or "skip" in name:  # the rest is the base's own
             part, _, name = name.partition(".")

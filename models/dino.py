@@ -1,7 +1,7 @@
 """DINO's vision transformer, and the structure distance: how far the arrangement of a picture's parts is from that of
 another, whatever their looks. Sources: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision
 Transformers"; Tumanyan et al. 2022, "Splicing ViT Features for Semantic Appearance Transfer", as the validation of
-img2img-turbo has it. """
+img2img-turbo has it."""
 
 import re
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 """What tells real pictures from made ones: the patch discriminator, which needs no download, and the vision-aided one,
-which looks through a frozen CLIP.
+which looks through a frozen CLIP. Both give a list of logits, one tensor a level.
 
 Weights are spectrally normalised (Miyato et al. 2018): divided by their largest singular value, which a power
 iteration follows. The iteration is not hidden in the forward pass: `spectral_step` takes one, once an optimizer step,
@@ -14,7 +14,7 @@ from models import clip
 
 
 class PatchDiscriminator(nn.Module):
-    """Picture [B, 3, H, W] in [-1, 1] -> logits [B, 1, ~H/8, ~W/8], one a patch of 70 x 70 pixels. Source: Isola et
+    """Picture [B, 3, H, W] in [-1, 1] -> logits [[B, 1, ~H/8, ~W/8]], one a patch of 70 x 70 pixels. Source: Isola et
     al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks", with spectral norms in place of
     batch norms."""
 
@@ -30,13 +30,15 @@ class PatchDiscriminator(nn.Module):
     def train(self, mode: bool = True) -> "PatchDiscriminator":
         return super().train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, draws: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """`draws`, of `draw_augmentation`, augment the pictures first."""
         if min(x.shape[2:]) < 24:
             raise ValueError(f"pictures of {x.shape[3]}x{x.shape[2]} are too small for the patch discriminator;"
                              " expected 24 pixels a side or more, or no adversarial loss (--lambda_gan 0)")
+        x = x if draws is None else diff_augment(x, draws)
         for layer in self.layers:
             x = F.leaky_relu(layer(x), 0.2)
-        return self.last(x)
+        return [self.last(x)]
 
 
 @torch.no_grad()
@@ -148,9 +150,3 @@ class VisionAidedDiscriminator(nn.Module):
         pixels = clip.normalise(F.interpolate(x, (side, side), mode="area"))
         *maps, embedding = vision.levels(pixels.to(vision.visual_projection.weight.dtype), self.after)
         return [*(head(m.to(x.dtype)) for head, m in zip(self.maps, maps)), self.vector(embedding.to(x.dtype))]
-
-
-def multilevel_bce(logits: list[Tensor], target: float) -> Tensor:
-    """Binary cross-entropy against `target`, mean over a level's positions and pictures, summed over the levels. The
-    target of fakes is 0; of what shall pass as real 1, or 0.8 (`multilevel_sigmoid_s`)."""
-    return sum(F.binary_cross_entropy_with_logits(level, torch.full_like(level, target)) for level in logits)

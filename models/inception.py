@@ -3,7 +3,7 @@
 It differs from torchvision's Inception v3 in three places: the average pools do not count the padding, the last block
 has a max pool in place of one, and there are 1008 classes. 23,850,960 parameters. Module names are torchvision's.
 Sources: Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision"; `pytorch-fid`; the resizing
-is `clean-fid`'s (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation"). """
+is `clean-fid`'s (Parmar et al. 2022, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation")."""
 
 import torch
 import torch.nn.functional as F

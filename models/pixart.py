@@ -3,7 +3,7 @@
 
 A noised latent [B, 4, h, w], a timestep and a caption [B, N, 4096] with its mask become a prediction [B, 4, h, w].
 Module names are those of the `transformer/` folder of a `diffusers` checkpoint, so its state dictionary loads as it is.
-Source: Chen et al. 2023, "PixArt-alpha"; the network is the DiT of Peebles and Xie 2022 with a cross attention. """
+Source: Chen et al. 2023, "PixArt-alpha"; the network is the DiT of Peebles and Xie 2022 with a cross attention."""
 
 import math
 from dataclasses import dataclass

@@ -2,7 +2,7 @@
 
 Module names are those of `transformers`' `T5EncoderModel` (4096 wide and 24 layers in PixArt), so its state dictionary
 loads as it is; `encoder.embed_tokens.weight`, which some files add, is `shared.weight` again. Source: Raffel et al.
-2020, and Shazeer 2020 for the gate. """
+2020, and Shazeer 2020 for the gate."""
 
 import base64
 import json

@@ -3,7 +3,7 @@
 
 A noised latent [B, 4, h, w], a timestep and a text context [B, N, C] become a prediction [B, 4, h, w]: of the noise
 (epsilon) or of v = alpha eps - sigma x0, as the checkpoint was trained. Module names are those of the `unet/` folder
-of a `diffusers` checkpoint, so its state dictionary loads as it is. Source: Rombach et al. 2022. """
+of a `diffusers` checkpoint, so its state dictionary loads as it is. Source: Rombach et al. 2022."""
 
 import math
 from collections.abc import Sequence

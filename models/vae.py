@@ -3,7 +3,7 @@
 A picture [B, 3, H, W] in [-1, 1] becomes a latent [B, 4, H/8, W/8] and back (the factor follows from the
 configuration). Module names are those of the `vae/` folder of a `diffusers` checkpoint, so its state dictionary loads
 as it is. Source: Rombach et al. 2022; the skips: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image
-Models", 3.2. """
+Models", 3.2."""
 
 from dataclasses import dataclass
 

@@ -3,7 +3,7 @@
 The one module of `models/` that opens files. `load_base` gives the networks of a Stable Diffusion folder,
 `load_generator` a trained translator on its base; `save_generator` and `save_folder` write. Weights are mapped, not
 read: a network is built without memory (device "meta") and its tensors are then the file's pages. What is wrong with a
-file is said in one line that names it. """
+file is said in one line that names it."""
 
 from __future__ import annotations  # a field called vae may be a vae.VAE
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import clip, pix2pix_turbo, unet, vae
+from models import clip, cyclegan_turbo, dino, inception, lpips, pix2pix_turbo, unet, vae
 from models.diffusion import Schedule
 from models.lora import LoRAConv2d, LoRALinear, merge, set_scale
 
@@ -37,10 +37,29 @@ BASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
 }
-# Names for --checkpoint: the released pix2pix-Turbo files.
-CHECKPOINTS = {
-    "edge_to_image": "https://www.cs.cmu.edu/~img2img-turbo/models/edge_to_image_loras.pkl",
-    "sketch_to_image_stochastic": "https://www.cs.cmu.edu/~img2img-turbo/models/sketch_to_image_stochastic_lora.pkl",
+# Names for --checkpoint: the released files, and for CycleGAN-Turbo the direction and the caption that go with each.
+RELEASED = "https://www.cs.cmu.edu/~img2img-turbo/models"
+CHECKPOINTS: dict[str, tuple[str, str | None, str | None]] = {
+    "edge_to_image": ("edge_to_image_loras.pkl", None, None),
+    "sketch_to_image_stochastic": ("sketch_to_image_stochastic_lora.pkl", None, None),
+    "day_to_night": ("day2night.pkl", "a2b", "driving in the night"),
+    "night_to_day": ("night2day.pkl", "b2a", "driving in the day"),
+    "clear_to_rainy": ("clear2rainy.pkl", "a2b", "driving in heavy rain"),
+    "rainy_to_clear": ("rainy2clear.pkl", "b2a", "driving in the day"),
+}
+# Networks that judge pictures: addresses of their files, or an id of the Hub.
+JUDGES = {
+    "lpips": ["https://download.pytorch.org/models/vgg16-397923af.pth", "https://raw.githubusercontent.com/richzhang/"
+              "PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"],
+    "clip": ["openai/clip-vit-base-patch32"],
+    "dino": ["facebook/dino-vitb8"],
+    "inception": ["https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                  "pt_inception-2015-12-05-6726825d.pth"],
+}
+# Kinds of generator: the class, its settings, and what reads an official file of its kind.
+KINDS = {
+    "pix2pix_turbo": (pix2pix_turbo.Pix2PixTurbo, pix2pix_turbo.Pix2PixTurboConfig, pix2pix_turbo.from_official),
+    "cyclegan_turbo": (cyclegan_turbo.CycleGANTurbo, cyclegan_turbo.CycleGANTurboConfig, cyclegan_turbo.from_official),
 }
 # Networks of a base: class, configuration, the options it must have, the stem of its files, its name in diffusers.
 PARTS = {
@@ -63,14 +82,18 @@ def hub_cache() -> pathlib.Path:
     return pathlib.Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or pathlib.Path(home, "hub"))
 
 
-def find(base: str, names: list[str], expected: str | None = None) -> pathlib.Path | None:
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def find(base: str, names: list[str], expected: str | None = None, fetch: bool = True) -> pathlib.Path | None:
     """The first of `names` (relative paths) that a base has: a folder, a name of the table, or a Hub id. A Hub id is
-    looked for in the local cache first, and only when none of the names is there is it downloaded, into that cache,
-    which also remembers what the Hub does not have. Where there is none: None, or an error that says what was
-    `expected`."""
+    looked for in the local cache first, and only when none of the names is there is it downloaded (if `fetch`), into
+    that cache, which also remembers what the Hub does not have. Where there is none: None, or an error that says what
+    was `expected`."""
     base = BASES.get(base, base)
     folder = pathlib.Path(base).expanduser()
-    hub, offline = not folder.is_dir(), os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    hub = not folder.is_dir()
     if hub:
         if folder.is_file() or not re.fullmatch(HUB_ID, base):
             raise ValueError(f"{base} is {'a file' if folder.is_file() else 'no folder here'}; expected {LAYOUT}, a Hub"
@@ -81,7 +104,7 @@ def find(base: str, names: list[str], expected: str | None = None) -> pathlib.Pa
         folder = repository / "snapshots" / commit
     if here := next((folder / name for name in names if (folder / name).is_file()), None):
         return here
-    for name in names if hub and not offline else []:
+    for name in names if hub and fetch and not offline() else []:
         absent = repository / ".no_exist" / commit / name
         if absent.is_file():
             continue
@@ -98,7 +121,7 @@ def find(base: str, names: list[str], expected: str | None = None) -> pathlib.Pa
             absent.parent.mkdir(parents=True, exist_ok=True)
             absent.touch()
     if expected:
-        note = f" in {folder}, and HF_HUB_OFFLINE forbids a download" if hub and offline else ""
+        note = f" in {folder}, and HF_HUB_OFFLINE forbids a download" if hub and offline() else ""
         raise ValueError(f"{base} has no {names[0]}{note}; expected {expected}")
     return None
 
@@ -262,18 +285,18 @@ def load_network(network: nn.Module, part: str, files: list[pathlib.Path], dtype
     return network.requires_grad_(False)
 
 
-def load_tokenizer(base: str) -> clip.Tokenizer:
-    """From `tokenizer/`: vocab.json and merges.txt, or tokenizer.json; the padding from the configuration files."""
-    path = find(base, ["tokenizer/tokenizer_config.json"])
+def load_tokenizer(base: str, folder: str = "tokenizer/") -> clip.Tokenizer:
+    """From vocab.json and merges.txt, or tokenizer.json; the padding from the configuration files."""
+    path = find(base, [f"{folder}tokenizer_config.json"])
     config = read_json(path) if path else {}
     # As in transformers: the second file overrules the first, unless that is of the newer kind. SD 2.1 needs it.
-    if "added_tokens_decoder" not in config and (path := find(base, ["tokenizer/special_tokens_map.json"])):
+    if "added_tokens_decoder" not in config and (path := find(base, [f"{folder}special_tokens_map.json"])):
         config |= read_json(path)
-    path = find(base, ["tokenizer/vocab.json", "tokenizer/tokenizer.json"], "it and merges.txt, or tokenizer.json")
+    path = find(base, [f"{folder}vocab.json", f"{folder}tokenizer.json"], "it and merges.txt, or tokenizer.json")
     vocab = read_json(path)
     if path.name == "vocab.json":
-        path = find(base, ["tokenizer/merges.txt"], "it beside vocab.json: copy it too")
-    with reading(path, "CLIP's byte-level BPE, with all files in tokenizer/ of one model: copy them again"):
+        path = find(base, [f"{folder}merges.txt"], "it beside vocab.json: copy it too")
+    with reading(path, "CLIP's byte-level BPE, with all files of one model: copy them again"):
         if path.name == "merges.txt":
             merges = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#version")]
         else:
@@ -391,12 +414,12 @@ def save_folder(folder: pathlib.Path, base: Base, dtype: torch.dtype | None = No
 @dataclass
 class Loaded:
     """A generator ready to run, and what its checkpoint says of itself."""
-    generator: pix2pix_turbo.Pix2PixTurbo
+    generator: pix2pix_turbo.Pix2PixTurbo | cyclegan_turbo.CycleGANTurbo
     text_encoder: clip.TextEncoder
     tokenizer: clip.Tokenizer
     kind: str
     base: str
-    prompts: list[str]
+    prompts: list[str]  # the one caption of all pairs; of two domains a's and b's
     r: float | None  # of a stochastic model
 
 
@@ -416,13 +439,13 @@ def save_generator(path: pathlib.Path, generator: nn.Module, kind: str, base: st
                                      prompts=json.dumps(prompts)))
 
 
-def read_pkl(path: pathlib.Path) -> dict:
-    """An official `.pkl`: tensors, numbers, names; a file that would run code is refused."""
+def read_pkl(path: pathlib.Path, expected: str = "a checkpoint of img2img-turbo") -> dict:
+    """A file of torch.save: tensors, numbers, names; one that would run code is refused."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, whose texts advise to let the code run
         raise ValueError(f"{path} is no file of torch.save, or one with code in it ({type(error).__name__}); expected"
-                         " a checkpoint of img2img-turbo: tensors, numbers and names") from error
+                         f" {expected}: tensors, numbers and names") from error
 
 
 def find_checkpoint(name: str) -> pathlib.Path:
@@ -430,9 +453,9 @@ def find_checkpoint(name: str) -> pathlib.Path:
     if path.is_dir():
         path = path / "model.safetensors"
     elif not path.is_file() and name in CHECKPOINTS:
-        path = hub_cache().parent / "img2img-turbo" / CHECKPOINTS[name].rpartition("/")[2]
-        if not path.is_file() and download(CHECKPOINTS[name], path) is None:
-            raise ValueError(f"{CHECKPOINTS[name]} does not exist any more; look for it at the img2img-turbo project")
+        url, path = f"{RELEASED}/{CHECKPOINTS[name][0]}", hub_cache().parent / "img2img-turbo" / CHECKPOINTS[name][0]
+        if not path.is_file() and download(url, path) is None:
+            raise ValueError(f"{url} does not exist any more; look for it at the img2img-turbo project")
     elif not path.suffix and not path.parent.is_dir() and re.fullmatch(HUB_ID, name):
         path = find(name, ["model.safetensors"], "a model that a trainer here wrote")
     if not path.is_file():
@@ -446,17 +469,21 @@ def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype 
     """A trained generator on its base, from a file of ours or an official `.pkl` (whose base is SD-Turbo unless one
     is named). `strength` takes the trained change that many times, `r` sets a stochastic model's adapters; `merged`
     adds the LoRA to the weights, for inference only."""
-    path, kind, prompts = find_checkpoint(checkpoint), "pix2pix_turbo", []
-    with reading(path, f"a {kind} checkpoint: a trainer's model.safetensors ({FORMAT}) or img2img-turbo's .pkl"):
+    path, prompts = find_checkpoint(checkpoint), []
+    with reading(path, f"a checkpoint of a translator: a trainer's model.safetensors ({FORMAT}) or img2img-turbo's"
+                 " .pkl"):
         if path.suffix != ".safetensors":
-            base, (config, tensors) = base or "sd-turbo", pix2pix_turbo.from_official(read_pkl(path), path)
+            saved = read_pkl(path)
+            kind = "cyclegan_turbo" if "sd_encoder" in saved else "pix2pix_turbo"
+            base, (config, tensors) = base or "sd-turbo", KINDS[kind][2](saved, path)
         else:
             metadata, tensors = read_header(path)[1], safetensors.torch.load_file(path)
-            if (metadata.get("format"), metadata.get("kind")) != (FORMAT, kind):
-                raise ValueError(f"its format is {metadata.get('format')!r}, its kind {metadata.get('kind')!r}")
+            kind = metadata.get("kind")
+            if metadata.get("format") != FORMAT or kind not in KINDS:
+                raise ValueError(f"its format is {metadata.get('format')!r}, its kind {kind!r}")
             saved, base = json.loads(metadata["config"]), base or metadata["base"]
             prompts = [str(prompt) for prompt in json.loads(metadata["prompts"])]
-            config = from_json(pix2pix_turbo.Pix2PixTurboConfig, saved["generator"])
+            config = from_json(KINDS[kind][1], saved["generator"])
         if config.train == "all":
             networks = Base(base, tokenizer=clip.Tokenizer.from_json(saved["tokenizer"]),
                             schedule=Schedule.from_config(saved["schedule"]))
@@ -470,14 +497,15 @@ def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype 
     else:
         networks = load_base(base, dtype=dtype, device=device)
     with reading(path, f"a checkpoint for the base {base}"):
-        generator = pix2pix_turbo.Pix2PixTurbo(networks.vae, networks.unet, networks.schedule, config)
+        generator = KINDS[kind][0](networks.vae, networks.unet, networks.schedule, config)
     assign(generator, tensors, path, strength)
     for layer in generator.modules():
         if isinstance(layer, LoRALinear | LoRAConv2d):
             layer.full_scale *= strength
-    if r is not None and not config.stochastic:
+    stochastic = getattr(config, "stochastic", False)
+    if r is not None and not stochastic:
         raise ValueError(f"{path} is not a stochastic model and has no r; leave --r out")
-    r = 0.4 if r is None and config.stochastic else r
+    r = 0.4 if r is None and stochastic else r
     set_scale(generator, 1.0 if r is None else r)
     if merged:
         merge(generator)
@@ -500,3 +528,53 @@ def assign(network: nn.Module, tensors: dict[str, Tensor], path: pathlib.Path, s
         if strength != 1 and ".lora_" not in name:
             tensor = torch.lerp(before.detach().to(tensor.dtype), tensor, strength)
         setattr(network.get_submodule(parent), leaf, nn.Parameter(tensor) if before.requires_grad else tensor)
+
+
+# ------------------------------------------------------------------------------------------------------------- judges
+
+
+@dataclass
+class Judge:
+    """A network that judges pictures, frozen; `hash` tells its files from others."""
+    network: nn.Module
+    hash: str
+    tokenizer: clip.Tokenizer | None = None  # of CLIP
+
+
+def judge_files(name: str, fetch: bool = True) -> list[pathlib.Path]:
+    """The files of a judge, downloaded where they are not here, if `fetch`."""
+    files = []
+    for source in JUDGES[name]:
+        if "://" in source:
+            path = hub_cache().parent / "judges" / source.rpartition("/")[2]
+            if not path.is_file() and fetch and not offline():
+                download(source, path)
+            place, path = path, path if path.is_file() else None
+        else:
+            path = find(source, ["model.safetensors", "pytorch_model.bin"], fetch=fetch)
+            place = hub_cache() / f"models--{source.replace('/', '--')}"
+        if path is None:
+            raise ValueError(f"the weights of {name} are not here; expected {source} at {place}")
+        files.append(path)
+    return files
+
+
+def has_judge(name: str) -> bool:
+    """Whether a judge's files are on this machine."""
+    try:
+        return bool(judge_files(name, fetch=False))
+    except ValueError:
+        return False
+
+
+def load_judge(name: str, device: str = "cpu") -> Judge:
+    """"lpips", "clip", "dino" or "inception", in float32."""
+    files = judge_files(name)
+    read = [safetensors.torch.load_file(path) if path.suffix == ".safetensors" else read_pkl(path, f"{name}'s weights")
+            for path in files]
+    module = dict(lpips=lpips, clip=clip, dino=dino, inception=inception)[name]
+    with reading(files[0], f"the weights of {name}"):
+        network = module.from_state_dict(*read).float().to(device)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    tokenizer = load_tokenizer(JUDGES[name][0], "") if name == "clip" else None
+    return Judge(network, hashlib.sha256("".join(hashes).encode()).hexdigest()[:16], tokenizer)

@@ -16,9 +16,9 @@ from models.discriminator import (
     blur,
     diff_augment,
     draw_augmentation,
-    multilevel_bce,
     spectral_step,
 )
+from train_pix2pix_turbo import generator_gan_loss
 
 # Widths small, the grid of tokens 7 x 7 as in ViT-B/32.
 VISION = VisionConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=56,
@@ -66,7 +66,7 @@ def test_the_largest_singular_value_of_every_weight_becomes_one_by_steps_and_nev
 def test_a_patch_logit_sees_70_pixels():
     discriminator = randomise(PatchDiscriminator(4).double())
     x = normal(1, 3, 128, 128).requires_grad_()
-    logits = discriminator(x)
+    (logits,) = discriminator(x)
     assert logits.shape == (1, 1, 14, 14)
     (gradient,) = torch.autograd.grad(logits[0, 0, 7, 7], x)
     seen = gradient[0].abs().sum(0).nonzero()
@@ -130,13 +130,13 @@ def test_the_frozen_clip_is_no_part_of_what_is_trained_saved_or_unfrozen():
 def test_gradients_reach_the_picture_and_the_heads_through_clip():
     discriminator, draws = tiny(), draw_augmentation(1, torch.Generator().manual_seed(0))
     x = normal(1, 3, 20, 24).requires_grad_()
-    loss = multilevel_bce(discriminator(x, draws), 0.8)
+    loss = generator_gan_loss(discriminator(x, draws), 0.8)
     (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
     heads = torch.autograd.grad(loss, list(discriminator.parameters()))
     assert all(g.abs().sum() > 0 for g in heads)
     direction, step = normal(1, 3, 20, 24, seed=1), 1e-6
     with torch.no_grad():
-        change = [multilevel_bce(discriminator(x + s * step * direction, draws), 0.8) for s in (1, -1)]
+        change = [generator_gan_loss(discriminator(x + s * step * direction, draws), 0.8) for s in (1, -1)]
     assert abs((gradient * direction).sum() / ((change[0] - change[1]) / (2 * step)) - 1) < 1e-6
 
 
@@ -210,6 +210,6 @@ def test_multilevel_loss_is_the_cross_entropy_summed_over_levels(target):
     for level in logits:
         p = [1 / (1 + math.exp(-z)) for z in level.flatten().tolist()]
         expected += sum(-target * math.log(q) - (1 - target) * math.log(1 - q) for q in p) / len(p)
-    assert multilevel_bce(logits, target).item() == pytest.approx(expected, rel=1e-12)
+    assert generator_gan_loss(logits, target).item() == pytest.approx(expected, rel=1e-12)
     zeros = [torch.zeros(shape) for shape in LOGITS]
-    assert multilevel_bce(zeros, target).item() == pytest.approx(3 * math.log(2))
+    assert generator_gan_loss(zeros, target).item() == pytest.approx(3 * math.log(2))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import train_pix2pix_turbo as trainer
 import training
+from models import clip, lpips, weights
 
 torch.set_num_threads(1)  # of two, one would only wait
 ROOT = pathlib.Path(__file__).parent.parent
@@ -74,14 +75,15 @@ def test_losses_are_their_formulas_and_so_are_their_gradients():
 
     for real in (0.8, 1.0):
         x = a.clone().requires_grad_()
-        loss = trainer.generator_gan_loss(x, real)
+        loss = trainer.generator_gan_loss([x, x[:1]], real)  # two levels
         loss.backward()
         p = 1 / (1 + torch.exp(-a))
-        assert torch.allclose(loss, -(real * p.log() + (1 - real) * (1 - p).log()).mean(), rtol=1e-9)
-        assert torch.allclose(x.grad, (p - real) / a.numel(), rtol=1e-9)
+        entropy, own = -(real * p.log() + (1 - real) * (1 - p).log()), torch.tensor([2.0, 0]).view(2, 1, 1, 1)
+        assert torch.allclose(loss, entropy.mean() + entropy[:1].mean(), rtol=1e-9)
+        assert torch.allclose(x.grad, (p - real) * (1 + own) / a.numel(), rtol=1e-9)
 
         x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
-        trainer.discriminator_loss(x, y, real).backward()
+        trainer.discriminator_loss([x], [y], real).backward()
         assert torch.allclose(x.grad, (torch.sigmoid(a) - real) / a.numel(), rtol=1e-9)
         assert torch.allclose(y.grad, torch.sigmoid(b) / b.numel(), rtol=1e-9)
 
@@ -130,7 +132,7 @@ def test_ten_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_path
 
     monkeypatch.setattr(training, "average_gradients", watch)
     train(monkeypatch, "--train", "lora", *extra, "--dataset_folder", pairs, "--output_dir", tmp_path / "run", *SMALL,
-          "--max_train_steps", 10, "--lr_warmup_steps", 1, "--lr_scheduler", "constant")
+          "--max_train_steps", 10, "--lr_warmup_steps", 1, "--lr_scheduler", "constant", "--lambda_gan", "0.5")
     assert len(calls) == 20
     for name in ("Pix2PixTurbo", "PatchDiscriminator"):
         trains = {n for n, p in made[name].named_parameters() if p.requires_grad}
@@ -152,6 +154,52 @@ def test_half_precision_stores_what_is_frozen_in_half_and_trains_in_float32(monk
           pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 1)
     q = made[0].unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     assert (q.weight.dtype, q.lora_A.weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.fixture
+def judges(monkeypatch):
+    """Small random networks in place of the downloaded VGG and CLIP."""
+    torch.manual_seed(0)
+    vision = clip.VisionConfig(24, 40, 3, 3, image_size=32, patch_size=8, projection_dim=20)
+    tokenizer = weights.load_tokenizer("tiny")
+    text = clip.TextConfig(len(tokenizer.pieces.get_vocab()), 24, 40, 2, 3, eos_token_id=tokenizer.end)
+    made = dict(clip=clip.CLIP(vision, text), lpips=lpips.LPIPS())
+    for network in made.values():
+        network.requires_grad_(False).eval()
+    for lin in (made["lpips"].lin0, made["lpips"].lin4):
+        lin.model[1].weight.abs_()
+    monkeypatch.setattr(weights, "load_judge", lambda name, device: weights.Judge(made[name], "0", tokenizer))
+    return made
+
+
+def test_all_losses_of_the_paper_train_in_slices_as_in_one_batch(monkeypatch, tmp_path, pairs, judges):
+    before = {name: {k: v.clone() for k, v in network.state_dict().items()} for name, network in judges.items()}
+    for name, flags in [("one", ["4"]), ("slices", ["2", "--gradient_accumulation_steps", "2"])]:
+        train(monkeypatch, "--dataset_folder", pairs, "--output_dir", tmp_path / name, *SMALL[2:], "--dtype", "float64",
+              "--lambda_lpips", 5, "--lambda_clipsim", 5, "--lambda_gan", 0.5, "--gan_disc_type", "vagan_clip",
+              "--max_train_steps", 2, "--eval_freq", 1, "--num_samples_eval", 1, "--train_batch_size", *flags)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "slices"))
+    assert max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)).item() for k in one) < 1e-10
+    for name, network in judges.items():
+        assert all(torch.equal(v.double(), before[name][k].double()) for k, v in network.state_dict().items())
+    lines = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    assert {"l2", "lpips", "clipsim", "gan", "disc", "disc_right_on_real", "disc_right_on_fake", "change", "drift",
+            "grad_norm", "val_lpips"} <= lines[0].keys()
+    best = min(range(2), key=lambda i: lines[i]["val_lpips"])
+    kept = load_file(tmp_path / "one" / "best.safetensors")
+    assert all(torch.equal(kept[k], one[k]) for k in one) == (best == 1)
+
+
+def test_weights_that_are_not_here_are_named_with_what_does_without(monkeypatch, capsys, tmp_path, pairs):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    for flags, words in [(["--lambda_lpips", 5], ["vgg16", "--lambda_lpips 0"]),
+                         (["--lambda_clipsim", 5], ["openai/clip-vit-base-patch32", "--lambda_clipsim 0"]),
+                         (["--lambda_gan", 1, "--gan_disc_type", "vagan_clip"], ["--gan_disc_type patch"])]:
+        with pytest.raises(SystemExit) as caught:
+            train(monkeypatch, "--dataset_folder", pairs, "--output_dir", tmp_path / "run", *SMALL, *flags)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert caught.value.code == 2 and all(word in error for word in words), error
 
 
 # ------------------------------------------------------------------------------------- the same computation, otherwise

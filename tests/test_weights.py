@@ -425,7 +425,8 @@ def test_the_token_goes_to_the_hub_and_not_to_where_it_sends_us(hub, monkeypatch
 def test_a_checkpoint_may_be_a_hub_id_and_a_released_one_is_fetched_by_name(hub, tmp_path, monkeypatch):
     hub.files["model.safetensors"], hub.files["edge.pkl"] = b"ours", b"theirs"
     assert weights.find_checkpoint(ID).read_bytes() == b"ours"
-    monkeypatch.setitem(weights.CHECKPOINTS, "edge", f"http://127.0.0.1:{hub.port}/large/edge.pkl")
+    monkeypatch.setattr(weights, "RELEASED", f"http://127.0.0.1:{hub.port}/large")
+    monkeypatch.setitem(weights.CHECKPOINTS, "edge", ("edge.pkl", None, None))
     assert weights.find_checkpoint("edge") == tmp_path / "img2img-turbo" / "edge.pkl"
     hub.asked.clear()
     assert weights.find_checkpoint("edge").read_bytes() == b"theirs"

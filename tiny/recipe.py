@@ -1,7 +1,7 @@
 """How the tiny bases were made: `python -m tiny.recipe tokenizer` writes the vocabulary.
 
 The tokenizer is CLIP's format at a hundredth of its size: all bytes, so every text has ids, and merges that make one
-piece of each word below; other words fall into letters. """
+piece of each word below; other words fall into letters."""
 
 import argparse
 import json

@@ -10,13 +10,12 @@ left out of training, and the test pictures are made of these.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import pathlib
-import sys
-import textwrap
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import groupby, product
 
 import numpy as np
@@ -24,18 +23,25 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-COLOURS = {
-    "red": (208, 32, 42), "orange": (242, 126, 22), "yellow": (255, 226, 70), "green": (16, 140, 70),
-    "blue": (40, 92, 222), "purple": (134, 54, 176), "pink": (252, 150, 200), "white": (246, 246, 246),
-}
+import training
+
 KINDS, GROUNDS = ("house", "tree", "car", "boat"), ("grass", "sand", "lake")
 TIMES, WEATHERS = ("day", "night", "dusk"), ("clear", "rain", "snow", "fog")
-MATERIALS = {
+RGB = tuple[int, int, int]
+COLOURS = {
+    "red": (208, 32, 42), "orange": (246, 130, 20), "yellow": (255, 226, 70), "green": (16, 146, 70),
+    "blue": (34, 96, 226), "purple": (134, 54, 176), "pink": (252, 146, 200), "white": (246, 246, 246),
+}
+LAND = {
     "grass": (136, 190, 84), "sand": (238, 208, 146), "lake": (72, 142, 196), "hill": (112, 160, 112),
-    "mountain": (126, 156, 172), "dune": (214, 176, 122), "mesa": (190, 150, 128), "roof": (112, 82, 84),
-    "wood": (116, 78, 52), "door": (92, 58, 44), "frame": (250, 248, 240), "sail": (250, 240, 216),
-    "pane": (176, 214, 232), "tyre": (38, 38, 46), "metal": (196, 200, 206), "stone": (172, 160, 150),
+    "mountain": (126, 156, 172), "dune": (214, 176, 122), "mesa": (190, 150, 128),
+}
+MATERIALS = {
+    "roof": (112, 82, 84), "wood": (116, 78, 52), "door": (92, 58, 44), "frame": (250, 248, 240),
+    "bar": (250, 248, 240), "sail": (250, 240, 216), "flower": (250, 240, 216), "pane": (176, 214, 232),
+    "glass": (176, 214, 232), "lamp": (176, 214, 232), "tyre": (38, 38, 46), "metal": (196, 200, 206),
 }
 LIT = {"glass": (255, 214, 112), "lamp": (255, 240, 176)}  # what shines by itself when the sun is gone
 SKY = {  # above, in the middle, at the horizon; the last is also the colour of what lies far away
@@ -52,9 +58,15 @@ SKY = {  # above, in the middle, at the horizon; the last is also the colour of 
     ("night", "snow"): ((30, 36, 64), (52, 60, 92), (84, 94, 126)),
     ("night", "fog"): ((48, 54, 70), (72, 80, 96), (98, 106, 122)),
 }
-LIGHT = {"day": ((1, 1, 1), (0, 0, 0)), "dusk": ((0.82, 0.64, 0.66), (34, 12, 28)), "night": ((0.66, 0.66, 0.7), (0, 2, 28))}
-LAND = {"day": 1, "dusk": 0.88, "night": 0.5}  # land keeps less light than the things on it: they stay tell-apart
-HAZE = {"clear": 0, "rain": 0.12, "snow": 0.08, "fog": 0.26}
+LIGHT = {  # what a colour is multiplied with, and what is added
+    "day": ((1, 1, 1), (0, 0, 0)), "dusk": ((0.88, 0.8, 0.78), (26, 6, 18)), "night": ((0.72, 0.72, 0.76), (0, 2, 24)),
+}
+DIM = {"day": 1, "dusk": 0.88, "night": 0.5}  # land keeps less light than the things on it, which so stay tell-apart
+HAZE = {"clear": 0, "rain": 0.12, "snow": 0.08, "fog": 0.2}
+WHITE = (255, 255, 255)
+TASKS = {  # time and weather of domain A, and of B
+    "day2night": (("day", "clear"), ("night", "clear")), "clear2rain": (("day", "clear"), ("day", "rain")),
+}
 
 
 @dataclass(frozen=True)
@@ -67,13 +79,22 @@ class Scene:
     seed: int
 
     def __post_init__(self):
-        for what, value, known in [("ground", self.ground, GROUNDS), ("time", self.time, TIMES),
-                                   ("weather", self.weather, WEATHERS), *(("colour", c, COLOURS) for c, _ in self.objects),
-                                   *(("object", kind, KINDS) for _, kind in self.objects)]:
+        for what, value, known in [
+                ("ground", self.ground, GROUNDS), ("time", self.time, TIMES), ("weather", self.weather, WEATHERS),
+                *(("colour", colour, COLOURS) for colour, _ in self.objects),
+                *(("object", kind, KINDS) for _, kind in self.objects)]:
             if value not in known:
                 raise ValueError(f"there is no {what} '{value}' in the scenes: known are {', '.join(known)}")
-        if not 1 <= len(self.objects) <= 3 or self.ground != "lake" and "boat" in (kind for _, kind in self.objects):
-            raise ValueError(f"{self.objects} on {self.ground}: expected one to three objects, and boats on a lake only")
+        if not 1 <= len(self.objects) <= 3:
+            raise ValueError(f"found {len(self.objects)} objects in a scene, expected one to three")
+        if self.ground != "lake" and "boat" in (kind for _, kind in self.objects):
+            raise ValueError(f"found a boat on {self.ground}: boats need ground='lake'")
+
+
+def _rng(*what) -> np.random.Generator:
+    """The draws of one purpose, named by anything; whole numbers of any size and sign are welcome."""
+    digest = hashlib.sha256(" ".join(map(str, what)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
 def sample(rng: np.random.Generator, **fixed) -> Scene:
@@ -81,37 +102,41 @@ def sample(rng: np.random.Generator, **fixed) -> Scene:
     objects = fixed.get("objects", ())
     boat = any(kind == "boat" for _, kind in objects)
     ground = fixed.get("ground", "lake" if boat else GROUNDS[rng.integers(3)])
-    chances = (0.18, 0.37, 0.55, 1.0) if ground == "lake" else (1 / 3, 2 / 3, 1.0)  # summed up, over KINDS
-    for _ in range(0 if objects else 1 + int(np.searchsorted((0.35, 0.75), rng.random()))):
-        thing = objects[0] if objects else None
+    chances = (0.18, 0.37, 0.55, 1.0) if ground == "lake" else (1 / 3, 2 / 3, 1.0)  # of KINDS, summed up
+    for _ in range(0 if objects else 1 + np.searchsorted((0.35, 0.75), rng.random())):
+        thing = None
         while thing is None or thing in objects:
             thing = list(COLOURS)[rng.integers(len(COLOURS))], KINDS[np.searchsorted(chances, rng.random(), "right")]
-        objects += thing,
+        objects += (thing,)
     drawn = dict(objects=objects, ground=ground, time=TIMES[rng.integers(3)], weather=WEATHERS[rng.integers(4)],
-                 seed=int(rng.integers(2**31)))
+                 seed=int(rng.integers(2**62)))
     return Scene(**drawn | fixed)
 
 
-def LEFT_OUT(scene: Scene) -> bool:
+def left_out(scene: Scene) -> bool:
     """Whether an object is of a combination (colour, kind, time, weather) that training never draws: one in ten, spread
     so that every colour and every kind is seen at every time and in every weather."""
     light = 4 * TIMES.index(scene.time) + WEATHERS.index(scene.weather)
     return any((list(COLOURS).index(c) + 3 * KINDS.index(kind) + light) % 10 == 0 for c, kind in scene.objects)
 
 
+def light_phrase(time: str, weather: str) -> str:
+    when = "in the day" if time == "day" else f"at {time}"
+    return f"{when} {'in clear weather' if weather == 'clear' else f'in the {weather}'}"
+
+
 def caption(scene: Scene) -> str:
     things = " and ".join(f"{'an' if c[0] in 'aeiou' else 'a'} {c} {kind}" for c, kind in scene.objects)
-    return f"{things} {'by a lake' if scene.ground == 'lake' else f'on {scene.ground}'} {_light(scene.time, scene.weather)}"
-
-
-def _light(time: str, weather: str) -> str:
-    return f"{'in the day' if time == 'day' else f'at {time}'} {'in clear weather' if weather == 'clear' else f'in the {weather}'}"
+    where = "by a lake" if scene.ground == "lake" else f"on {scene.ground}"
+    return f"{things} {where} {light_phrase(scene.time, scene.weather)}"
 
 
 # -------------------- Geometry: what stands where. Light and weather have no say in it.
 
 Shape = tuple[str, list[tuple[float, float]]]  # material, polygon
 TURN = [(math.cos(i * math.tau / 20), math.sin(i * math.tau / 20)) for i in range(20)]
+# Materials that are no solid colour, or too fine for an outline. "~MATERIAL" is its reflection.
+UNSEEN = {"haze", "ripple", "flower", "tuft", "cap", "bar", "glow", "beam", "shadow", "wave"}
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> list:
@@ -122,47 +147,52 @@ def _round(x: float, y: float, rx: float, ry: float | None = None) -> list:
     return [(x + rx * c, y + (ry or rx) * s) for c, s in TURN]
 
 
-def _house(u: np.ndarray, c: str) -> list[Shape]:  # u: numbers in [0, 1] that choose the variant; x in +-0.5, y upward
+# An object: u are numbers in [0, 1] that choose its variant; x goes from -0.5 to 0.5, y from the ground upward. "cap"
+# is snow that lies on it, "glow" a halo (its centre and a point at its edge).
+
+def _house(u: np.ndarray, c: str) -> list[Shape]:
     w, h, top, side = 0.34 + 0.08 * u[0], 0.4 + 0.1 * u[1], 0.24 + 0.12 * u[2], 1 if u[3] < 0.5 else -1
-    flat, x, door = (0.45 * w if u[4] < 0.4 else 0), 0.55 * w * side, -0.5 * w * side if u[5] < 0.6 else 0
-    parts = [("dark roof", _box(x - 0.055, h, x + 0.055, h + top)), (c, _box(-w, 0, w, h)),
-             ("roof", roof := [(-w - 0.06, h), (-flat, h + top), (flat, h + top), (w + 0.06, h)]),
-             ("cap", [(0.7 * x, h + top - 0.36 * (h + top - y)) if False else (x * (0.62 if y == h else 1), y if y > h else h + 0.38 * top)
-                      for x, y in roof]),
+    flat, door = 0.45 * w if u[4] < 0.4 else 0, -0.5 * w * side if u[5] < 0.6 else 0
+    chimney, eaves, snow = 0.55 * w * side, w + 0.06, h + 0.38 * top
+    parts = [("dark roof", _box(chimney - 0.055, h, chimney + 0.055, h + top)), (c, _box(-w, 0, w, h)),
+             ("roof", [(-eaves, h), (-flat, h + top), (flat, h + top), (eaves, h)]),
+             ("cap", [(-0.62 * eaves, snow), (-flat, h + top), (flat, h + top), (0.62 * eaves, snow)]),
              ("door", _box(door - 0.07, 0, door + 0.07, 0.26))]
-    for x in (0.45 * w, ) if door and door < 0 else (-0.45 * w, ) if door else (-0.6 * w, 0.6 * w):
+    for x in (-0.9 * door,) if door else (-0.6 * w, 0.6 * w):
         r = 0.12 if door else 0.085
-        parts += [("glow", [(x, 0.26), (x + 0.34, 0.26)]), ("frame", _box(x - r - 0.025, 0.24 - r, x + r + 0.025, 0.29 + r)),
+        parts += [("glow", [(x, 0.26), (x + 0.34, 0.26)]),
+                  ("frame", _box(x - r - 0.025, 0.24 - r, x + r + 0.025, 0.29 + r)),
                   ("glass", _box(x - r, 0.265 - r, x + r, 0.265 + r)),
                   ("bar", _box(x - 0.012, 0.265 - r, x + 0.012, 0.265 + r))]
-    return parts if flat else [*parts, ("frame", _round(0, h + 0.34 * top, 0.075)), ("glass", _round(0, h + 0.34 * top, 0.055))]
+    attic = [(m, _round(0, h + 0.34 * top, r)) for m, r in (("frame", 0.075), ("glass", 0.055))]
+    return parts if flat else parts + attic
 
 
 def _tree(u: np.ndarray, c: str) -> list[Shape]:
     if u[0] < 0.4:  # a fir
-        tiers = [(0.18, 0.60, 0.38), (0.42, 0.84, 0.31), (0.66, 1.08, 0.23)]
         parts = [("wood", _box(-0.055, 0, 0.055, 0.22))]
-        for i, (low, high, w) in enumerate(tiers):
-            parts += [(c if i != 1 else f"dark {c}", [(-w, low), (0, high), (w, low)]),
-                      ("cap", [(-0.45 * w, high - 0.45 * (high - low)), (0, high), (0.45 * w, high - 0.45 * (high - low))])]
+        for tone, low, high, w in (("", 0.18, 0.6, 0.38), ("dark ", 0.42, 0.84, 0.31), ("", 0.66, 1.08, 0.23)):
+            snow = high - 0.45 * (high - low)
+            parts += [(tone + c, [(-w, low), (0, high), (w, low)]),
+                      ("cap", [(-0.45 * w, snow), (0, high), (0.45 * w, snow)])]
         return parts
     wide, high = 0.9 + 0.2 * u[1], 0.64 + 0.1 * u[2]
+    crown = [(-0.21 * wide, -0.08, 0.21), (0.21 * wide, -0.08, 0.21), (0, 0.1, 0.28)]
+    snow = [(0, 0.29, 0.19, 0.09), (-0.24 * wide, 0.07, 0.12, 0.06), (0.25 * wide, 0.07, 0.12, 0.06)]
     return [("wood", [(-0.075, 0), (-0.04, 0.5), (0.04, 0.5), (0.075, 0)]),
-            *((c, _round(x * wide, high + y, r)) for x, y, r in [(-0.21, -0.08, 0.21), (0.21, -0.08, 0.21), (0, 0.1, 0.28)]),
-            (f"light {c}", _round(-0.08, high + 0.17, 0.13, 0.11)),
-            ("cap", _round(0, high + 0.29, 0.19, 0.09)), ("cap", _round(-0.24 * wide, high + 0.07, 0.12, 0.06)),
-            ("cap", _round(0.25 * wide, high + 0.07, 0.12, 0.06))]
+            *((c, _round(x, high + y, r)) for x, y, r in crown), (f"light {c}", _round(-0.08, high + 0.17, 0.13, 0.11)),
+            *(("cap", _round(x, high + y, rx, ry)) for x, y, rx, ry in snow)]
 
 
 def _car(u: np.ndarray, c: str) -> list[Shape]:
     roof, back, front = (0.6, -0.44, 0.22) if u[0] < 0.4 else (0.54, -0.26, 0.14)  # a van, a saloon
-    return [(c, [(-0.49, 0.12), (-0.49, 0.27), (-0.44, 0.34), (back - 0.06, 0.34), (back, roof), (front, roof), (front + 0.13, 0.34),
-                 (0.42, 0.31), (0.49, 0.25), (0.49, 0.12)]),
+    return [(c, [(-0.49, 0.12), (-0.49, 0.27), (-0.44, 0.34), (back - 0.06, 0.34), (back, roof), (front, roof),
+                 (front + 0.13, 0.34), (0.42, 0.31), (0.49, 0.25), (0.49, 0.12)]),
             ("cap", _box(back + 0.01, roof - 0.02, front - 0.01, roof + 0.045)),
             ("pane", [(back - 0.01, 0.35), (back + 0.04, roof - 0.05), (-0.08, roof - 0.05), (-0.08, 0.35)]),
             ("pane", [(-0.03, 0.35), (-0.03, roof - 0.05), (front - 0.02, roof - 0.05), (front + 0.07, 0.35)]),
             (f"dark {c}", _box(-0.49, 0.12, 0.49, 0.165)),
-            *((m, _round(x, 0.115, r)) for x in (-0.27, 0.28) for m, r in [("tyre", 0.115), ("metal", 0.05)]),
+            *((m, _round(x, 0.115, r)) for x in (-0.27, 0.28) for m, r in (("tyre", 0.115), ("metal", 0.05))),
             ("beam", [(0.48, 0.25), (1.0, 0.36), (1.0, -0.02)]), ("lamp", _round(0.455, 0.235, 0.04))]
 
 
@@ -174,62 +204,65 @@ def _boat(u: np.ndarray, c: str) -> list[Shape]:
             ("glow", [(0, high + 0.06), (0.22, high + 0.06)]), ("lamp", _round(0, high + 0.06, 0.035))]
 
 
-BUILD = dict(house=_house, tree=_tree, car=_car, boat=_boat)
-
-
 def _ridge(rng: np.random.Generator, y: float, height: float, wavelength: float) -> list:
-    a, b, c = rng.uniform(0, math.tau, 3)
+    waves = [(k, a, rng.uniform(0, math.tau)) for k, a in ((1, 1), (1.9, 0.6), (4.1, 0.25))]
     x = np.linspace(-0.05, 1.05, 34)
-    up = (2 + np.sin(x * wavelength + a) + 0.6 * np.sin(1.9 * x * wavelength + b) + 0.25 * np.sin(4.1 * x * wavelength + c)) / 3.6
+    up = (2 + sum(a * np.sin(k * wavelength * x + phase) for k, a, phase in waves)) / 3.6
     return [*zip(x.tolist(), (y - height * up).tolist()), (1.05, 1.05), (-0.05, 1.05)]
+
+
+def _land(scene: Scene, horizon: float) -> list[Shape]:
+    rng, sand, lake = _rng(scene.seed, "land"), scene.ground == "sand", scene.ground == "lake"
+    found = [("mesa" if sand else "mountain", _ridge(rng, horizon, rng.uniform(0.14, 0.24), rng.uniform(5, 9))),
+             ("dune" if sand else "hill", _ridge(rng, horizon + 0.02, 0.1, 6)),
+             ("grass" if lake else scene.ground, _ridge(rng, horizon + 0.02, 0.03, 4)), ("haze", [])]
+    for x, y, size in rng.random((0 if lake else 26, 3)):
+        y = horizon + 0.05 + (0.97 - horizon) * y
+        r = 0.4 + y  # what is nearer is larger
+        blades = [(-0.016, -0.026), (0, 0), (0.002, -0.04), (0.006, 0), (0.02, -0.024), (0.012, 0)]
+        found.append(("ripple", _round(x, y, 0.07 * r * (0.4 + size), 0.006 * r)) if sand else
+                     ("flower", _round(x, y, 0.009 * r)) if size < 0.3 else
+                     ("tuft", [(x + dx * r, y + dy * r) for dx, dy in blades]))
+    return found
 
 
 def shapes(scene: Scene) -> list[Shape]:
     """Everything but the sky, from back to front, in [0, 1] from the left and from above."""
-    rng = np.random.default_rng([scene.seed, 1])
-    n, lake = len(scene.objects), scene.ground == "lake"
+    rng, n, lake = _rng(scene.seed, "things"), len(scene.objects), scene.ground == "lake"
     horizon = rng.uniform(0.5, 0.55)
-    shore = horizon + 0.11
-    far, near = ("mesa", "dune") if scene.ground == "sand" else ("mountain", "hill")
-    found = [(far, _ridge(rng, horizon, rng.uniform(0.14, 0.24), rng.uniform(5, 9))), (near, _ridge(rng, horizon + 0.02, 0.1, 6)),
-             ("grass" if lake else scene.ground, _ridge(rng, horizon + 0.02, 0.03, 4)), ("haze", [])]
-    for x, y, size in rng.uniform(0, 1, (0 if lake else 26, 3)):
-        y = horizon + 0.05 + (0.97 - horizon) * y
-        r = 0.4 + y
-        if scene.ground == "sand":
-            found.append(("ripple", _round(x, y, 0.07 * r * (0.4 + size), 0.006 * r)))
-        elif size < 0.3:
-            found.append(("flower", _round(x, y, 0.009 * r)))
-        else:
-            found.append(("tuft", [(x - 0.016 * r, y - 0.026 * r), (x, y), (x + 0.002, y - 0.04 * r), (x + 0.006 * r, y), (x + 0.02 * r, y - 0.024 * r), (x + 0.012, y)]))
-    placed = []
+    shore, things = horizon + 0.11, []
     for i, (c, kind) in enumerate(scene.objects):
-        u = rng.random(12)
+        u, afloat = rng.random(12), kind == "boat"
+        near, far = (0.87, shore + 0.1) if afloat else (shore - 0.012, shore) if lake else (0.92, 0.72)
+        base = far + (near - far) * u[1]
         scale = (0.5, 0.42, 0.315)[n - 1] * (0.86 + 0.14 * u[0])
-        base = shore - 0.012 * u[1] if lake else 0.72 + 0.2 * u[1]
-        if kind == "boat":
-            base = shore + 0.1 + (0.86 - shore) * 0.9 * u[1]
-        slack = max(0, 1 / n - scale)
-        x, flip = (i + 0.5) / n + slack * (u[2] - 0.5), 1 if u[3] < 0.5 else -1
-        own = [(m, [(x + flip * scale * px, base - scale * py) for px, py in points]) for m, points in BUILD[kind](u[4:], c)]
-        if kind == "boat":
-            own[:0] = [(f"~{m}", [(px, 1.7 * base - 0.7 * py) for px, py in points]) for m, points in own if m not in ("glow", "lamp")]
-        else:
-            own.insert(0, ("shadow", _round(x, base, 0.5 * scale, 0.03 * scale + 0.004)))
-        placed.append((kind == "boat", base, own))
-    ashore, afloat = ([shape for boat, _, own in sorted(placed, key=lambda p: p[1]) if boat == b for shape in own] for b in (0, 1))
-    if lake:
-        waves = [("wave", _round(x, shore + 0.03 + (1 - shore) * y, (0.02 + 0.05 * r) * (0.5 + y), 0.003 + 0.004 * y))
-                 for x, y, r in rng.uniform(0, 1, (20, 3))]
-        return [*found, *ashore, ("water", _box(-0.05, shore, 1.05, 1.05)), *waves, *afloat]
-    return [*found, *ashore]
+        x, flip = (i + 0.5) / n + max(0, 1 / n - scale) * (u[2] - 0.5), 1 if u[3] < 0.5 else -1
+        own = [(m, [(x + flip * scale * px, base - scale * py) for px, py in points])
+               for m, points in dict(house=_house, tree=_tree, car=_car, boat=_boat)[kind](u[4:], c)]
+        below = [("shadow", _round(x, base, 0.5 * scale, 0.03 * scale + 0.004))]
+        if afloat:  # upside down and foreshortened
+            below = [(f"~{m}", [(px, 1.7 * base - 0.7 * py) for px, py in points])
+                     for m, points in own if m not in ("glow", "lamp")]
+        things.append((afloat, base, below + own))
+    things.sort(key=lambda thing: thing[:2])
+    ashore, afloat = ([shape for wet, _, own in things if wet == boat for shape in own] for boat in (False, True))
+    water = [("water", _box(-0.05, shore, 1.05, 1.05))]
+    for x, y, r in _rng(scene.seed, "waves").random((20, 3)):
+        size = (0.02 + 0.05 * r) * (0.5 + y), 0.003 + 0.004 * y
+        water.append(("wave", _round(x, shore + 0.03 + (1 - shore) * y, *size)))
+    return [*_land(scene, horizon), *ashore, *(water if lake else []), *afloat]
+
+
+def _canvas(size: int) -> int:
+    """Drawn larger and reduced: smooth edges."""
+    return size * (3 if size < 100 else 2)
 
 
 def outlines(scene: Scene, size: int) -> Image.Image:
     """White lines on black: the edges of hills, ground, water and objects."""
-    s = size * (3 if size < 100 else 2)
+    s = _canvas(size)
     picture = Image.new("RGB", (s, s))
-    d, width = ImageDraw.Draw(picture), 2 * max(1, round(s / 150)) + 1
+    d, width = ImageDraw.Draw(picture), 2 * max(2, round(s / 150))  # the inner half of a line is painted over
     solid = [(m, [(x * s, y * s) for x, y in p]) for m, p in shapes(scene) if m not in UNSEEN and m[0] != "~"]
     for _, group in groupby(solid, key=lambda shape: shape[0].split()[-1]):  # one edge around all of one material
         group = [points for _, points in group]
@@ -242,34 +275,55 @@ def outlines(scene: Scene, size: int) -> Image.Image:
 
 # -------------------- Light: how it looks
 
-UNSEEN = {"haze", "ripple", "flower", "tuft", "cap", "bar", "glow", "beam", "shadow", "wave"}  # not in the outlines
-
-
-def _mix(a: tuple, b: tuple, t: float) -> tuple[int, int, int]:
+def _mix(a: RGB, b: RGB, t: float) -> RGB:
     return tuple(round(p + (q - p) * t) for p, q in zip(a, b))
 
 
 @lru_cache(maxsize=4096)
-def shade(material: str, time: str, weather: str) -> tuple[int, int, int]:
-    """RGB of a material or a colour (also "light red", "dark red") as it looks in that light."""
+def shade(material: str, time: str, weather: str) -> RGB:
+    """A material or a colour (also "light red", "dark red") as it looks in that light."""
     tone, _, name = material.rpartition(" ")
     if name in LIT and time != "day":
         return LIT[name]
-    thing = name not in ("grass", "sand", "lake", "hill", "mountain", "dune", "mesa")
-    rgb = COLOURS.get(name) or MATERIALS.get(name) or MATERIALS["pane"]
-    rgb = _mix(rgb, (0, 0, 0), 0.28) if tone == "dark" else _mix(rgb, (255, 255, 255), 0.3) if tone == "light" else rgb
-    if weather == "snow" and not thing and name != "lake":
+    rgb = LAND.get(name) or COLOURS.get(name) or MATERIALS[name]
+    rgb = _mix(rgb, (0, 0, 0), 0.28) if tone == "dark" else _mix(rgb, WHITE, 0.3) if tone == "light" else rgb
+    snowy = weather == "snow" and name in LAND and name != "lake"
+    if snowy:
         rgb = _mix(rgb, (246, 249, 255), 0.72)
-    gain, lift = LIGHT[time]
-    rgb = tuple((v * g + k) * (1 if thing else LAND[time]) for v, g, k in zip(rgb, gain, lift))
+    dim = DIM[time] ** (0.5 if snowy else 1) if name in LAND else 1
+    rgb = tuple((v * gain + lift) * dim for v, gain, lift in zip(rgb, *LIGHT[time]))
     far = {"mountain": 0.3, "mesa": 0.3, "hill": 0.12, "dune": 0.1}.get(name, 0)
-    return _mix(rgb, SKY[time, weather][2], min(1, far + HAZE[weather] * (1 if thing else 1.5)))
+    return _mix(rgb, SKY[time, weather][2], far + HAZE[weather] * (1.5 if name in LAND else 1))
+
+
+def _fill(material: str, time: str, weather: str) -> tuple[int, ...] | None:
+    """What a shape is filled with: RGB, a fourth number where it is blended, None where this light hides it."""
+    seen = partial(shade, time=time, weather=weather)
+    match material:
+        case "shadow":
+            return 10, 20, 40, 70
+        case "cap":
+            return seen("frame") if weather == "snow" else None
+        case "beam":
+            return None if time == "day" else (*LIT["lamp"], 90 if time == "night" else 50)
+        case "wave":
+            return *_mix(seen("lake"), WHITE, 0.5), 130 if time == "day" else 70
+        case "ripple":
+            return _mix(seen("sand"), seen("dune"), 0.5)
+        case "tuft":
+            return _mix(seen("grass"), (30, 70, 40), 0.4)
+    return (*_mix(seen(material[1:]), seen("lake"), 0.35), 150) if material[0] == "~" else seen(material)
 
 
 @lru_cache(maxsize=64)
 def _halo(radius: int, strength: float) -> Image.Image:
     y, x = np.mgrid[-1:1:2j * radius, -1:1:2j * radius]
     return Image.fromarray((255 * strength * np.clip(1 - np.hypot(x, y), 0, 1) ** 2).astype(np.uint8))
+
+
+def _glow(picture: Image.Image, x: float, y: float, radius: float, colour: RGB, strength: float) -> None:
+    r = max(2, round(radius))
+    picture.paste(colour, (round(x) - r, round(y) - r), _halo(r, strength))
 
 
 @lru_cache(maxsize=64)
@@ -279,122 +333,230 @@ def _gradient(colours: tuple, stops: tuple, size: int) -> Image.Image:
     return Image.fromarray(column.round().astype(np.uint8)).resize((size, size))
 
 
-def _glow(picture: Image.Image, x: float, y: float, radius: float, colour: tuple, strength: float) -> None:
-    r = max(2, round(radius))
-    picture.paste(colour, (round(x) - r, round(y) - r), _halo(r, strength))
-
-
 def _sky(picture: Image.Image, d: ImageDraw.ImageDraw, scene: Scene, s: int) -> float:
     """Sun or moon, stars, clouds; returns where the light stands, from the left."""
-    rng = np.random.default_rng([scene.seed, 2])
-    time, weather, x, y = scene.time, scene.weather, rng.uniform(0.14, 0.86), rng.uniform(0.12, 0.26)
-    stars, clouds, dark = rng.random((34, 3)), rng.random((2 + int(rng.integers(2)), 8)), rng.random((16, 3))
-    if time != "day" and weather == "clear":
-        for px, py, r in stars if time == "night" else stars[:7]:
-            r, py = (0.004 + 0.007 * r**3) * s, (0.42 if time == "night" else 0.2) * py * s
-            d.polygon([(px * s + dx * r, py + dy * r) for dx, dy in ((-1.5, 0), (0, -1.5), (1.5, 0), (0, 1.5))], fill=(255, 250, 220, 255))
-    if weather == "clear":
+    rng, time, weather = _rng(scene.seed, "sky"), scene.time, scene.weather
+    x, y, crescent = rng.uniform(0.14, 0.86), rng.uniform(0.12, 0.26), rng.random() < 0.6
+    if weather == "fog":
+        _glow(picture, x * s, y * s, 0.2 * s, (255, 255, 245), 0.5 if time == "day" else 0.3)
+    elif weather != "clear":  # a dark cover
+        for i, (px, py, r) in enumerate(_rng(scene.seed, "cover").random((16, 3))):
+            tint = _mix(SKY[time, weather][0], SKY[time, weather][1], 0.3 * (i % 4))
+            size = (0.1 + 0.09 * r) * s, (0.05 + 0.05 * r) * s
+            d.polygon(_round((i + px) / 15 * s, (0.02 + 0.13 * py) * s, *size), tint)
+    else:
+        if time != "day":
+            for px, py, r in _rng(scene.seed, "stars").random((34, 3))[:34 if time == "night" else 7]:
+                r, py = (0.006 + 0.01 * r**3) * s, (0.42 if time == "night" else 0.2) * py * s
+                d.polygon([(px * s - r, py), (px * s, py - r), (px * s + r, py), (px * s, py + r)], (255, 250, 220))
         if time == "night":
             _glow(picture, x * s, y * s, 0.24 * s, (190, 205, 255), 0.5)
             moon = _round(x * s, y * s, 0.075 * s)
-            d.polygon([*moon[5:16], *((px * 0.45 + x * s * 0.55, py) for px, py in moon[15:4:-1])] if rng.random() < 0.6 else moon, fill=(250, 246, 222))
+            inner = [(x * s + 0.45 * (px - x * s), py) for px, py in moon[15:4:-1]]
+            d.polygon([*moon[5:16], *inner] if crescent else moon, (250, 246, 222))
         else:
-            low = time == "dusk"
-            y = 0.4 if low else y
-            _glow(picture, x * s, y * s, (0.42 if low else 0.26) * s, (255, 214, 130) if low else (255, 248, 205), 0.9)
-            d.polygon(_round(x * s, y * s, (0.1 if low else 0.08) * s), fill=(255, 226, 120) if low else (255, 240, 150))
-    elif weather == "fog":
-        _glow(picture, x * s, y * s, 0.2 * s, (255, 255, 245), 0.5 if time == "day" else 0.3)
-    if weather == "clear":
-        tint = _mix({"day": (255, 255, 255), "dusk": (255, 170, 150), "night": (70, 82, 140)}[time], SKY[time, weather][1], 0.1)
-        for px, py, *bumps in clouds:
-            px, py, w = px, 0.08 + 0.26 * py, 0.07 + 0.05 * bumps[0]
-            for i, bump in enumerate(bumps[1:5]):
-                d.polygon(_round((px + (i - 1.5) * w * 0.8) * s, (py - 0.02 * (i in (1, 2))) * s, w * (0.45 + 0.4 * bump) * s, w * (0.3 + 0.25 * bump) * s),
-                          fill=tint)
-    elif weather != "fog":
-        for i, (px, py, r) in enumerate(dark):
-            tint = _mix(SKY[time, weather][0], SKY[time, weather][1], 0.9 * (i % 4) / 3)
-            d.polygon(_round(((i + px) / 15) * s, (0.02 + 0.13 * py) * s, (0.1 + 0.09 * r) * s, (0.05 + 0.05 * r) * s), fill=tint)
+            y, r, wide, sun, glow = (0.4, 0.1, 0.42, (255, 226, 120), (255, 214, 130)) if time == "dusk" else \
+                (y, 0.08, 0.26, (255, 240, 150), (255, 248, 205))
+            _glow(picture, x * s, y * s, wide * s, glow, 0.9)
+            d.polygon(_round(x * s, y * s, r * s), sun)
+        tint = _mix({"day": WHITE, "dusk": (255, 170, 150), "night": (70, 82, 140)}[time], SKY[time, weather][1], 0.1)
+        clouds = _rng(scene.seed, "clouds")
+        for px, py, w, *puffs in clouds.random((2 + clouds.integers(2), 7)):
+            py, w = 0.08 + 0.26 * py, 0.07 + 0.05 * w
+            for i, puff in enumerate(puffs):
+                d.polygon(_round((px + (i - 1.5) * w * 0.8) * s, (py - 0.02 * (i in (1, 2))) * s,
+                                 w * (0.45 + 0.4 * puff) * s, w * (0.3 + 0.25 * puff) * s), tint)
     return x
 
 
 def _water(picture: Image.Image, d: ImageDraw.ImageDraw, scene: Scene, s: int, shore: int, light: float) -> None:
     """The lake: what lies above it upside down, blended with its own colour, and the glitter of sun or moon."""
-    time, weather = scene.time, scene.weather
+    own = shade("lake", scene.time, scene.weather)
     mirror = picture.crop((0, 2 * shore - s, s, shore)).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    lake = _gradient((shade("lake", time, weather), _mix(shade("lake", time, weather), (8, 24, 60), 0.35)), (0.0, 1.0), s)
-    picture.paste(Image.blend(mirror, lake.crop((0, 0, s, s - shore)), 0.55 if weather == "clear" else 0.7), (0, shore))
-    if weather == "clear":
-        colour = {"day": (255, 255, 250), "dusk": (255, 200, 120), "night": (228, 232, 255)}[time]
-        for k, (x, w) in enumerate(np.random.default_rng([scene.seed, 3]).random((11, 2))):
+    lake = _gradient((own, _mix(own, (8, 24, 60), 0.35)), (0.0, 1.0), s).crop((0, 0, s, s - shore))
+    picture.paste(Image.blend(mirror, lake, 0.55 if scene.weather == "clear" else 0.7), (0, shore))
+    if scene.weather == "clear":
+        colour = {"day": (255, 255, 250, 120), "dusk": (255, 200, 120, 190), "night": (228, 232, 255, 190)}[scene.time]
+        for k, (x, w) in enumerate(_rng(scene.seed, "glitter").random((11, 2))):
             y = shore + (s - shore) * (0.06 + k / 12)
-            d.polygon(_round((light + 0.06 * (x - 0.5)) * s, y, (0.015 + 0.05 * w) * s, 0.006 * s), fill=(*colour, 120 if time == "day" else 190))
+            d.polygon(_round((light + 0.06 * (x - 0.5)) * s, y, (0.015 + 0.05 * w) * s, 0.006 * s), colour)
 
 
 def _falling(d: ImageDraw.ImageDraw, scene: Scene, s: int) -> None:
-    rng = np.random.default_rng([scene.seed, 4])
+    rng = _rng(scene.seed, "falling")
+    lean, drops = rng.uniform(-0.03, 0.03), rng.random((70, 3))
     if scene.weather == "rain":
-        lean, colour = rng.uniform(-0.03, 0.03), {"day": (226, 236, 246), "dusk": (246, 218, 216), "night": (150, 166, 204)}[scene.time]
-        for x, y, r in rng.random((64, 3)):
-            dx, dy = (lean + 0.012) * (0.7 + r) * s, (0.06 + 0.05 * r) * s
-            d.line([(x * 1.1 * s, y * 1.1 * s - dy), (x * 1.1 * s - dx, y * 1.1 * s)], fill=(*colour, 170), width=max(1, round(s / 110)))
+        colour = {"day": (226, 236, 246, 170), "dusk": (246, 218, 216, 170), "night": (150, 166, 204, 170)}[scene.time]
+        for x, y, r in drops:
+            dx, dy = (lean + 0.012) * (0.7 + r), 0.06 + 0.05 * r
+            line = [((1.1 * x) * s, (1.1 * y - dy) * s), ((1.1 * x - dx) * s, 1.1 * y * s)]
+            d.line(line, colour, max(1, round(s / 110)))
     elif scene.weather == "snow":
-        colour = {"day": (255, 255, 255), "dusk": (255, 240, 240), "night": (226, 232, 255)}[scene.time]
-        for x, y, r in rng.random((70, 3)):
-            r = (0.006 + 0.009 * r * r) * s
-            d.ellipse([x * s - r, y * s - r, x * s + r, y * s + r], fill=(*colour, 235))
+        colour = {"day": (255, 255, 255, 235), "dusk": (255, 240, 240, 235), "night": (226, 232, 255, 235)}[scene.time]
+        for x, y, r in drops:
+            r = 0.006 + 0.009 * r * r
+            d.ellipse([(x - r) * s, (y - r) * s, (x + r) * s, (y + r) * s], colour)
 
 
-def _mist(picture: Image.Image, colour: tuple, middle: float, width: float, peak: float) -> None:
+def _mist(picture: Image.Image, colour: RGB, middle: float, peak: float) -> None:
     """A bank of fog across the picture, densest at height `middle`."""
     y = (np.arange(picture.height) + 0.5) / picture.height
-    mask = Image.fromarray((255 * peak * np.exp(-(((y - middle) / width) ** 2))).astype(np.uint8)[:, None])
+    mask = Image.fromarray((255 * peak * np.exp(-(((y - middle) / 0.2) ** 2))).astype(np.uint8)[:, None])
     picture.paste(colour, mask=mask.resize(picture.size))
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
-    s = size * (3 if size < 100 else 2)
-    time, weather = scene.time, scene.weather
+    """The picture, size x size, RGB."""
+    s, time, weather = _canvas(size), scene.time, scene.weather
     picture = _gradient(SKY[time, weather], (0.0, 0.3, 0.55), s).copy()
-    d = ImageDraw.Draw(picture, "RGBA")  # fills with a fourth number are blended
+    d = ImageDraw.Draw(picture, "RGBA")  # a fill with a fourth number is blended
     light = _sky(picture, d, scene, s)
     for material, points in shapes(scene):
         points = [(x * s, y * s) for x, y in points]
-        if material in ("glow", "beam"):
-            if time == "day":
-                continue
-            (x, y), (edge, _), *_ = points
-            if material == "glow":
+        if material == "glow":
+            if time != "day":
+                (x, y), (edge, _) = points
                 _glow(picture, x, y, abs(edge - x), LIT["glass"], 0.65 if time == "night" else 0.4)
-            else:
-                d.polygon(points, fill=(*LIT["lamp"], 90 if time == "night" else 50))
         elif material == "haze":
             if weather == "fog":
-                _mist(picture, SKY[time, weather][2], 0.48, 0.2, 0.86)
+                _mist(picture, SKY[time, weather][2], 0.48, 0.86)
         elif material == "water":
             _water(picture, d, scene, s, round(points[0][1]), light)
-        elif material == "cap":
-            if weather == "snow":
-                d.polygon(points, fill=shade("frame", time, weather))
-        elif material == "shadow":
-            d.polygon(points, fill=(10, 20, 40, 70))
-        elif material == "wave":
-            d.polygon(points, fill=(*_mix(shade("lake", time, weather), (255, 255, 255), 0.5), 130 if time == "day" else 70))
-        elif material == "ripple":
-            d.polygon(points, fill=_mix(shade("sand", time, weather), shade("dune", time, weather), 0.5))
-        elif material == "tuft":
-            d.polygon(points, fill=_mix(shade("grass", time, weather), (30, 70, 40), 0.4))
-        elif material == "flower":
-            d.polygon(points, fill=shade("sail", time, weather))
-        elif material[0] == "~":
-            d.polygon(points, fill=(*_mix(shade(material[1:], time, weather), shade("lake", time, weather), 0.35), 150))
-        else:
-            d.polygon(points, fill=shade("frame" if material == "bar" else material, time, weather))
+        elif fill := _fill(material, time, weather):
+            d.polygon(points, fill)
     if weather == "fog":
-        _mist(picture, SKY[time, weather][2], 0.62, 0.2, 0.3)
+        _mist(picture, SKY[time, weather][2], 0.62, 0.3)
     _falling(d, scene, s)
     return picture.resize((size, size), Image.Resampling.BOX)
 
 
-# -------------------- Data sets
+# -------------------- Data sets: every picture from (seed, index) alone
+
+LENGTH = {"train": 20_000, "test": 200}
+
+
+def nth_scene(split: str, seed: int, index: int, domain: str = "a", **fixed) -> Scene:
+    """Training scenes hold no combination that is left out, each test scene one. No drawing is in two splits or
+    domains: they take different scene seeds modulo 4."""
+    if split not in LENGTH:
+        raise ValueError(f"there is no split '{split}' of the scenes: known are {', '.join(LENGTH)}")
+    rng, test = _rng(split, seed, index, domain), split == "test"
+    while True:
+        scene = sample(rng, seed=4 * int(rng.integers(2**60)) + 2 * test + (domain == "b"), **fixed)
+        if left_out(scene) == test:
+            return scene
+
+
+def _tensor(picture: Image.Image) -> Tensor:  # [3, H, W] in [0, 1]
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
+
+
+class Paired(Dataset):
+    """Items as of `data.PairedFolder`: outlines and picture. Of an item (i, key) the key has no say."""
+
+    def __init__(self, split: str, seed: int = 0, size: int = 64):
+        self.scene, self.n, self.size = partial(nth_scene, split, seed), LENGTH[split], size
+
+    def __len__(self) -> int:
+        return self.n
+
+    @cached_property
+    def captions(self) -> list[str]:
+        return [caption(self.scene(i)) for i in range(self.n)]
+
+    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
+        index = range(self.n)[item[0] if isinstance(item, tuple) else item]
+        scene = self.scene(index)
+        return dict(input=_tensor(outlines(scene, self.size)), target=_tensor(draw(scene, self.size)) * 2 - 1,
+                    caption=caption(scene), name=f"{index}.png")
+
+
+class Unpaired(Dataset):
+    """Items as of `data.UnpairedFolder`, for one of TASKS. The two scenes of an item have nothing in common."""
+
+    def __init__(self, task: str, split: str, seed: int = 0, size: int = 64):
+        if task not in TASKS:
+            raise ValueError(f"there is no task '{task}' of the scenes: known are {', '.join(TASKS)}")
+        self.split, self.seed, self.n, self.size = split, seed, LENGTH[split], size
+        self.lights = dict(zip("ab", TASKS[task]))
+        self.prompts = tuple(f"a scene {light_phrase(*light)}" for light in TASKS[task])
+
+    def __len__(self) -> int:
+        return self.n
+
+    def scene(self, index: int, domain: str, seen_in: str) -> Scene:
+        """The index-th scene of a domain, in the light of that domain or of the other."""
+        (time, weather), (new_time, new_weather) = self.lights[domain], self.lights[seen_in]
+        scene = nth_scene(self.split, self.seed, index, domain, time=time, weather=weather)
+        return replace(scene, time=new_time, weather=new_weather)
+
+    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
+        index = range(self.n)[item[0] if isinstance(item, tuple) else item]
+        a, b = (_tensor(draw(self.scene(index, domain, domain), self.size)) * 2 - 1 for domain in "ab")
+        return dict(a=a, b=b, name_a=f"{index}.png", name_b=f"{index}.png")
+
+    def truth(self, index: int, direction: str) -> Tensor:
+        """What item `index` becomes, "a2b" its a, "b2a" its b: [3, H, W] in [-1, 1]."""
+        return _tensor(draw(self.scene(index, direction[0], direction[2]), self.size)) * 2 - 1
+
+
+# -------------------- Command line
+
+def write(out: pathlib.Path, task: str, n: int, size: int, seed: int) -> None:
+    """n training pictures a side and a tenth as many for the test, in the layouts that `data.py` describes; for an
+    unpaired task also truth_A and truth_B, what the pictures of test_A and test_B become."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is there and not an empty folder: name a new one, or remove it")
+    for split, count in (("train", n), ("test", max(n // 10, 1))):
+        world, captions = Paired(split, seed) if task == "edges" else Unpaired(task, split, seed), {}
+        for i in tqdm(range(count), desc=split, unit=" scenes"):
+            if task == "edges":
+                scene = world.scene(i)
+                captions[f"{i}.png"] = caption(scene)
+                pictures = {f"{split}_A": outlines(scene, size), f"{split}_B": draw(scene, size)}
+            else:
+                pictures = {f"{split}_{d.upper()}": draw(world.scene(i, d, d), size) for d in "ab"}
+                if split == "test":
+                    pictures |= {f"truth_{d.upper()}": draw(world.scene(i, d, e), size) for d, e in ("ab", "ba")}
+            for folder, picture in pictures.items():
+                (out / folder).mkdir(parents=True, exist_ok=True)
+                picture.save(out / folder / f"{i}.png")
+        if task == "edges":
+            (out / f"{split}_prompts.json").write_text(json.dumps(captions, indent=1))
+        else:
+            for domain, prompt in zip("ab", world.prompts):
+                (out / f"fixed_prompt_{domain}.txt").write_text(prompt + "\n")
+
+
+def sheet(size: int, seed: int, rows: int = 9) -> Image.Image:
+    """A row a scene: its outlines, then day, dusk and night, each in four weathers."""
+    page = Image.new("RGB", (13 * size, rows * size))
+    for row in range(rows):
+        scene = sample(_rng("sheet", seed, row), ground=GROUNDS[row % 3])
+        seen = [draw(replace(scene, time=t, weather=w), size) for t, w in product(("day", "dusk", "night"), WEATHERS)]
+        for column, picture in enumerate([outlines(scene, size), *seen]):
+            page.paste(picture, (column * size, row * size))
+    return page
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="tiny.scenes", description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=pathlib.Path, help="a new folder, or a picture with --sheet")
+    parser.add_argument("--task", choices=("edges", *TASKS), default="edges")
+    parser.add_argument("--n", type=int, default=500, help="training pictures a side [500]; the test has a tenth")
+    parser.add_argument("--size", type=int, help="width and height in pixels [64; on the sheet 128]")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", action="store_true", help="only a page of scenes to look at")
+    args = training.parse_args(parser, argv)
+    size = (128 if args.sheet else 64) if args.size is None else args.size
+    if args.n < 1 or size < 8:
+        raise ValueError(f"found --n {args.n} --size {size}: expected at least 1 picture of at least 8 pixels")
+    if args.sheet:
+        sheet(size, args.seed).save(args.out)
+    else:
+        write(args.out, args.task, args.n, size, args.seed)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    training.run(main)
