@@ -47,7 +47,7 @@ METRICS = {  # name: its judge in weights.py, the network and what is taken of i
 PAIRED = {"structure", "lpips", "psnr", "ssim"}
 
 
-# -------------------------------------------------------------------------------------------------- pairs of pictures
+# --------------------------------------------------------------------------------------------------------- the metrics
 
 
 def as_levels(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +79,6 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
     index = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return index.unflatten(0, (-1, 3)).mean((1, 2, 3, 4))
-
-
-# ------------------------------------------------------------------------------------------------ two sets of features
 
 
 @torch.no_grad()
@@ -127,9 +124,6 @@ def kid(f1: Tensor, f2: Tensor, generator: torch.Generator, subsets: int = 100, 
         within = sum((k.sum() - k.trace()) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
         values.append(within - 2 * kernel(x, y).mean())
     return torch.stack(values)
-
-
-# ---------------------------------------------------------------------------------------------- pictures and captions
 
 
 def clip_pixels(x: Tensor, size: int = 224) -> Tensor:
@@ -183,12 +177,12 @@ def match(real: list[Path], fake: list[Path]) -> list[tuple[Path, Path]]:
 
 
 def read_batches(rows: list[tuple[Path, ...]], batch: int, device: torch.device, what: str) -> Iterator[list[Tensor]]:
-    """The files, column by column, as pictures [B, 3, H, W] in [-1, 1]: in order, up to `batch` neighbours of a size."""
+    """The files, column by column, as pictures [B, 3, H, W] in [-1, 1]; B is up to `batch` neighbours of one size."""
     def load(row: tuple[Path, ...]) -> list[Tensor]:
         return [data.to_tensor(data.open_picture(path)) * 2 - 1 for path in row]
 
     with ThreadPoolExecutor() as pool:
-        for first in tqdm(range(0, len(rows), batch), desc=what, unit="batch", leave=False):
+        for first in tqdm(range(0, len(rows), batch), desc=what, unit="batch", leave=False, disable=not rows):
             loaded = pool.map(load, rows[first:first + batch])
             for _, group in itertools.groupby(loaded, key=lambda row: [x.shape for x in row]):
                 yield [torch.stack(column).to(device) for column in zip(*group)]
@@ -196,28 +190,31 @@ def read_batches(rows: list[tuple[Path, ...]], batch: int, device: torch.device,
 
 def folder_features(paths: list[Path], judge: weights.Judge, batch: int, device: torch.device,
                     stats: Path | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [N, D] of the files, their mean and covariance, kept in the file `stats` (features, mu and sigma) or read
-    from it. ValueError if it was made of other pictures, Inception weights or preparation."""
-    listing = "\n".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths)
-    key = {"Inception weights": judge.hash, "image preparation": CLEAN,
-           "pictures (by name, size and date)": hashlib.sha256(listing.encode()).hexdigest()[:16]}
+    """Features [N, D] of the files, their mean and covariance. With `stats` they are kept in that file (features, mu,
+    sigma), or read from it; ValueError where it was made of other pictures, Inception weights or preparation."""
+    files = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths]
+    key = hashlib.sha256("\n".join([judge.hash, CLEAN, *files]).encode()).hexdigest()
     if stats and stats.exists():
         try:
             with np.load(stats) as file:  # without pickle: no code
-                made_of = json.loads(str(file["key"]))
-                found = [torch.from_numpy(file[name]) for name in ("features", "mu", "sigma")]
-        except Exception as error:  # zip, numpy and JSON have their own kinds
-            raise ValueError(f"{stats} is no file that --stats wrote ({training.first_line(error)}); name another") from None
-        if changed := " and ".join(name for name, value in key.items() if made_of.get(name) != value):
-            raise ValueError(f"{stats} is stale, it was made of other {changed}; remove it, or name another file")
+                found, *arrays = (file[name] for name in ("key", "features", "mu", "sigma"))
+        except Exception as error:  # zip and numpy have their own kinds
+            raise ValueError(f"{stats} is not of --stats ({training.first_line(error)}); name another file") from None
+        if found != key:
+            raise ValueError(f"{stats} is stale: {paths[0].parent} holds other pictures (names, sizes or dates), or the"
+                             " Inception weights are others; remove it, or name another file")
         print(f"features of {paths[0].parent} are read from {stats}", file=sys.stderr)
-        return tuple(found)
+        return tuple(map(torch.from_numpy, arrays))
     batches = read_batches([(path,) for path in paths], batch, device, str(paths[0].parent))
     f = torch.cat([features(judge.network, x) for (x,) in batches])
     mean, cov = statistics(f)
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # savez would add .npz to a name
+            np.savez(file, key=key, features=f.numpy(), mu=mean.numpy(), sigma=cov.numpy())
+
     if stats:
-        arrays = dict(key=json.dumps(key), features=f.numpy(), mu=mean.numpy(), sigma=cov.numpy())
-        training.write_file(stats, lambda path: np.savez(path.open("wb"), **arrays))  # of a name it makes name.npz
+        training.write_file(stats, write)
     return f, mean, cov
 
 
@@ -304,31 +301,33 @@ def compute(args: argparse.Namespace, chosen: list[str], real: list[Path], fake:
         f2, *stats2 = folder_features(fake, judges["inception"], args.batch, device)
         n, length = min(len(f1), len(f2)), f1.shape[1]
         if "fid" in chosen:
-            values["fid"] = [torch.tensor([frechet_distance(*stats1, *stats2)])]
+            values["fid"] = [torch.tensor([frechet_distance(*stats1, *stats2)], dtype=torch.float64)]
             if n < length:
-                notes["fid"] = (f"N = {n} is below the {length} features: the covariance has not its full rank, and FID is"
-                                " too high, the more so the smaller N: compare FIDs of one N only, or take KID: unbiased")
+                notes["fid"] = (f"N = {n} is below the {length} features: the covariance is not of full rank, and FID is"
+                                " too high, more so the smaller N; compare FIDs of equal N, or KID, which is unbiased")
         if "kid" in chosen:
             values["kid"] = [kid(f1, f2, torch.Generator().manual_seed(args.seed))]
             notes["kid"] = f"{len(values['kid'][0])} subsets of {min(n, 1000)}"
     functions = dict(psnr=psnr, ssim=ssim, lpips=lambda a, b: judges["lpips"].network(a, b),
                      structure=lambda a, b: dino.structure_distance(judges["dino"].network, a, b))
     with torch.no_grad():
-        for a, b in read_batches(pairs, args.batch, device, "pairs") if PAIRED & set(chosen) else ():
+        for a, b in read_batches(pairs, args.batch, device, "pairs"):
             for name in PAIRED & set(chosen):
                 values[name].append(functions[name](a, b).cpu())
-        for (x,) in read_batches([(path,) for path in fake], args.batch, device, "clip") if "clip" in chosen else ():
+        for (x,) in read_batches([(path,) for path, _ in zip(fake, captions)], args.batch, device, "clip"):
             done = sum(map(len, values["clip"]))
             values["clip"].append(clip_score(judges["clip"], x, captions[done:done + len(x)]).cpu())
     results = {}
     for name in chosen:
-        (judge, network, better, preparation), all_values = METRICS[name], torch.cat(values[name]).double()
-        value, deviation = (v.item() if v.isfinite() else None for v in (all_values.mean(), all_values.std()))
-        if value is None:  # JSON has no infinity
-            notes[name] = f"infinite, as {int(all_values.isinf().sum())} of {len(all_values)} pairs are equal"
-        n = dict(pairs=len(pairs)) if name in PAIRED else dict(real=len(real), fake=len(fake))
-        results[name] = dict(value=value, deviation=deviation, better=better, n=n, preparation=preparation,
-                             network=network, weights=judge and judges[judge].hash, seed=args.seed, note=notes.get(name))
+        (judge, network, better, preparation), found = METRICS[name], torch.cat(values[name]).double()
+        if equal := int(found.isinf().sum()):  # JSON has no infinity
+            notes[name] = f"infinite: {equal} of {len(found)} pairs are equal"
+        results[name] = dict(
+            value=None if equal else found.mean().item(),
+            deviation=None if equal or len(found) < 2 else found.std().item(), better=better,
+            n=dict(real=len(real), fake=len(fake)) if judge == "inception" else dict(pairs=len(found)),
+            seed=args.seed, weights=judge and judges[judge].hash, network=network, preparation=preparation,
+            note=notes.get(name))
     return results
 
 

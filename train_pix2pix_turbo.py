@@ -90,7 +90,7 @@ class Config:
 
 
 # Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster and longer batches.
-TINY = dict(train="all", resolution=32, learning_rate=5e-4, lr_scheduler="cosine", lr_warmup_steps=50,
+TINY = dict(train="all", resolution=32, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=200,
             train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0, lambda_gan=0.0,
             gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")

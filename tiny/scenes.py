@@ -36,7 +36,8 @@ COLOURS = {
 }
 LAND = {
     "grass": (136, 190, 84), "sand": (238, 208, 146), "lake": (72, 142, 196), "hill": (112, 160, 112),
-    "mountain": (126, 156, 172), "dune": (214, 176, 122), "mesa": (190, 150, 128),
+    "mountain": (126, 156, 172), "dune": (214, 176, 122), "mesa": (190, 150, 128), "ripple": (226, 192, 134),
+    "tuft": (94, 142, 66), "wave": (126, 174, 212),
 }
 MATERIALS = {
     "roof": (112, 82, 84), "wood": (116, 78, 52), "door": (92, 58, 44), "frame": (250, 248, 240),
@@ -253,24 +254,59 @@ def shapes(scene: Scene) -> list[Shape]:
     return [*_land(scene, horizon), *ashore, *(water if lake else []), *afloat]
 
 
-def _canvas(size: int) -> int:
-    """Drawn larger and reduced: smooth edges."""
-    return size * (3 if size < 100 else 2)
+class Canvas:
+    """A square picture whose corners are (0, 0) and (1, 1). It is drawn larger and reduced in the end: smooth edges."""
+
+    def __init__(self, size: int):
+        self.size, self.s = size, size * (3 if size < 100 else 2)
+        self.picture = Image.new("RGB", (self.s, self.s))
+        self.pen = ImageDraw.Draw(self.picture, "RGBA")  # a colour with a fourth number is blended
+
+    def polygon(self, points: list, colour: tuple) -> None:
+        self.pen.polygon([(x * self.s, y * self.s) for x, y in points], colour)
+
+    def line(self, points: list, colour: tuple, width: int) -> None:
+        self.pen.line([(x * self.s, y * self.s) for x, y in points], colour, width)
+
+    def glow(self, x: float, y: float, radius: float, colour: RGB, strength: float) -> None:
+        r = max(2, round(radius * self.s))
+        self.picture.paste(colour, (round(x * self.s) - r, round(y * self.s) - r), _halo(r, strength))
+
+    def mist(self, colour: RGB, middle: float, peak: float) -> None:
+        """A bank of fog from left to right, densest at height `middle`."""
+        y = (np.arange(self.s) + 0.5) / self.s
+        mask = Image.fromarray((255 * peak * np.exp(-(((y - middle) / 0.2) ** 2))).astype(np.uint8)[:, None])
+        self.picture.paste(colour, mask=mask.resize((self.s, self.s)))
+
+    def finished(self) -> Image.Image:
+        return self.picture.resize((self.size, self.size), Image.Resampling.BOX)
+
+
+@lru_cache(maxsize=64)
+def _halo(radius: int, strength: float) -> Image.Image:
+    y, x = np.mgrid[-1:1:2j * radius, -1:1:2j * radius]
+    return Image.fromarray((255 * strength * np.clip(1 - np.hypot(x, y), 0, 1) ** 2).astype(np.uint8))
+
+
+@lru_cache(maxsize=64)
+def _gradient(colours: tuple[RGB, ...], stops: tuple[float, ...], size: int) -> Image.Image:
+    y = (np.arange(size) + 0.5) / size
+    column = np.stack([np.interp(y, stops, channel) for channel in zip(*colours)], axis=1)[:, None]
+    return Image.fromarray(column.round().astype(np.uint8)).resize((size, size))
 
 
 def outlines(scene: Scene, size: int) -> Image.Image:
-    """White lines on black: the edges of hills, ground, water and objects."""
-    s = _canvas(size)
-    picture = Image.new("RGB", (s, s))
-    d, width = ImageDraw.Draw(picture), 2 * max(2, round(s / 150))  # the inner half of a line is painted over
-    solid = [(m, [(x * s, y * s) for x, y in p]) for m, p in shapes(scene) if m not in UNSEEN and m[0] != "~"]
+    """White lines on black, size x size, RGB: the edges of hills, ground, water and objects."""
+    canvas = Canvas(size)
+    width = 2 * max(2, round(canvas.s / 150))  # of which the inner half is painted over
+    solid = [shape for shape in shapes(scene) if shape[0] not in UNSEEN and shape[0][0] != "~"]
     for _, group in groupby(solid, key=lambda shape: shape[0].split()[-1]):  # one edge around all of one material
         group = [points for _, points in group]
         for points in group:
-            d.line([*points, points[0], points[1]], fill="white", width=width, joint="curve")
+            canvas.line([*points, *points[:2]], WHITE, width)
         for points in group:
-            d.polygon(points, fill="black")
-    return picture.resize((size, size), Image.Resampling.BOX)
+            canvas.polygon(points, (0, 0, 0))
+    return canvas.finished()
 
 
 # -------------------- Light: how it looks
@@ -287,9 +323,9 @@ def shade(material: str, time: str, weather: str) -> RGB:
         return LIT[name]
     rgb = LAND.get(name) or COLOURS.get(name) or MATERIALS[name]
     rgb = _mix(rgb, (0, 0, 0), 0.28) if tone == "dark" else _mix(rgb, WHITE, 0.3) if tone == "light" else rgb
-    snowy = weather == "snow" and name in LAND and name != "lake"
+    snowy = weather == "snow" and name in LAND and name not in ("lake", "wave")
     if snowy:
-        rgb = _mix(rgb, (246, 249, 255), 0.72)
+        rgb = _mix(rgb, (246, 249, 255), 0.5 if name == "tuft" else 0.72)
     dim = DIM[time] ** (0.5 if snowy else 1) if name in LAND else 1
     rgb = tuple((v * gain + lift) * dim for v, gain, lift in zip(rgb, *LIGHT[time]))
     far = {"mountain": 0.3, "mesa": 0.3, "hill": 0.12, "dune": 0.1}.get(name, 0)
@@ -297,137 +333,102 @@ def shade(material: str, time: str, weather: str) -> RGB:
 
 
 def _fill(material: str, time: str, weather: str) -> tuple[int, ...] | None:
-    """What a shape is filled with: RGB, a fourth number where it is blended, None where this light hides it."""
-    seen = partial(shade, time=time, weather=weather)
-    match material:
-        case "shadow":
-            return 10, 20, 40, 70
-        case "cap":
-            return seen("frame") if weather == "snow" else None
-        case "beam":
-            return None if time == "day" else (*LIT["lamp"], 90 if time == "night" else 50)
-        case "wave":
-            return *_mix(seen("lake"), WHITE, 0.5), 130 if time == "day" else 70
-        case "ripple":
-            return _mix(seen("sand"), seen("dune"), 0.5)
-        case "tuft":
-            return _mix(seen("grass"), (30, 70, 40), 0.4)
-    return (*_mix(seen(material[1:]), seen("lake"), 0.35), 150) if material[0] == "~" else seen(material)
+    """The colour of a shape, a fourth number where it is blended, None where this light hides it."""
+    if material == "shadow":
+        return 10, 20, 40, 70
+    if material == "beam":
+        return None if time == "day" else (*LIT["lamp"], 90 if time == "night" else 50)
+    if material == "cap":
+        return shade("frame", time, weather) if weather == "snow" else None
+    if material[0] == "~":
+        return *_mix(shade(material[1:], time, weather), shade("lake", time, weather), 0.35), 150
+    return shade(material, time, weather)
 
 
-@lru_cache(maxsize=64)
-def _halo(radius: int, strength: float) -> Image.Image:
-    y, x = np.mgrid[-1:1:2j * radius, -1:1:2j * radius]
-    return Image.fromarray((255 * strength * np.clip(1 - np.hypot(x, y), 0, 1) ** 2).astype(np.uint8))
-
-
-def _glow(picture: Image.Image, x: float, y: float, radius: float, colour: RGB, strength: float) -> None:
-    r = max(2, round(radius))
-    picture.paste(colour, (round(x) - r, round(y) - r), _halo(r, strength))
-
-
-@lru_cache(maxsize=64)
-def _gradient(colours: tuple, stops: tuple, size: int) -> Image.Image:
-    y = (np.arange(size) + 0.5) / size
-    column = np.stack([np.interp(y, stops, channel) for channel in zip(*colours)], axis=1)[:, None]
-    return Image.fromarray(column.round().astype(np.uint8)).resize((size, size))
-
-
-def _sky(picture: Image.Image, d: ImageDraw.ImageDraw, scene: Scene, s: int) -> float:
+def _sky(canvas: Canvas, scene: Scene) -> float:
     """Sun or moon, stars, clouds; returns where the light stands, from the left."""
     rng, time, weather = _rng(scene.seed, "sky"), scene.time, scene.weather
     x, y, crescent = rng.uniform(0.14, 0.86), rng.uniform(0.12, 0.26), rng.random() < 0.6
+    above, middle, _ = SKY[time, weather]
     if weather == "fog":
-        _glow(picture, x * s, y * s, 0.2 * s, (255, 255, 245), 0.5 if time == "day" else 0.3)
-    elif weather != "clear":  # a dark cover
+        canvas.glow(x, y, 0.2, (255, 255, 245), 0.5 if time == "day" else 0.3)
+        return x
+    if weather != "clear":  # a dark cover
         for i, (px, py, r) in enumerate(_rng(scene.seed, "cover").random((16, 3))):
-            tint = _mix(SKY[time, weather][0], SKY[time, weather][1], 0.3 * (i % 4))
-            size = (0.1 + 0.09 * r) * s, (0.05 + 0.05 * r) * s
-            d.polygon(_round((i + px) / 15 * s, (0.02 + 0.13 * py) * s, *size), tint)
+            cloud = _round((i + px) / 15, 0.02 + 0.13 * py, 0.1 + 0.09 * r, 0.05 + 0.05 * r)
+            canvas.polygon(cloud, _mix(above, middle, 0.3 * (i % 4)))
+        return x
+    for px, py, r in _rng(scene.seed, "stars").random((34, 3))[:dict(day=0, dusk=7, night=34)[time]]:
+        r, py = 0.006 + 0.01 * r**3, (0.42 if time == "night" else 0.2) * py
+        canvas.polygon([(px - r, py), (px, py - r), (px + r, py), (px, py + r)], (255, 250, 220))
+    if time == "night":
+        canvas.glow(x, y, 0.24, (190, 205, 255), 0.5)
+        moon = _round(x, y, 0.075)
+        inner = [(x + 0.45 * (px - x), py) for px, py in moon[15:4:-1]]
+        canvas.polygon([*moon[5:16], *inner] if crescent else moon, (250, 246, 222))
+    elif time == "dusk":
+        canvas.glow(x, 0.4, 0.42, (255, 214, 130), 0.9)
+        canvas.polygon(_round(x, 0.4, 0.1), (255, 226, 120))
     else:
-        if time != "day":
-            for px, py, r in _rng(scene.seed, "stars").random((34, 3))[:34 if time == "night" else 7]:
-                r, py = (0.006 + 0.01 * r**3) * s, (0.42 if time == "night" else 0.2) * py * s
-                d.polygon([(px * s - r, py), (px * s, py - r), (px * s + r, py), (px * s, py + r)], (255, 250, 220))
-        if time == "night":
-            _glow(picture, x * s, y * s, 0.24 * s, (190, 205, 255), 0.5)
-            moon = _round(x * s, y * s, 0.075 * s)
-            inner = [(x * s + 0.45 * (px - x * s), py) for px, py in moon[15:4:-1]]
-            d.polygon([*moon[5:16], *inner] if crescent else moon, (250, 246, 222))
-        else:
-            y, r, wide, sun, glow = (0.4, 0.1, 0.42, (255, 226, 120), (255, 214, 130)) if time == "dusk" else \
-                (y, 0.08, 0.26, (255, 240, 150), (255, 248, 205))
-            _glow(picture, x * s, y * s, wide * s, glow, 0.9)
-            d.polygon(_round(x * s, y * s, r * s), sun)
-        tint = _mix({"day": WHITE, "dusk": (255, 170, 150), "night": (70, 82, 140)}[time], SKY[time, weather][1], 0.1)
-        clouds = _rng(scene.seed, "clouds")
-        for px, py, w, *puffs in clouds.random((2 + clouds.integers(2), 7)):
-            py, w = 0.08 + 0.26 * py, 0.07 + 0.05 * w
-            for i, puff in enumerate(puffs):
-                d.polygon(_round((px + (i - 1.5) * w * 0.8) * s, (py - 0.02 * (i in (1, 2))) * s,
-                                 w * (0.45 + 0.4 * puff) * s, w * (0.3 + 0.25 * puff) * s), tint)
+        canvas.glow(x, y, 0.26, (255, 248, 205), 0.9)
+        canvas.polygon(_round(x, y, 0.08), (255, 240, 150))
+    tint = _mix({"day": WHITE, "dusk": (255, 170, 150), "night": (70, 82, 140)}[time], middle, 0.1)
+    clouds = _rng(scene.seed, "clouds")
+    for px, py, w, *puffs in clouds.random((2 + clouds.integers(2), 7)):
+        py, w = 0.08 + 0.26 * py, 0.07 + 0.05 * w
+        for i, puff in enumerate(puffs):
+            rise = 0.02 * (i in (1, 2))
+            canvas.polygon(_round(px + 0.8 * (i - 1.5) * w, py - rise, w * (0.45 + 0.4 * puff), w * (0.3 + 0.25 * puff)), tint)
     return x
 
 
-def _water(picture: Image.Image, d: ImageDraw.ImageDraw, scene: Scene, s: int, shore: int, light: float) -> None:
+def _water(canvas: Canvas, scene: Scene, shore: float, light: float) -> None:
     """The lake: what lies above it upside down, blended with its own colour, and the glitter of sun or moon."""
-    own = shade("lake", scene.time, scene.weather)
-    mirror = picture.crop((0, 2 * shore - s, s, shore)).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    lake = _gradient((own, _mix(own, (8, 24, 60), 0.35)), (0.0, 1.0), s).crop((0, 0, s, s - shore))
-    picture.paste(Image.blend(mirror, lake, 0.55 if scene.weather == "clear" else 0.7), (0, shore))
+    s, y, own = canvas.s, round(shore * canvas.s), shade("lake", scene.time, scene.weather)
+    mirror = canvas.picture.crop((0, 2 * y - s, s, y)).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    lake = _gradient((own, _mix(own, (8, 24, 60), 0.35)), (0.0, 1.0), s).crop((0, 0, s, s - y))
+    canvas.picture.paste(Image.blend(mirror, lake, 0.55 if scene.weather == "clear" else 0.7), (0, y))
     if scene.weather == "clear":
         colour = {"day": (255, 255, 250, 120), "dusk": (255, 200, 120, 190), "night": (228, 232, 255, 190)}[scene.time]
         for k, (x, w) in enumerate(_rng(scene.seed, "glitter").random((11, 2))):
-            y = shore + (s - shore) * (0.06 + k / 12)
-            d.polygon(_round((light + 0.06 * (x - 0.5)) * s, y, (0.015 + 0.05 * w) * s, 0.006 * s), colour)
+            place = light + 0.06 * (x - 0.5), shore + (1 - shore) * (0.06 + k / 12)
+            canvas.polygon(_round(*place, 0.015 + 0.05 * w, 0.006), colour)
 
 
-def _falling(d: ImageDraw.ImageDraw, scene: Scene, s: int) -> None:
+def _falling(canvas: Canvas, scene: Scene) -> None:
     rng = _rng(scene.seed, "falling")
-    lean, drops = rng.uniform(-0.03, 0.03), rng.random((70, 3))
+    lean, drops = 0.012 + rng.uniform(-0.03, 0.03), rng.random((70, 3))
     if scene.weather == "rain":
         colour = {"day": (226, 236, 246, 170), "dusk": (246, 218, 216, 170), "night": (150, 166, 204, 170)}[scene.time]
-        for x, y, r in drops:
-            dx, dy = (lean + 0.012) * (0.7 + r), 0.06 + 0.05 * r
-            line = [((1.1 * x) * s, (1.1 * y - dy) * s), ((1.1 * x - dx) * s, 1.1 * y * s)]
-            d.line(line, colour, max(1, round(s / 110)))
+        for x, y, r in 1.1 * drops:
+            canvas.line([(x, y - 0.06 - 0.05 * r), (x - lean * (0.7 + r), y)], colour, max(1, round(canvas.s / 110)))
     elif scene.weather == "snow":
         colour = {"day": (255, 255, 255, 235), "dusk": (255, 240, 240, 235), "night": (226, 232, 255, 235)}[scene.time]
         for x, y, r in drops:
-            r = 0.006 + 0.009 * r * r
-            d.ellipse([(x - r) * s, (y - r) * s, (x + r) * s, (y + r) * s], colour)
-
-
-def _mist(picture: Image.Image, colour: RGB, middle: float, peak: float) -> None:
-    """A bank of fog across the picture, densest at height `middle`."""
-    y = (np.arange(picture.height) + 0.5) / picture.height
-    mask = Image.fromarray((255 * peak * np.exp(-(((y - middle) / 0.2) ** 2))).astype(np.uint8)[:, None])
-    picture.paste(colour, mask=mask.resize(picture.size))
+            canvas.polygon(_round(x, y, 0.006 + 0.009 * r * r), colour)
 
 
 def draw(scene: Scene, size: int) -> Image.Image:
     """The picture, size x size, RGB."""
-    s, time, weather = _canvas(size), scene.time, scene.weather
-    picture = _gradient(SKY[time, weather], (0.0, 0.3, 0.55), s).copy()
-    d = ImageDraw.Draw(picture, "RGBA")  # a fill with a fourth number is blended
-    light = _sky(picture, d, scene, s)
+    canvas, time, weather = Canvas(size), scene.time, scene.weather
+    canvas.picture.paste(_gradient(SKY[time, weather], (0.0, 0.3, 0.55), canvas.s))
+    light = _sky(canvas, scene)
     for material, points in shapes(scene):
-        points = [(x * s, y * s) for x, y in points]
         if material == "glow":
             if time != "day":
                 (x, y), (edge, _) = points
-                _glow(picture, x, y, abs(edge - x), LIT["glass"], 0.65 if time == "night" else 0.4)
+                canvas.glow(x, y, abs(edge - x), LIT["glass"], 0.65 if time == "night" else 0.4)
         elif material == "haze":
             if weather == "fog":
-                _mist(picture, SKY[time, weather][2], 0.48, 0.86)
+                canvas.mist(SKY[time, weather][2], 0.48, 0.86)
         elif material == "water":
-            _water(picture, d, scene, s, round(points[0][1]), light)
-        elif fill := _fill(material, time, weather):
-            d.polygon(points, fill)
+            _water(canvas, scene, points[0][1], light)
+        elif colour := _fill(material, time, weather):
+            canvas.polygon(points, colour)
     if weather == "fog":
-        _mist(picture, SKY[time, weather][2], 0.62, 0.3)
-    _falling(d, scene, s)
-    return picture.resize((size, size), Image.Resampling.BOX)
+        canvas.mist(SKY[time, weather][2], 0.62, 0.3)
+    _falling(canvas, scene)
+    return canvas.finished()
 
 
 # -------------------- Data sets: every picture from (seed, index) alone
