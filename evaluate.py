@@ -169,7 +169,7 @@ def match(real: list[Path], fake: list[Path]) -> list[tuple[Path, Path]]:
         raise ValueError(f"{path} has no partner of its stem in {other[0].parent} ({len(alone)} of"
                          f" {len(real) + len(fake)} pictures are alone); expected the same stems in both folders")
     pairs = [(path, stems[1][path.stem]) for path in real]
-    for pair in tqdm(pairs, desc="sizes", leave=False):  # before networks are loaded
+    for pair in tqdm(pairs, desc="sizes", leave=False, disable=None):  # before networks are loaded
         a, b = ("{}x{}".format(*data.open_picture(path).size) for path in pair)
         if a != b:
             raise ValueError(f"{pair[0]} is {a} pixels and its partner {pair[1]} {b}; make them equal")
@@ -182,7 +182,7 @@ def read_batches(rows: list[tuple[Path, ...]], batch: int, device: torch.device,
         return [data.to_tensor(data.open_picture(path)) * 2 - 1 for path in row]
 
     with ThreadPoolExecutor() as pool:
-        for first in tqdm(range(0, len(rows), batch), desc=what, unit="batch", leave=False, disable=not rows):
+        for first in tqdm(range(0, len(rows), batch), desc=what, unit="batch", leave=False, disable=None):
             loaded = pool.map(load, rows[first:first + batch])
             for _, group in itertools.groupby(loaded, key=lambda row: [x.shape for x in row]):
                 yield [torch.stack(column).to(device) for column in zip(*group)]
@@ -200,7 +200,7 @@ def folder_features(paths: list[Path], judge: weights.Judge, batch: int, device:
                 found, *arrays = (file[name] for name in ("key", "features", "mu", "sigma"))
         except Exception as error:  # zip and numpy have their own kinds
             raise ValueError(f"{stats} is not of --stats ({training.first_line(error)}); name another file") from None
-        if found != key:
+        if str(found) != key:
             raise ValueError(f"{stats} is stale: {paths[0].parent} holds other pictures (names, sizes or dates), or the"
                              " Inception weights are others; remove it, or name another file")
         print(f"features of {paths[0].parent} are read from {stats}", file=sys.stderr)
@@ -303,7 +303,7 @@ def compute(args: argparse.Namespace, chosen: list[str], real: list[Path], fake:
         if "fid" in chosen:
             values["fid"] = [torch.tensor([frechet_distance(*stats1, *stats2)], dtype=torch.float64)]
             if n < length:
-                notes["fid"] = (f"N = {n} is below the {length} features: the covariance is not of full rank, and FID is"
+                notes["fid"] = (f"N = {n} is below the {length} features: the covariance is not of full rank, FID is"
                                 " too high, more so the smaller N; compare FIDs of equal N, or KID, which is unbiased")
         if "kid" in chosen:
             values["kid"] = [kid(f1, f2, torch.Generator().manual_seed(args.seed))]

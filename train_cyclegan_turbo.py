@@ -30,10 +30,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import evaluate
 import training
 from models import weights
 from models.cyclegan_turbo import DIRECTIONS, CycleGANTurbo, CycleGANTurboConfig
-from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
+from models.dino import structure_distance
+from models.discriminator import (
+    PatchDiscriminator,
+    VisionAidedDiscriminator,
+    draw_augmentation,
+    share_right,
+    spectral_step,
+)
 
 
 @dataclass
@@ -84,6 +92,7 @@ class Config:
     viz_freq: int = 100  # steps between sample grids
     validation_steps: int = 500  # steps between validations
     validation_num_images: int = 50  # test pictures of a validation
+    track_val_fid: bool = False  # FID and DINO structure at each validation; needs the weights of Inception and DINO
     checkpointing_steps: int = 500  # steps between saves
     report_to: str = "none"  # none, tensorboard, wandb
     tracker_project_name: str = "train_cyclegan_turbo"  # W&B project
@@ -165,10 +174,13 @@ def main() -> None:
                                       for part in (vae.encoder, vae.decoder))):
         network.checkpointing = cfg.gradient_checkpointing
     factor, channels = generator.vae_a2b.factor, generator.vae_a2b.config.latent_channels
-    lpips = discriminators = None
+    lpips = inception = dino = discriminators = None
     if cfg.lambda_cycle_lpips or cfg.lambda_idt_lpips:
         lpips = training.needed(weights.load_judge, "lpips", str(device),
                                 without="--lambda_cycle_lpips 0 --lambda_idt_lpips 0").network.to(dtype)
+    if cfg.track_val_fid:
+        inception, dino = (training.needed(weights.load_judge, name, str(device), without="no --track_val_fid").network
+                           for name in ("inception", "dino"))
     if cfg.lambda_gan:
         vision = cfg.gan_disc_type == "vagan_clip" and training.needed(
             weights.load_judge, "clip", str(device), without="--gan_disc_type patch").network.image.to(dtype)
@@ -232,27 +244,32 @@ def main() -> None:
             path, generator, "cyclegan_turbo", cfg.base, list(test_set.prompts), text_encoder, tokenizer))
 
     @torch.inference_mode()
-    def translated(items: list[dict], direction: str) -> Tensor:
-        """Test items' pictures of the one domain, led to the other: [N, 3, H, W] in [-1, 1]."""
-        out = []
-        for item in items:
-            x, size = data.pad_to_multiple(item[direction[0]][None].to(device, dtype), factor)
-            out.append(translate(x, direction)[0, :, :size[0], :size[1]].float().cpu())
-        return torch.stack(out)
+    def translated(item: dict, direction: str) -> Tensor:
+        """A test item's picture of the one domain, of any size, led to the other: [3, H, W] in [-1, 1]."""
+        x, size = data.pad_to_multiple(item[direction[0]][None].to(device, dtype), factor)
+        return translate(x, direction)[0, :, :size[0], :size[1]].float().cpu()
 
+    @torch.inference_mode()
     def validate() -> dict[str, float]:
-        """How far the output is from the input (a model that only copies: 0) and, where the drawing knows the true
-        translation, PSNR to it, beside that of doing nothing."""
-        values, indices = {}, range(min(cfg.validation_num_images, len(test_set)))
-        items = [test_set[i] for i in indices]
+        """How far the output is from the input (a model that only copies: 0); where the drawing knows the true
+        translation, PSNR to it, beside that of doing nothing; FID and DINO structure where asked for."""
+        values, items = {}, [test_set[i] for i in range(min(cfg.validation_num_images, len(test_set)))]
         for direction in DIRECTIONS:
-            x, y = torch.stack([item[direction[0]] for item in items]), translated(items, direction)
-            values[f"val_change_{direction}"] = (y - x).abs().mean().item()
+            pairs = [(item[direction[0]], translated(item, direction)) for item in items]
+            values[f"val_change_{direction}"] = sum((y - x).abs().mean().item() for x, y in pairs) / len(pairs)
             if hasattr(test_set, "truth"):
-                truth = torch.stack([test_set.truth(i, direction) for i in indices])
-                for name, picture in (("psnr", y), ("psnr_doing_nothing", x)):
-                    error = (picture - truth).square().mean(dim=(1, 2, 3))
+                truth = torch.stack([test_set.truth(i, direction) for i in range(len(items))])
+                for name, pictures in zip(("psnr_doing_nothing", "psnr"), zip(*pairs)):
+                    error = (torch.stack(pictures) - truth).square().mean(dim=(1, 2, 3))
                     values[f"val_{name}_{direction}"] = (10 * torch.log10(4 / error)).mean().item()
+            if inception:
+                real, made = (evaluate.statistics(torch.cat([evaluate.features(inception, x[None].to(device))
+                                                             for x in pictures]))
+                              for pictures in ([item[direction[2]] for item in items], [y for _, y in pairs]))
+                values[f"val_fid_{direction}"] = evaluate.frechet_distance(*real, *made)
+                distances = [structure_distance(dino, x[None].to(device), y[None].to(device)).mean().item()
+                             for x, y in pairs]
+                values[f"val_structure_{direction}"] = sum(distances) / len(distances)
         return values
 
     def badness(values: dict[str, float]) -> float:
@@ -269,6 +286,7 @@ def main() -> None:
     log = training.open_log(folder, start) if rank == 0 else None
     report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
     shown = [test_set[i] for i in range(min(8, len(test_set)))]
+    shown = [item for item in shown if {item[d].shape for d in "ab"} == {shown[0]["a"].shape}]  # a grid is of one size
     stop, clock = training.catch_stop(), time.monotonic()
     batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)
@@ -347,9 +365,9 @@ def main() -> None:
                         logits_real = judged(domain, real, rows, step, "real")
                         logits_fake = judged(domain, fakes[domain][i], rows, step, "fake")
                         loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, real_target)
-                    backward("disc", loss)  # and how often it is right: 0.5 is chance, 1 for long is a lost generator
-                    add("disc_right_on_real", torch.cat([z.flatten() > 0 for z in logits_real]).float().mean().item() / 2)
-                    add("disc_right_on_fake", torch.cat([z.flatten() < 0 for z in logits_fake]).float().mean().item() / 2)
+                    backward("disc", loss)
+                    add("disc_right_on_real", share_right(logits_real, True) / 2)
+                    add("disc_right_on_fake", share_right(logits_fake, False) / 2)
                     drift = (fakes[domain][i].mean((0, 2, 3)) - real.mean((0, 2, 3))).abs().mean()
                     add(f"drift_{domain}", drift.item())  # of the mean colour
             training.check_finite(losses, step, [*batch["name_a"], *batch["name_b"]])
@@ -371,8 +389,8 @@ def main() -> None:
                     best = value
                     export("best.safetensors")
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
-                columns = [f(shown, d) for d in DIRECTIONS
-                           for f in (lambda items, d: torch.stack([item[d[0]] for item in items]), translated)]
+                columns = [torch.stack([f(item) for item in shown]) for d in DIRECTIONS
+                           for f in (lambda item, d=d: item[d[0]], lambda item, d=d: translated(item, d))]
                 training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
             training.append_log(log, done, losses)
             report(done, losses)

@@ -30,9 +30,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import evaluate
 import training
 from models import weights
-from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
+from models.discriminator import (
+    PatchDiscriminator,
+    VisionAidedDiscriminator,
+    draw_augmentation,
+    share_right,
+    spectral_step,
+)
 from models.lora import set_scale
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 
@@ -84,6 +91,7 @@ class Config:
     viz_freq: int = 100  # steps between sample grids
     eval_freq: int = 100  # steps between validations
     num_samples_eval: int = 100  # test pictures of a validation
+    track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
     report_to: str = "none"  # none, tensorboard, wandb
     tracker_project_name: str = "train_pix2pix_turbo"  # W&B project
@@ -164,13 +172,15 @@ def main() -> None:
     for network in (generator.unet, generator.vae.encoder, generator.vae.decoder):
         network.checkpointing = cfg.gradient_checkpointing
     vagan = cfg.lambda_gan > 0 and cfg.gan_disc_type == "vagan_clip"
-    lpips = clip = discriminator = None
+    lpips = clip = inception = discriminator = None
     if cfg.lambda_lpips:
         lpips = training.needed(weights.load_judge, "lpips", str(device), without="--lambda_lpips 0").network.to(dtype)
     if cfg.lambda_clipsim or vagan:
         judge = training.needed(weights.load_judge, "clip", str(device),
                                 without="--lambda_clipsim 0 --gan_disc_type patch")
         clip, clip_tokenizer = judge.network.to(dtype), judge.tokenizer
+    if cfg.track_val_fid:
+        inception = training.needed(weights.load_judge, "inception", str(device), without="no --track_val_fid").network
     if cfg.lambda_gan:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
         discriminator = VisionAidedDiscriminator(clip.image) if vagan else PatchDiscriminator(cfg.disc_width)
@@ -234,28 +244,31 @@ def main() -> None:
             path, generator, "pix2pix_turbo", cfg.base, prompts if len(prompts) == 1 else [], text_encoder, tokenizer))
 
     @torch.inference_mode()
-    def translate(items: list[dict]) -> tuple[Tensor, ...]:
-        """Input, output and target [N, 3, H, W] of test items of one size, all in [-1, 1]."""
+    def translate(item: dict) -> Tensor:
+        """A test item of any size -> output [3, H, W] in [-1, 1]; of a stochastic model at r = 1, where noise has no
+        part."""
         set_scale(generator, 1.0)
-        out = []
-        for item in items:
-            x, size = data.pad_to_multiple(item["input"][None].to(device, dtype), factor)
-            with autocast:  # a stochastic model at r = 1, where noise has no part
-                fake = generator(x, encode([item["caption"]]))
-            out.append(fake[0, :, :size[0], :size[1]].float().cpu())
-        return torch.stack([i["input"] * 2 - 1 for i in items]), torch.stack(out), torch.stack(
-            [i["target"] for i in items])
+        x, size = data.pad_to_multiple(item["input"][None].to(device, dtype), factor)
+        with autocast:
+            return generator(x, encode([item["caption"]]))[0, :, :size[0], :size[1]].float().cpu()
 
+    @torch.inference_mode()
     def validate() -> dict[str, float]:
-        indices = range(min(cfg.num_samples_eval, len(test_set)))
-        _, fakes, targets = translate([test_set[i] for i in indices])
-        errors = (fakes - targets).square().mean(dim=(1, 2, 3))
+        items = [test_set[i] for i in range(min(cfg.num_samples_eval, len(test_set)))]
+        pairs = [(translate(item), item["target"]) for item in items]
+        errors = torch.stack([(fake - target).square().mean() for fake, target in pairs])
         values = {"val_l2": errors.mean().item(), "val_psnr": (10 * torch.log10(4 / errors)).mean().item()}
         if lpips:
-            distances = [lpips(*(x[i:i + 1].to(device, dtype) for x in (fakes, targets))) for i in indices]
-            values["val_lpips"] = torch.cat(distances).mean().item()
-        judge = getattr(test_set, "judge", None)  # drawn pictures know what is right
-        return values | ({f"val_{k}": v for k, v in judge(fakes, list(indices)).items()} if judge else {})
+            values["val_lpips"] = torch.cat([lpips(*(x[None].to(device, dtype) for x in pair)) for pair in pairs]
+                                            ).mean().item()
+        if inception:
+            made, real = (evaluate.statistics(torch.cat([evaluate.features(inception, x[None].to(device)) for x in xs]))
+                          for xs in zip(*pairs))
+            values["val_fid"] = evaluate.frechet_distance(*real, *made)
+        if judge := getattr(test_set, "judge", None):  # drawn pictures know what is right
+            fakes = torch.stack([fake for fake, _ in pairs])
+            values |= {f"val_{k}": v for k, v in judge(fakes, list(range(len(items)))).items()}
+        return values
 
     # ---- the loop
     if rank == 0:
@@ -264,6 +277,7 @@ def main() -> None:
     log = training.open_log(folder, start) if rank == 0 else None
     report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
     shown = [test_set[i] for i in range(min(16, len(test_set)))]
+    shown = [item for item in shown if item["target"].shape == shown[0]["target"].shape]  # a grid is of one size
     stop, clock = training.catch_stop(), time.monotonic()
     batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)
@@ -326,9 +340,9 @@ def main() -> None:
                     logits_fake = judged(fakes[i], rows, step, "augment fake")
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, real_target)
                 scaler.scale(loss / len(slices)).backward()
-                add("disc", loss.item())  # and how often it is right: 0.5 is chance, 1 for long is a lost generator
-                add("disc_right_on_real", torch.cat([z.flatten() > 0 for z in logits_real]).float().mean().item())
-                add("disc_right_on_fake", torch.cat([z.flatten() < 0 for z in logits_fake]).float().mean().item())
+                add("disc", loss.item())
+                add("disc_right_on_real", share_right(logits_real, True))
+                add("disc_right_on_fake", share_right(logits_fake, False))
             training.check_finite(losses, step, batch["name"])
             training.average_gradients(discriminator.parameters())
             scaler.unscale_(optimizer_d)
@@ -348,7 +362,8 @@ def main() -> None:
                     best = value
                     export("best.safetensors")
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
-                training.save_grid(folder / "samples" / f"{done:06d}.png", translate(shown))
+                columns = zip(*((item["input"] * 2 - 1, translate(item), item["target"]) for item in shown))
+                training.save_grid(folder / "samples" / f"{done:06d}.png", [torch.stack(c) for c in columns])
             training.append_log(log, done, losses)
             report(done, losses)
             rate = (done - start) * global_batch / (time.monotonic() - clock)

@@ -78,8 +78,8 @@ def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """parser.parse_args, whose errors are ValueErrors of one line: the nearest flag where one is unknown, the reason where
-    one has no meaning here."""
+    """parser.parse_args, whose errors are ValueErrors of one line: the nearest flag where one is unknown, the reason
+    where one has no meaning here."""
 
     def refuse(message: str):
         raise ValueError(message)

@@ -83,8 +83,8 @@ class DINO(nn.Module):
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
 
     def positions(self, H: int, W: int) -> Tensor:
-        """Of a picture of H x W pixels, [1, 1 + h w, C]: the learned ones, but interpolated bicubically where it is not a
-        square of their grid.
+        """Of a picture of H x W pixels, [1, 1 + h w, C]: the learned ones, but interpolated bicubically where it is not
+        a square of their grid.
 
         The original interpolates by the factor (h + 0.1) / 28, so that rounding never loses a row; `transformers` by
         h / 28. The released evaluation loads the original from torch.hub, so the tenth is here too, and so is that a

@@ -51,6 +51,12 @@ def spectral_step(discriminator: nn.Module) -> None:
             module.parametrizations.eval()
 
 
+def share_right(logits: list[Tensor], real: bool) -> float:
+    """The share of a discriminator's verdicts that are right, of pictures that are `real` or not. 0.5 is chance; near 1
+    for long, the generator has lost."""
+    return (torch.cat([level.detach().flatten() > 0 for level in logits]) == real).float().mean().item()
+
+
 DRAWS = ("brightness", "saturation", "contrast", "shift_y", "shift_x", "cut_y", "cut_x")
 
 

@@ -1,4 +1,5 @@
-"""Kills a trainer at random moments and lets it resume, many times; at the end the bits must be those of a run left alone.
+"""Kills a trainer at random moments and lets it resume, many times; at the end the bits must be those of a run left
+alone.
 
     python tests/campaign_kills.py --kills 5
 
@@ -46,7 +47,8 @@ def main() -> None:
         resumable = (cut / "state.pt").exists()
         if not resumable and cut.exists():  # killed before its first save: there is nothing to lose
             subprocess.run(["rm", "-rf", str(cut)], check=True)
-        more = ["--resume", str(cut)] if resumable else [*flags, "--max_train_steps", str(args.steps), "--output_dir", str(cut)]
+        first = [*flags, "--max_train_steps", str(args.steps), "--output_dir", str(cut)]
+        more = ["--resume", str(cut)] if resumable else first
         process, starts = subprocess.Popen(command(*more), **quiet), starts + 1
         try:
             process.wait(rng.uniform(2.0, 2.0 + length / args.kills))

@@ -53,7 +53,8 @@ def official_groups(unet: UNet2DConditionModel) -> dict[str, list[str]]:
 
 class Official:
     """img2img-turbo's generator over the peers' own networks, in float64, all LoRA and skip convolutions drawn. Its
-    scheduler's table is made again in float64, and the latent is the encoder's mean unless a seed draws it."""
+    scheduler's table is made again in float64 (its step still adds noise of deviation 1e-10, which is what the pictures
+    differ by), and the latent is the encoder's mean unless a seed draws it."""
 
     def __init__(self, folder: Path):
         self.base, self.pkl = folder / "base", folder / "model.pkl"

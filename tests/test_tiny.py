@@ -1,4 +1,5 @@
-"""The embedded base and its drawings: what is held out is never shown, the judge is right, the files are the recipe's."""
+"""The embedded base and its drawn circles: what is held out is never shown, the judge is right, the files are the
+recipe's."""
 
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def test_the_judge_passes_the_truth_and_fails_another_colour():
     assert world.judge(-truth, indices)["both"] == 0
     # the background of the truth with the outline's inside left as it was: the background is right, the circle is not
     outside = truth.clone()
-    for row, index in enumerate(indices):
+    for row in range(len(indices)):
         outside[row] = truth[row, :, :1, :1]
     assert world.judge(outside, indices) == dict(circle=0, background=1, both=0)
 

@@ -63,7 +63,8 @@ def test_losses_are_their_formulas():
 def test_gradients_through_the_cut_are_those_of_one_joint_backward(monkeypatch, tmp_path, domains):
     """A step's generator gradients, piece by piece, are those of the sum of the paper's losses in one graph."""
     pieces, made = [], dict(CycleGANTurbo=[], PatchDiscriminator=[])
-    monkeypatch.setattr(training, "average_gradients", lambda parameters: pieces.append([p.grad.clone() for p in parameters]))
+    monkeypatch.setattr(training, "average_gradients",
+                        lambda parameters: pieces.append([p.grad.clone() for p in parameters]))
 
     def build(cls, name, *args, **kwargs):
         made[name].append(cls(*args, **kwargs))

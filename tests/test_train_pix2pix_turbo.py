@@ -56,7 +56,8 @@ def pairs(tmp_path_factory):
         for side in "AB":
             (folder / f"{split}_{side}").mkdir()
             for i in range(n):
-                Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(folder / f"{split}_{side}" / f"{i}.png")
+                picture = Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8))
+                picture.save(folder / f"{split}_{side}" / f"{i}.png")
         (folder / f"{split}_prompts.json").write_text(json.dumps({f"{i}.png": "noise" for i in range(n)}))
     return folder
 
@@ -90,7 +91,8 @@ def test_losses_are_their_formulas_and_so_are_their_gradients():
 
 def test_learning_rates_follow_their_schedules():
     def rate(name, step, last=110):
-        return trainer.learning_rate(step, trainer.Config(lr_scheduler=name, learning_rate=1.0, lr_warmup_steps=10), last)
+        config = trainer.Config(lr_scheduler=name, learning_rate=1.0, lr_warmup_steps=10)
+        return trainer.learning_rate(step, config, last)
 
     assert rate("constant", 0) == rate("constant", 100) == 1
     assert rate("constant_with_warmup", 4) == 0.5 and rate("constant_with_warmup", 50) == 1
@@ -212,8 +214,8 @@ def test_two_processes_accumulation_and_one_batch_are_one_computation(tmp_path, 
     ways = {"one": (["--train_batch_size", 4], 1), "two": (["--train_batch_size", 2], 2),
             "slices": (["--train_batch_size", 2, "--gradient_accumulation_steps", 2], 1)}
     for name, (flags, processes) in ways.items():
-        subprocess.run(command(*common, *flags, "--output_dir", tmp_path / name, processes=processes), env=ENV, check=True,
-                       capture_output=True)
+        subprocess.run(command(*common, *flags, "--output_dir", tmp_path / name, processes=processes), env=ENV,
+                       check=True, capture_output=True)
     one = load_file(tmp_path / "one" / "model.safetensors")
     for name in ("two", "slices"):
         other = load_file(tmp_path / name / "model.safetensors")
@@ -246,8 +248,8 @@ def test_killed_and_resumed_ends_in_the_same_bits(monkeypatch, tmp_path, pairs):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_saves_what_is_there_and_says_how_to_go_on(tmp_path, pairs, number):
     folder = tmp_path / "run"
-    process = subprocess.Popen(command("--dataset_folder", pairs, *SMALL, "--output_dir", folder, "--max_train_steps", "1000"),
-                               env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    flags = ["--dataset_folder", pairs, *SMALL, "--output_dir", folder, "--max_train_steps", "1000"]
+    process = subprocess.Popen(command(*flags), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (folder / "log.jsonl").exists():
         assert process.poll() is None
     process.send_signal(number)
@@ -350,7 +352,8 @@ def test_a_loss_that_is_no_number_stops_at_once_and_keeps_the_last_state(monkeyp
 
     monkeypatch.setattr(trainer.F, "mse_loss", failing)
     with pytest.raises(SystemExit) as caught:
-        train(monkeypatch, "--dataset_folder", pairs, "--output_dir", tmp_path / "run", *SMALL, "--checkpointing_steps", "1")
+        train(monkeypatch, "--dataset_folder", pairs, "--output_dir", tmp_path / "run", *SMALL,
+              "--checkpointing_steps", "1")
     assert caught.value.code == 2
     assert "step 3: the loss became {'l2': nan} on" in capsys.readouterr().err
     assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3

@@ -19,13 +19,13 @@ from functools import cached_property, lru_cache, partial
 from itertools import groupby, product
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import training
+from data import to_tensor
 
 KINDS, GROUNDS = ("house", "tree", "car", "boat"), ("grass", "sand", "lake")
 TIMES, WEATHERS = ("day", "night", "dusk"), ("clear", "rain", "snow", "fog")
@@ -377,8 +377,8 @@ def _sky(canvas: Canvas, scene: Scene) -> float:
     for px, py, w, *puffs in clouds.random((2 + clouds.integers(2), 7)):
         py, w = 0.08 + 0.26 * py, 0.07 + 0.05 * w
         for i, puff in enumerate(puffs):
-            rise = 0.02 * (i in (1, 2))
-            canvas.polygon(_round(px + 0.8 * (i - 1.5) * w, py - rise, w * (0.45 + 0.4 * puff), w * (0.3 + 0.25 * puff)), tint)
+            place = px + 0.8 * (i - 1.5) * w, py - 0.02 * (i in (1, 2))
+            canvas.polygon(_round(*place, w * (0.45 + 0.4 * puff), w * (0.3 + 0.25 * puff)), tint)
     return x
 
 
@@ -433,14 +433,11 @@ def draw(scene: Scene, size: int) -> Image.Image:
 
 # -------------------- Data sets: every picture from (seed, index) alone
 
-LENGTH = {"train": 20_000, "test": 200}
-
-
 def nth_scene(split: str, seed: int, index: int, domain: str = "a", **fixed) -> Scene:
     """Training scenes hold no combination that is left out, each test scene one. No drawing is in two splits or
     domains: they take different scene seeds modulo 4."""
-    if split not in LENGTH:
-        raise ValueError(f"there is no split '{split}' of the scenes: known are {', '.join(LENGTH)}")
+    if split not in ("train", "test"):
+        raise ValueError(f"there is no split '{split}' of the scenes: known are train, test")
     rng, test = _rng(split, seed, index, domain), split == "test"
     while True:
         scene = sample(rng, seed=4 * int(rng.integers(2**60)) + 2 * test + (domain == "b"), **fixed)
@@ -448,15 +445,12 @@ def nth_scene(split: str, seed: int, index: int, domain: str = "a", **fixed) -> 
             return scene
 
 
-def _tensor(picture: Image.Image) -> Tensor:  # [3, H, W] in [0, 1]
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
-
-
 class Paired(Dataset):
     """Items as of `data.PairedFolder`: outlines and picture. Of an item (i, key) the key has no say."""
 
     def __init__(self, split: str, seed: int = 0, size: int = 64):
-        self.scene, self.n, self.size = partial(nth_scene, split, seed), LENGTH[split], size
+        self.scene, self.size = partial(nth_scene, split, seed), size
+        self.n = 20_000 if split == "train" else 200
 
     def __len__(self) -> int:
         return self.n
@@ -468,7 +462,7 @@ class Paired(Dataset):
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
         index = range(self.n)[item[0] if isinstance(item, tuple) else item]
         scene = self.scene(index)
-        return dict(input=_tensor(outlines(scene, self.size)), target=_tensor(draw(scene, self.size)) * 2 - 1,
+        return dict(input=to_tensor(outlines(scene, self.size)), target=to_tensor(draw(scene, self.size)) * 2 - 1,
                     caption=caption(scene), name=f"{index}.png")
 
 
@@ -478,7 +472,8 @@ class Unpaired(Dataset):
     def __init__(self, task: str, split: str, seed: int = 0, size: int = 64):
         if task not in TASKS:
             raise ValueError(f"there is no task '{task}' of the scenes: known are {', '.join(TASKS)}")
-        self.split, self.seed, self.n, self.size = split, seed, LENGTH[split], size
+        self.split, self.seed, self.size = split, seed, size
+        self.n = 20_000 if split == "train" else 200
         self.lights = dict(zip("ab", TASKS[task]))
         self.prompts = tuple(f"a scene {light_phrase(*light)}" for light in TASKS[task])
 
@@ -493,12 +488,12 @@ class Unpaired(Dataset):
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
         index = range(self.n)[item[0] if isinstance(item, tuple) else item]
-        a, b = (_tensor(draw(self.scene(index, domain, domain), self.size)) * 2 - 1 for domain in "ab")
+        a, b = (to_tensor(draw(self.scene(index, domain, domain), self.size)) * 2 - 1 for domain in "ab")
         return dict(a=a, b=b, name_a=f"{index}.png", name_b=f"{index}.png")
 
     def truth(self, index: int, direction: str) -> Tensor:
         """What item `index` becomes, "a2b" its a, "b2a" its b: [3, H, W] in [-1, 1]."""
-        return _tensor(draw(self.scene(index, direction[0], direction[2]), self.size)) * 2 - 1
+        return to_tensor(draw(self.scene(index, direction[0], direction[2]), self.size)) * 2 - 1
 
 
 # -------------------- Command line
