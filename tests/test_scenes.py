@@ -30,10 +30,10 @@ def some(n: int) -> list[Scene]:
 
 def test_a_drawing_follows_seed_and_index_and_nothing_else():
     for make, key in ((Paired, "target"), (lambda *a: Unpaired("day2night", *a), "b")):
-        first = make("train", 3)[5]
-        again = make("train", 3)[(5, (1, 2, 3))]
+        first = make("train", 32, 3)[5]
+        again = make("train", 32, 3)[(5, (1, 2, 3))]
         assert all(torch.equal(v, again[k]) if torch.is_tensor(v) else v == again[k] for k, v in first.items())
-        for other in (make("train", 3)[6], make("train", 4)[5], make("test", 3)[5]):
+        for other in (make("train", 32, 3)[6], make("train", 32, 4)[5], make("test", 32, 3)[5]):
             assert not torch.equal(first[key], other[key])
 
 
@@ -45,7 +45,7 @@ def test_a_drawing_has_the_same_content_at_every_size():
 
 def test_any_whole_number_is_a_seed():
     seeds = (0, 1, -1, 2**31, 2**32, 2**32 + 1, 10**40, -(10**40))
-    assert len({Paired("train", seed, 16)[0]["target"].numpy().tobytes() for seed in seeds}) == len(seeds)
+    assert len({Paired("train", 16, seed)[0]["target"].numpy().tobytes() for seed in seeds}) == len(seeds)
     assert scenes.draw(one("red", "car", seed=-(10**40)), 16) != scenes.draw(one("red", "car", seed=10**40), 16)
 
 
@@ -68,10 +68,10 @@ def test_items_are_those_of_the_folders():
 
 
 def test_the_trainers_reach_the_unpaired_worlds_by_name():
-    world = data.open_unpaired("drawn:day2night", "train", "resize_64", 5)
-    assert torch.equal(world[3]["a"], Unpaired("day2night", "train", 5)[3]["a"])
+    world = data.open_unpaired("drawn:day2night", "train", "resize_48", seed=5, size=48)
+    assert torch.equal(world[3]["a"], Unpaired("day2night", "train", 48, 5)[3]["a"])
     batch = next(data.batches(world, 4, seed=0))
-    assert batch["a"].shape == batch["b"].shape == (4, 3, 64, 64)
+    assert batch["a"].shape == batch["b"].shape == (4, 3, 48, 48)
 
 
 def test_time_and_weather_move_nothing_and_are_seen():
@@ -230,7 +230,7 @@ def test_a_written_paired_folder_is_the_data_set(tmp_path, capsys):
     scenes.main([str(out), "--task", "edges", "--n", "20", "--size", "32", "--seed", "7"])
     assert capsys.readouterr().out.strip() == str(out)
     for split, n in (("train", 20), ("test", 2)):
-        folder, world = data.PairedFolder(out, split, "no_resize"), Paired(split, 7, 32)
+        folder, world = data.PairedFolder(out, split, "no_resize"), Paired(split, 32, 7)
         assert len(folder) == n
         for item in folder:
             drawn = world[int(item["name"].removesuffix(".png"))]
@@ -244,7 +244,7 @@ def test_a_written_unpaired_folder_is_the_data_set_with_its_truths(task, tmp_pat
     out = tmp_path / task
     scenes.main([str(out), "--task", task, "--n", "20", "--size", "32"])
     for split, n in (("train", 20), ("test", 2)):
-        folder, world = data.UnpairedFolder(out, split, "no_resize"), Unpaired(task, split, 0, 32)
+        folder, world = data.UnpairedFolder(out, split, "no_resize"), Unpaired(task, split, 32)
         assert folder.prompts == world.prompts and [len(names) for names in folder.names] == [n, n]
         for item in map(folder.__getitem__, range(n)):
             for domain in "ab":
@@ -264,7 +264,7 @@ def test_another_process_draws_the_same_and_refuses_a_full_folder_in_one_line(tm
     for _ in range(2):
         done = run(tmp_path / "out", "--n", "3", "--size", "32", "--seed", 10**30)
         if done.returncode == 0:
-            world = Paired("train", 10**30, 32)
+            world = Paired("train", 32, 10**30)
             for i in range(3):
                 written = picture(tmp_path / "out" / "train_B" / f"{i}.png")
                 assert torch.allclose(written, world[i]["target"], atol=1e-6)

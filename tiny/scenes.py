@@ -448,7 +448,7 @@ def nth_scene(split: str, seed: int, index: int, domain: str = "a", **fixed) -> 
 class Paired(Dataset):
     """Items as of `data.PairedFolder`: outlines and picture. Of an item (i, key) the key has no say."""
 
-    def __init__(self, split: str, seed: int = 0, size: int = 64):
+    def __init__(self, split: str, size: int = 64, seed: int = 0):
         self.scene, self.size = partial(nth_scene, split, seed), size
         self.n = 20_000 if split == "train" else 200
 
@@ -469,7 +469,7 @@ class Paired(Dataset):
 class Unpaired(Dataset):
     """Items as of `data.UnpairedFolder`, for one of TASKS. The two scenes of an item have nothing in common."""
 
-    def __init__(self, task: str, split: str, seed: int = 0, size: int = 64):
+    def __init__(self, task: str, split: str, size: int = 64, seed: int = 0):
         if task not in TASKS:
             raise ValueError(f"there is no task '{task}' of the scenes: known are {', '.join(TASKS)}")
         self.split, self.seed, self.size = split, seed, size
@@ -504,7 +504,7 @@ def write(out: pathlib.Path, task: str, n: int, size: int, seed: int) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} is there and not an empty folder: name a new one, or remove it")
     for split, count in (("train", n), ("test", max(n // 10, 1))):
-        world, captions = Paired(split, seed) if task == "edges" else Unpaired(task, split, seed), {}
+        world, captions = Paired(split, size, seed) if task == "edges" else Unpaired(task, split, size, seed), {}
         for i in tqdm(range(count), desc=split, unit=" scenes"):
             if task == "edges":
                 scene = world.scene(i)
