@@ -287,7 +287,8 @@ def choose(args: argparse.Namespace, real: list[Path], fake: list[Path]) -> tupl
     for name, (judge, *_) in METRICS.items():
         if not args.metrics and judge and name not in reasons and not weights.has_judge(judge):
             reasons[name] = f"the weights of {judge} are not on this machine; --metrics {name} fetches them"
-    return [name for name in METRICS if name in asked and name not in reasons], pairs, reasons
+    chosen = [name for name in METRICS if name in asked and name not in reasons]
+    return chosen, pairs, {name: reasons[name] for name in METRICS if name in reasons}
 
 
 def compute(args: argparse.Namespace, chosen: list[str], real: list[Path], fake: list[Path], pairs: list,
@@ -307,7 +308,8 @@ def compute(args: argparse.Namespace, chosen: list[str], real: list[Path], fake:
                                 " too high, more so the smaller N; compare FIDs of equal N, or KID, which is unbiased")
         if "kid" in chosen:
             values["kid"] = [kid(f1, f2, torch.Generator().manual_seed(args.seed))]
-            notes["kid"] = f"{len(values['kid'][0])} subsets of {min(n, 1000)}"
+            subsets = len(values["kid"][0])
+            notes["kid"] = f"{subsets} random subsets of {min(n, 1000)} pictures" if subsets > 1 else "of all pictures"
     functions = dict(psnr=psnr, ssim=ssim, lpips=lambda a, b: judges["lpips"].network(a, b),
                      structure=lambda a, b: dino.structure_distance(judges["dino"].network, a, b))
     with torch.no_grad():

@@ -29,6 +29,7 @@ import data
 import sample
 import training
 from models import clip, unet, vae, weights
+from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig
 from models.diffusion import Schedule
 from models.lora import set_scale
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
@@ -139,13 +140,17 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-def trained(base: Path, path: Path, stochastic: bool, prompts: list[str]) -> Path:
+def trained(base: Path, path: Path, stochastic: bool | None, prompts: list[str]) -> Path:
+    """A pix2pix-Turbo, or where `stochastic` is None a CycleGAN-Turbo."""
     loaded = weights.load_base(str(base))
-    generator = Pix2PixTurbo(loaded.vae, loaded.unet, loaded.schedule, Pix2PixTurboConfig(stochastic=stochastic))
+    networks = loaded.vae, loaded.unet, loaded.schedule
+    kind = "cyclegan_turbo" if stochastic is None else "pix2pix_turbo"
+    generator = CycleGANTurbo(*networks, CycleGANTurboConfig(lora_rank_unet=4)) if stochastic is None else \
+        Pix2PixTurbo(*networks, Pix2PixTurboConfig(stochastic=stochastic))
     for i, p in enumerate(p for p in generator.parameters() if p.requires_grad):
         p.data = 0.5 * normal(*p.shape, seed=i, dtype=torch.float32) / max(p[0].numel(), 1) ** 0.5
     path.parent.mkdir()
-    weights.save_generator(path, generator, "pix2pix_turbo", str(base), prompts)
+    weights.save_generator(path, generator, kind, str(base), prompts)
     return path
 
 
@@ -158,7 +163,8 @@ def checkpoints(base, tmp_path_factory) -> dict[str, str]:
     tiny_pipeline(vae=deep, scheduler=DDPMScheduler(**SCHEDULE)).save_pretrained(folder / "base")
     return {"one caption": str(trained(folder / "base", folder / "a" / "model.safetensors", False, ["a cat"])),
             "many captions": str(trained(folder / "base", folder / "b" / "model.safetensors", False, [])),
-            "stochastic": str(trained(folder / "base", folder / "c" / "model.safetensors", True, ["a cat"]))}
+            "stochastic": str(trained(folder / "base", folder / "c" / "model.safetensors", True, ["a cat"])),
+            "unpaired": str(trained(folder / "base", folder / "d" / "model.safetensors", None, ["a day", "a night"]))}
 
 
 @pytest.fixture
@@ -253,6 +259,40 @@ def test_a_translation_is_the_generators_of_the_padded_picture(checkpoints, comm
         assert (levels("other.png") - levels("out.png")).abs().max() > 1, flag
 
 
+@torch.no_grad()
+def test_an_unpaired_translation_goes_where_the_direction_says_with_its_caption(checkpoints, command, tmp_path):
+    source = picture(tmp_path / "in.png", 24, 16)
+    loaded = weights.load_generator(checkpoints["unpaired"], merged=False)
+    x = data.to_tensor(data.open_picture(source))[None] * 2 - 1
+    made = {}
+    for direction, prompt, flags in [("a2b", "a night", []), ("b2a", "a day", ["--direction", "b2a"])]:
+        status, _, err = command("--checkpoint", checkpoints["unpaired"], "--input", source, *flags)
+        assert status == 0, err
+        y = loaded.generator(x, loaded.text_encoder(loaded.tokenizer(prompt)), direction)[0]
+        assert ((y + 1) * 127.5 - levels("out.png")).abs().max() <= 0.5 + 1e-2
+        text = Image.open("out.png").text
+        assert (text["direction"], text["prompt"]) == (direction, prompt)
+        made[direction] = levels("out.png")
+    assert (made["a2b"] - made["b2a"]).abs().max() > 1
+
+
+def test_a_released_name_knows_its_direction_and_caption(checkpoints, command, tmp_path, monkeypatch):
+    source, path = picture(tmp_path / "in.png", 16, 16), Path(checkpoints["unpaired"])
+    load = weights.load_generator
+
+    def named(name, *rest):  # the released file has no captions in it
+        loaded = load(str(path), *rest)
+        loaded.prompts = []
+        return loaded
+
+    monkeypatch.setattr(weights, "load_generator", named)
+    status, _, err = command("--checkpoint", "night_to_day", "--input", source)
+    text = Image.open("out.png").text
+    assert (status, text["direction"], text["prompt"]) == (0, "b2a", "driving in the day"), err
+    status, _, err = command("--checkpoint", "night_to_day", "--input", source, "--direction", "a2b")
+    assert status == 2 and "names no caption" in err
+
+
 def test_a_folder_goes_in_and_a_folder_comes_out_as_each_alone(checkpoints, command, tmp_path):
     """Batches are of one size; a name that two files share is kept apart; what is no picture is passed over."""
     sizes = {"a.png": (16, 16), "b.jpg": (16, 16), "b.png": (9, 21), "c.png": (16, 16), "d.png": (16, 16)}
@@ -317,7 +357,7 @@ def test_other_types_draw_the_same_picture_nearly(base, checkpoints, command, tm
 REFUSED = {
     "nothing": ([], ["nothing to draw", "prompt"]),
     "no prompt": (["--base", "B"], ["nothing to draw"]),
-    "no prompt where there are many": (["--checkpoint", "M", "--input", "P"], ["many captions", "expected"]),
+    "no prompt where there are many": (["--checkpoint", "M", "--input", "P"], ["names no caption", "expected"]),
     "no input": (["--checkpoint", "C"], ["--checkpoint and --input belong together"]),
     "no checkpoint": (["--input", "P"], ["--checkpoint and --input belong together"]),
     "input that is not there": (["--checkpoint", "C", "--input", "none.png"], ["none.png"]),
@@ -336,6 +376,8 @@ REFUSED = {
     "r that is no number": (["--checkpoint", "S", "--input", "P", "--r", "nan"], ["--r nan", "0 to 1"]),
     "r of a deterministic model": (["--checkpoint", "C", "--input", "P", "--r", "0.5"], ["--r", "not a stochastic"]),
     "r of a prompt": ([PROMPT, "--base", "B", "--r", "0.5"], ["--r has no meaning without --checkpoint"]),
+    "direction of a paired model": (["--checkpoint", "C", "--input", "P", "--direction", "b2a"], ["one way"]),
+    "r of an unpaired model": (["--checkpoint", "U", "--input", "P", "--r", "0.5"], ["--r", "not a stochastic"]),
     "steps of a translator": (["--checkpoint", "C", "--input", "P", "--steps", "4"], ["--steps has no meaning with"]),
     "size no multiple": ([PROMPT, "--base", "B", "--size", "15"], ["--size 15", "multiples of 2"]),
     "size of words": ([PROMPT, "--base", "B", "--size", "large"], ["--size large", "WIDTHxHEIGHT"]),
@@ -367,7 +409,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_writes_nothing(base, checkpoints
                                                                arguments, says):
     source = picture(tmp_path / "pictures" / "in.png", 16, 16)
     names = dict(B=base, C=checkpoints["one caption"], M=checkpoints["many captions"], S=checkpoints["stochastic"],
-                 P=source, D=source.parent)
+                 U=checkpoints["unpaired"], P=source, D=source.parent)
     Path("notes.txt").write_text("words\n")
     Path("empty").mkdir()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody answers

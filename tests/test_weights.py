@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from models import weights
+from models.lpips import LPIPS
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 from models.weights import ROOT, load_base, load_generator, load_tokenizer, save_folder
 
@@ -435,6 +436,44 @@ def test_a_checkpoint_may_be_a_hub_id_and_a_released_one_is_fetched_by_name(hub,
         assert "there is no checkpoint" in refusal(lambda name=name: weights.find_checkpoint(name))
         monkeypatch.chdir(tmp_path.parent)
     assert hub.asked == []
+
+
+# ------------------------------------------------------------------------------------------------------------- judges
+
+
+def test_a_judge_is_read_from_its_files_and_known_by_their_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert not weights.has_judge("lpips")
+    assert "vgg16-397923af.pth at" in refusal(lambda: weights.load_judge("lpips"))
+    vgg = {name: torch.randn(t.shape) for name, t in LPIPS().state_dict().items() if name.startswith("features.")}
+    lin = {name: torch.rand(t.shape) for name, t in LPIPS().state_dict().items() if name.startswith("lin")}
+    (tmp_path / "judges").mkdir()
+    torch.save(vgg, tmp_path / "judges" / "vgg16-397923af.pth")
+    assert not weights.has_judge("lpips")
+    torch.save(lin, tmp_path / "judges" / "vgg.pth")
+    assert weights.has_judge("lpips")
+    judge = weights.load_judge("lpips")
+    assert all(torch.equal(t, (vgg | lin)[name]) for name, t in judge.network.state_dict().items())
+    assert not any(p.requires_grad for p in judge.network.parameters())
+    lin["lin0.model.1.weight"] += 1
+    torch.save(lin, tmp_path / "judges" / "vgg.pth")
+    assert weights.load_judge("lpips").hash != judge.hash
+    del lin["lin0.model.1.weight"]
+    torch.save(lin, tmp_path / "judges" / "vgg.pth")
+    assert "lin0.model.1.weight is absent" in refusal(lambda: weights.load_judge("lpips"))
+
+
+def test_a_judge_of_the_hub_is_looked_for_in_its_cache(hub, tmp_path):
+    assert not weights.has_judge("dino") and hub.asked == []
+    for name in ("dino", "inception"):
+        hub.files = {}
+        place = "facebook/dino-vitb8" if name == "dino" else "inception"
+        weights_file = tmp_path / "judges" / "pt_inception-2015-12-05-6726825d.pth"
+        if name == "inception":
+            weights_file.parent.mkdir()
+            weights_file.write_bytes(b"no weights")
+        assert place in refusal(lambda name=name: weights.load_judge(name))
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
