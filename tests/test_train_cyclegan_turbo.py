@@ -138,8 +138,8 @@ def test_the_log_tells_copying_and_the_discriminators_state(monkeypatch, tmp_pat
 def test_all_losses_of_the_paper_and_both_measures_run_on_judges(monkeypatch, tmp_path, domains, judges):  # noqa: F811
     for name, flags in [("one", ["2"]), ("slices", ["1", "--gradient_accumulation_steps", "2"])]:
         train(monkeypatch, "--dataset_folder", domains, "--output_dir", tmp_path / name, *SMALL[4:],
-              "--dtype", "float64", "--lambda_cycle_lpips", 10, "--lambda_idt_lpips", 1, "--gan_disc_type", "vagan_clip",
-              "--gan_augment", "--max_train_steps", 2, "--validation_steps", 1, "--validation_num_images", 2,
+              "--dtype", "float64", "--lambda_cycle_lpips", 10, "--lambda_idt_lpips", 1, "--gan_augment",
+              "--gan_disc_type", "vagan_clip", "--max_train_steps", 2, "--validation_steps", 1, "--validation_num_images", 2,
               "--track_val_fid", "--train_batch_size", *flags)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "slices"))
     assert max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)).item() for k in one) < 1e-10
