@@ -60,7 +60,8 @@ def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv
         names = [f"--{f.name}", *(f"--{old}" for old, new in aliases.items() if new == f.name)]
         text = f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
         if kind is bool:
-            parser.add_argument(*names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(*names, dest=f.name, default=None, nargs="?", const=True, type=on_or_off,
+                                metavar="on|off", help=text)
         else:
             parser.add_argument(*names, dest=f.name, default=None, type=kind, choices=choices, help=text)
     given = parse_args(parser, argv)
@@ -75,6 +76,13 @@ def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv
     if small and int(os.environ.get("RANK", 0)) == 0:
         print("defaults of the tiny base: " + " ".join(f"--{k} {v}" for k, v in small.items()), file=sys.stderr)
     return cls(**{**small, **given})
+
+
+def on_or_off(text: str) -> bool:
+    """The value of a switch; the flag alone is "on"."""
+    if text.lower() not in ("on", "off", "true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: expected on or off")
+    return text.lower() in ("on", "true")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -103,6 +103,41 @@ def test_gradients_through_the_cut_are_those_of_one_joint_backward(monkeypatch, 
         assert (piece - whole).abs().max() <= 1e-9 * max(whole.abs().max(), 1e-12)
 
 
+@pytest.mark.parametrize("flags", [["--train", "lora"], ["--train", "lora", "--skips", "off"], ["--train", "all"]],
+                         ids=["lora", "no skips", "all"])
+def test_ten_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_path, domains, flags):
+    made, calls, average = [], [], training.average_gradients
+
+    def recorded(name):
+        cls = getattr(trainer, name)
+
+        def build(*args, **kwargs):
+            network = cls(*args, **kwargs)
+            made.append((name, network, {k: v.detach().clone() for k, v in network.named_parameters()}))
+            return network
+
+        monkeypatch.setattr(trainer, name, build)
+
+    recorded("CycleGANTurbo")
+    recorded("PatchDiscriminator")
+
+    def watch(parameters):
+        parameters = list(parameters)
+        calls.append(len(parameters))
+        idle = "PatchDiscriminator" if len(calls) % 2 else "CycleGANTurbo"  # generator and discriminators take turns
+        assert all(p.grad is None for name, network, _ in made if name == idle for p in network.parameters())
+        assert all(p.grad is not None for p in parameters) or "all" in flags
+        average(parameters)
+
+    monkeypatch.setattr(training, "average_gradients", watch)
+    train(monkeypatch, *flags, "--dataset_folder", domains, "--output_dir", tmp_path / "run", *SMALL,
+          "--max_train_steps", 10, "--lr_warmup_steps", 1, "--lr_scheduler", "constant")
+    assert len(calls) == 20 and len(made) == 3
+    for name, network, before in made:
+        for k, p in network.named_parameters():
+            assert torch.equal(p, before[k]) != (p.requires_grad or name == "PatchDiscriminator"), (name, k)
+
+
 def test_killed_half_way_and_resumed_ends_in_the_same_bits(tmp_path, domains):
     flags = ["--dataset_folder", domains, *SMALL, "--lr_scheduler", "constant"]
     quiet = dict(env=ENV, check=True, capture_output=True)
@@ -139,8 +174,8 @@ def test_all_losses_of_the_paper_and_both_measures_run_on_judges(monkeypatch, tm
     for name, flags in [("one", ["2"]), ("slices", ["1", "--gradient_accumulation_steps", "2"])]:
         train(monkeypatch, "--dataset_folder", domains, "--output_dir", tmp_path / name, *SMALL[4:],
               "--dtype", "float64", "--lambda_cycle_lpips", 10, "--lambda_idt_lpips", 1, "--gan_augment",
-              "--gan_disc_type", "vagan_clip", "--max_train_steps", 2, "--validation_steps", 1, "--validation_num_images", 2,
-              "--track_val_fid", "--train_batch_size", *flags)
+              "--gan_disc_type", "vagan_clip", "--max_train_steps", 2, "--validation_steps", 1,
+              "--validation_num_images", 2, "--track_val_fid", "--train_batch_size", *flags)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "slices"))
     assert max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)).item() for k in one) < 1e-10
     lines = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
@@ -158,6 +193,7 @@ BAD = {
     "too small for patches": (None, ["--resolution", "16"], ["16x16", "--lambda_gan 0"]),
     "no such drawing": (None, ["--dataset_folder", "drawn:circles"], ["circles", "drawn:day2night"]),
     "the paired trainer's flag": (None, ["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
+    "neither on nor off": (None, ["--skips", "maybe"], ["--skips", "on or off"]),
     "unknown discriminator": (None, ["--gan_disc_type", "vgg"], ["--gan_disc_type", "patch"]),
 }
 
