@@ -247,7 +247,7 @@ def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> N
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(f"{path} could not be written ({first_line(error)}); the file that was there is untouched:"
-                      " make room, then continue with --resume") from error
+                      " make room, and run the command again (a trainer's with --resume)") from error
 
 
 def needed(load: Callable, *args, without: str):
