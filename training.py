@@ -356,9 +356,9 @@ def plot_losses(log: pathlib.Path, path: pathlib.Path) -> None:
     for i, (key, points) in enumerate(series.items()):
         left, top = i % across * W + margin, i // across * H + margin
         right, bottom = left + W - 1.5 * margin, top + H - 1.8 * margin
-        mean, smooth = None, []
+        mean, smooth, keep = None, [], 0.9 if len(points) > 100 else 0.0  # the few points of validations stay as they are
         for step, value in points:
-            mean = value if mean is None else 0.9 * mean + 0.1 * value
+            mean = value if mean is None else keep * mean + (1 - keep) * value
             smooth.append((step, mean))
         low, high = (f(v for _, v in points) for f in (min, max))
         last = max(points[-1][0], 1)
