@@ -356,7 +356,7 @@ def plot_losses(log: pathlib.Path, path: pathlib.Path) -> None:
     for i, (key, points) in enumerate(series.items()):
         left, top = i % across * W + margin, i // across * H + margin
         right, bottom = left + W - 1.5 * margin, top + H - 1.8 * margin
-        mean, smooth, keep = None, [], 0.9 if len(points) > 100 else 0.0  # the few points of validations stay as they are
+        mean, smooth, keep = None, [], 0.9 if len(points) > 100 else 0.0  # the few of validations stay as they are
         for step, value in points:
             mean = value if mean is None else keep * mean + (1 - keep) * value
             smooth.append((step, mean))
