@@ -199,7 +199,7 @@ def find_module(spelling: str, names: dict[str, dict[str, str]]) -> tuple[str, s
 def adapter_scale(name: str, rank: int, alpha: float | None, settings: dict) -> float:
     """alpha / rank, the file's alpha unless `settings` (of the header) has one; without any it is the rank."""
     alpha = settings.get("lora_alpha", alpha)
-    for pattern, own in settings.get("alpha_pattern", {}).items():  # as peft: the end of the name
+    for pattern, own in (settings.get("alpha_pattern") or {}).items():  # as peft: the end of the name
         if any(re.fullmatch(rf"(.*\.)?({pattern})", way) for way in (name, name.removeprefix("text_model."))):
             alpha = own
             break
@@ -246,7 +246,7 @@ def read_lora(tensors: dict[str, Tensor], metadata: dict[str, str] | None, netwo
                 raise ValueError(f"{key} is {list(tensor.shape)}, expected {list(expected)} of rank {rank} for"
                                  f" {part}.{name}: the LoRA is for another base")
         alpha = float(tensors[keys["alpha"]]) if "alpha" in keys else None
-        own = {key.removeprefix(part + "."): value for key, value in header.items() if key.startswith(part + ".")}
+        own = {key.removeprefix(part + "."): value for key, value in header.items()}  # a file of one part names none
         found.setdefault(part, {})[name] = A, B, adapter_scale(name, rank, alpha, own)
     return found, unknown
 

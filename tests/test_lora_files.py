@@ -160,6 +160,14 @@ def test_the_headers_alpha_overrides_the_rank(tmp_path, options):
     check(tmp_path)
 
 
+def test_a_file_of_the_unet_alone_has_neither_prefix_nor_part_in_its_header(tmp_path):
+    peer = peer_pipeline()
+    adapt(peer, alpha=6.0)
+    peer.text_encoder.delete_adapter("default")
+    peer.unet.save_lora_adapter(tmp_path, weight_name=NAME)
+    check(tmp_path, peer)
+
+
 @pytest.mark.parametrize("rename", [
     lambda name: name.replace(".weight", ".default.weight"),
     lambda name: f"base_model.model.{name}",
