@@ -128,7 +128,8 @@ def save(picture: Tensor, path: pathlib.Path, args: argparse.Namespace, **facts)
         version = metadata.version("one-step-diffusion")
     except metadata.PackageNotFoundError:
         version = "source"
-    names = (OF_A_CHECKPOINT if args.checkpoint else OF_A_PROMPT) + (OF_A_PICTURE if args.input else ())
+    names = OF_A_CHECKPOINT if args.checkpoint else OF_A_PROMPT
+    names += OF_A_PICTURE if args.input or args.control_image else ()
     facts |= {name: getattr(args, name) for name in names}
     text = PngImagePlugin.PngInfo()
     for key, value in {"prompt": args.prompt, **facts, "dtype": args.dtype, "version": version}.items():
@@ -254,16 +255,19 @@ def parse_size(text: str | None, base: weights.Base) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def load_control(args: argparse.Namespace, base: weights.Base, size: tuple[int, int] | None) -> Control | None:
-    """The ControlNet and its condition, scaled to a size (width, height) if one is given, else padded."""
-    if args.controlnet is None:
-        return None
-    like = next(base.denoiser.parameters())
-    network = weights.load_controlnet(args.controlnet, base.unet, like.dtype, str(like.device))
+def read_condition(args: argparse.Namespace, base: weights.Base, size: tuple[int, int] | None) -> Tensor:
+    """--control_image [1, 3, H, W] in [0, 1], scaled to a size (width, height) if one is given, else padded."""
     picture = preprocess(data.open_picture(args.control_image), args)
     picture = picture.resize(size, Image.Resampling.LANCZOS) if size else picture
-    condition = data.to_tensor(picture)[None].to(like)
-    return Control(network, data.pad_to_multiple(condition, base.multiple)[0], args.control_scale)
+    return data.pad_to_multiple(data.to_tensor(picture)[None], base.multiple)[0].to(next(base.unet.parameters()))
+
+
+def load_control(args: argparse.Namespace, base: weights.Base, size: tuple[int, int] | None) -> Control | None:
+    if args.controlnet is None:
+        return None
+    condition = read_condition(args, base, size)
+    network = weights.load_controlnet(args.controlnet, base.unet, condition.dtype, str(condition.device))
+    return Control(network, condition, args.control_scale)
 
 
 def draw(args: argparse.Namespace, device: torch.device) -> None:
@@ -294,13 +298,16 @@ def edit(args: argparse.Namespace, device: torch.device) -> None:
     """Pictures of --input drawn anew from their latents with noise of the level --strength."""
     targets, problems = plan(args), []
     base = load(args, device)
+    control = load_control(args, base, None)
     contexts = encode(base, [args.prompt, args.negative])
     base.text_encoder = None
     for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1):
         x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]), base.multiple)
         size = tuple(x.shape[:1:-1])
+        if control:
+            control.condition = read_condition(args, base, size)
         made = text_to_image(base, args.prompt, [args.seed] * len(x), size, args.steps, args.sampler, args.guidance,
-                             args.negative, control=load_control(args, base, size), pictures=x.to(device),
+                             args.negative, control=control, pictures=x.to(device),
                              strength=args.strength, contexts=contexts)
         for path, picture in zip(paths, made[:, :, :H, :W]):
             save(picture, targets[path], args, seed=args.seed, base=base.name)
