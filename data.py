@@ -6,9 +6,11 @@ A paired data set is a folder (the layout of img2img-turbo, github.com/GaParmar/
     train_A/  train_B/  train_prompts.json      inputs, targets of the same name (or stem), {"file name": "caption"}
     test_A/   test_B/   test_prompts.json       without the json: a .txt beside a picture, else no caption
 
-An unpaired one has the same four folders, names at will, and fixed_prompt_a.txt, fixed_prompt_b.txt. To look at either:
+An unpaired one has the same four folders, names at will, and fixed_prompt_a.txt, fixed_prompt_b.txt. To look at either,
+and to estimate a prior (sample.py --prior) from the pictures of one folder:
 
     python data.py check FOLDER                 counts, sizes, captions, problems, and a contact sheet
+    python data.py prior FOLDER --base B --size S --output F    mean and deviation of its latents
 """
 
 import argparse
@@ -495,17 +497,46 @@ def check(folder: str | Path, output: str | Path | None = None) -> list[str]:
     return problems
 
 
+def prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
+    """Writes mean and deviation of the scaled latents of a folder's pictures, cropped to size x size."""
+    from models import diffusion, weights
+    names = _pictures(Path(folder)) if Path(folder).is_dir() else []
+    if not names:
+        raise ValueError(f"{folder} holds no picture; expected a folder of files ending in"
+                         f" {', '.join(sorted(SUFFIXES))}")
+    vae = weights.load_base(base, ("vae",), torch.float32).vae
+    if size < 1 or size % vae.factor:
+        raise ValueError(f"--size {size}: expected a multiple of {vae.factor}")
+
+    def latents() -> Iterator[torch.Tensor]:
+        for name in tqdm(names, unit=" pictures"):
+            picture, = prepare(f"resized_crop_{size}")([open_picture(Path(folder) / name)])
+            with torch.inference_mode():
+                yield vae.encode(2 * to_tensor(picture)[None] - 1)[0][0] * vae.config.scaling_factor
+
+    weights.save_prior(Path(output), *diffusion.mean_and_std(latents()))
+    print(output)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="data.py", description="Looks at a folder of training pictures.")
+    parser = argparse.ArgumentParser(prog="data.py", description="Looks at a folder of pictures.")
     commands = parser.add_subparsers(dest="command", metavar="command")
     command = commands.add_parser("check", help="print counts, sizes, captions and problems, write a contact sheet")
     command.add_argument("folder", help="holds train_A, train_B and so on")
     command.add_argument("--output", help="the contact sheet (default: FOLDER_check.png)")
+    command = commands.add_parser("prior", help="estimate mean and deviation of the latents of a folder's pictures")
+    command.add_argument("folder", help="holds pictures")
+    command.add_argument("--base", default="sd-turbo", help="whose VAE [sd-turbo]")
+    command.add_argument("--size", type=int, default=512, help="of the pictures to be drawn [512]")
+    command.add_argument("--output", default="prior.safetensors")
     args = parser.parse_args()
     if args.command is None:
         parser.print_help(sys.stderr)
         return 2
     try:
+        if args.command == "prior":
+            prior(args.folder, args.base, args.size, args.output)
+            return 0
         return 2 if check(args.folder, args.output) else 0
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

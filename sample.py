@@ -2,6 +2,11 @@
 
     python sample.py "a cat on a sofa" --base stabilityai/sd-turbo
     python sample.py "a cat on a sofa" --base sd15 --steps 25 --guidance 7.5
+    python sample.py "a cat on a sofa" --base yoso512
+    python sample.py "a cat on a sofa" --merge "yoso512 + pixart1024 - pixart512" --save FOLDER
+    python sample.py "a cat on a sofa" --base model.safetensors --lora FILE:0.8 --sampler lcm --steps 2 --guidance 1.5
+    python sample.py "a cat on a sofa" --base sd15 --controlnet lllyasviel/sd-controlnet-canny --control_image edges.png
+    python sample.py "a cat on a sofa" --input photo.jpg --strength 0.6
     python sample.py --checkpoint runs/NAME --input picture.png "a cat"
     python sample.py --checkpoint edge_to_image --input photo.jpg --preprocess canny "a cat" --output cat.png
     python sample.py --checkpoint day_to_night --input photo.jpg --output night.png
@@ -13,7 +18,8 @@ seed): the same seed gives the same picture on every device, in every batch. Pat
 
 import argparse
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 
 import torch
@@ -23,13 +29,18 @@ from tqdm import tqdm
 
 import data
 import training
-from models import diffusion, weights
+from models import controlnet, diffusion, t5, weights
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16,
           "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
+# By their names: which timesteps they take.
+SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list[int]]] = {
+    "ddim": diffusion.timesteps, "lcm": diffusion.lcm_timesteps, "dpm": diffusion.dpm_timesteps}
 # What has a meaning for one of the two uses alone.
-OF_A_PROMPT = ("n", "steps", "sampler", "guidance", "negative", "size")
-OF_A_CHECKPOINT = ("direction", "r", "strength", "skip_scale", "preprocess", "low_threshold", "high_threshold")
+OF_A_PROMPT = ("n", "steps", "sampler", "prediction_type", "guidance", "negative", "size", "prior", "merge", "save",
+               "lora", "controlnet", "control_image", "control_scale")
+OF_A_CHECKPOINT = ("direction", "r", "skip_scale")
+OF_A_PICTURE = ("strength", "preprocess", "low_threshold", "high_threshold")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,37 +48,62 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw; a checkpoint that knows its caption needs none")
-    add("--base", help=f"a diffusers folder, a Hub id, or {', '.join(weights.BASES)} [sd-turbo; the checkpoint's own]")
+    add("--base", help="a diffusers folder, a one-file checkpoint, a Hub id, or "
+        f"{', '.join(weights.BASES)} [sd-turbo; the checkpoint's own]")
+    add("--merge", metavar="'A + B - C'", help="in place of --base: the sum of bases' denoisers, tensor by tensor")
+    add("--lora", action="append", metavar="FILE[:SCALE]", help="added to the base; may be given several times")
+    add("--controlnet", help="a ControlNet's folder or Hub id, for what --control_image shows")
+    add("--control_image", type=pathlib.Path, help="edges, depth, poses: what the ControlNet was trained for")
+    add("--control_scale", type=float, default=1.0, help="how much of the ControlNet is added [1]")
+    add("--prior", type=pathlib.Path, help="begin at noised latents of these statistics (python data.py prior)")
+    add("--save", type=pathlib.Path, help="also write the base with its LoRA as a folder in the diffusers layout")
     add("--checkpoint", help="a trained translator: model.safetensors, a run's folder, an official .pkl or its name: "
         + ", ".join(weights.CHECKPOINTS))
-    add("--input", type=pathlib.Path, help="a picture or a folder of pictures to translate")
+    add("--input", type=pathlib.Path, help="a picture or a folder of pictures to translate or, without a checkpoint,"
+        " to edit")
     add("--output", type=pathlib.Path, help="a .png file, or a folder [out.png, for several pictures out/]")
     add("--seed", type=int, default=42)
     add("--n", type=int, default=1, help="pictures of the prompt [1]")
     add("--steps", type=int, default=1, help="network evaluations [1]")
-    add("--sampler", choices=["ddim", "lcm"], default="ddim")
+    add("--sampler", choices=SAMPLERS, help="[the one of the base's scheduler, ddim for others]")
+    add("--prediction_type", choices=diffusion.KINDS, help="what the network predicts [what the base says]")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance; none up to 1 [1]")
     add("--negative", default="", help="what guidance leads away from")
     add("--size", help="N or WIDTHxHEIGHT of a picture from a prompt [the base's]")
     add("--direction", choices=["a2b", "b2a"], help="between two domains [the released file's own, or a2b]")
     add("--r", type=float, help="stochastic translators: 1 follows the input, 0 the noise [0.4]")
-    add("--strength", type=float, default=1.0, help="how much of the trained change is applied [1]")
+    add("--strength", type=float, default=1.0, help="how much of a checkpoint's trained change is"
+        " applied; of editing, how much noise: at 1 nothing of the input is left [1]")
     add("--skip_scale", type=float, default=1.0, help="gamma, the strength of the skips [1]")
-    add("--preprocess", choices=["canny", "sketch"], help="what is done to an input picture first")
+    add("--preprocess", choices=["canny", "sketch"], help="what is done to an input or control picture first")
     add("--low_threshold", type=float, default=100, help="of canny [100]")
     add("--high_threshold", type=float, default=200, help="of canny [200]")
     add("--batch", type=int, default=1, help="pictures at a time [1]")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", choices=DTYPES, default="float32", help="of the networks")
     args = training.parse_args(parser, argv)
-    if (args.checkpoint is None) != (args.input is None):
-        raise ValueError("--checkpoint and --input belong together; expected a translator and what it translates")
-    if args.checkpoint is None and args.prompt is None:
+    if (args.checkpoint and not args.input) or (args.input and not args.checkpoint and args.prompt is None):
+        raise ValueError("--checkpoint and --input belong together; expected a translator and what it translates, or a"
+                         " prompt to edit the input by")
+    if args.checkpoint is None and args.prompt is None and args.save is None:
         raise ValueError('nothing to draw: expected a prompt, as in python sample.py "a cat on a sofa"')
-    for name in OF_A_PROMPT if args.checkpoint else OF_A_CHECKPOINT:
-        if getattr(args, name) != parser.get_default(name):
-            where = "with" if args.checkpoint else "without"
-            raise ValueError(f"--{name} has no meaning {where} --checkpoint; leave it out")
+    if (args.controlnet is None) != (args.control_image is None):
+        raise ValueError("--controlnet and --control_image belong together; expected both")
+    if args.base and args.merge:
+        raise ValueError("--merge names its bases; leave --base out")
+    unused = {"with --checkpoint": OF_A_PROMPT if args.checkpoint else (),
+              "without --checkpoint": () if args.checkpoint else OF_A_CHECKPOINT,
+              "without --input or --control_image": () if args.input or args.control_image else OF_A_PICTURE,
+              "without --checkpoint or --control_image": () if args.checkpoint or args.control_image else
+              OF_A_PICTURE[1:],
+              "with --input": ("n", "size", "prior") if args.input else (),
+              "without --input": () if args.input else ("strength",)}
+    for where, names in unused.items():
+        for name in names:
+            if getattr(args, name) != parser.get_default(name):
+                raise ValueError(f"--{name} has no meaning {where}; leave it out")
+    if args.checkpoint is None and not 0 < args.strength <= 1:
+        raise ValueError(f"--strength {args.strength}: expected a number above 0, up to 1")
     for name, low in [("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)]:
         if getattr(args, name) < low:
             raise ValueError(f"--{name} {getattr(args, name)}: expected {low} or more")
@@ -92,7 +128,9 @@ def save(picture: Tensor, path: pathlib.Path, args: argparse.Namespace, **facts)
         version = metadata.version("one-step-diffusion")
     except metadata.PackageNotFoundError:
         version = "source"
-    facts |= {name: getattr(args, name) for name in (OF_A_CHECKPOINT if args.checkpoint else OF_A_PROMPT)}
+    names = OF_A_CHECKPOINT if args.checkpoint else OF_A_PROMPT
+    names += OF_A_PICTURE if args.input or args.control_image else ()
+    facts |= {name: getattr(args, name) for name in names}
     text = PngImagePlugin.PngInfo()
     for key, value in {"prompt": args.prompt, **facts, "dtype": args.dtype, "version": version}.items():
         if value is not None:
@@ -113,37 +151,123 @@ def draw_noise(seeds: list[int], shape: tuple[int, ...]) -> tuple[Tensor, list[t
 
 
 @torch.inference_mode()
-def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple[int, int], steps: int = 1,
-                  sampler: str = "ddim", guidance: float = 1.0, negative: str = "") -> Tensor:
-    """Pictures [len(seeds), 3, H, W] in [-1, 1] of one prompt; size is (width, height)."""
-    like, schedule, factor = base.unet.conv_in.weight, base.schedule, base.vae.factor
-    context = base.text_encoder(base.tokenizer([prompt, negative]).to(like.device))  # [2, 77, C]
+def encode(base: weights.Base, texts: list[str]) -> tuple[Tensor, Tensor | None]:
+    """Contexts [n, N, C] and, of PixArt's T5, the mask of their tokens [n, N]."""
+    device = next(base.denoiser.parameters()).device
+    if base.transformer is None:
+        return base.text_encoder(base.tokenizer(texts).to(device)), None
+    ids, mask = (x.to(device) for x in base.tokenizer([t5.clean(text) for text in texts]))
+    return base.text_encoder(ids, mask), mask
 
-    def model(x: Tensor, t: int) -> Tensor:
-        if guidance <= 1:
-            return base.unet(x, t, context[:1].expand(len(x), -1, -1))
-        wanted, unwanted = base.unet(torch.cat([x, x]), t, context.repeat_interleave(len(x), dim=0)).chunk(2)
+
+@dataclass
+class Control:
+    """A ControlNet and its condition [1, 3, H, W] in [0, 1], as large as the picture."""
+    network: controlnet.ControlNet
+    condition: Tensor
+    scale: float = 1.0
+
+
+def bind(base: weights.Base, contexts: tuple[Tensor, Tensor | None], guidance: float, control: Control | None
+         ) -> diffusion.Model:
+    """The network as the samplers call it: all but the latent and the timestep is bound. The contexts are of what is
+    wanted and, for guidance above 1, of what is not."""
+    n, (context, mask) = 2 if guidance > 1 else 1, contexts
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        h, w = x.shape[-2:]
+        each = context[:n].repeat_interleave(len(x), dim=0)
+        x = x.repeat(n, 1, 1, 1)
+        if base.transformer:
+            size = torch.tensor([[h, w]], device=x.device).expand(len(x), 2) * base.vae.factor
+            return base.transformer(x, t, each, mask[:n].repeat_interleave(len(x) // n, dim=0), size,
+                                    size[:, :1] / size[:, 1:])
+        residuals = control and control.network(x, t, each, control.condition.expand(len(x), -1, -1, -1), control.scale)
+        return base.unet(x, t, each, residuals)
+
+    def guided(x: Tensor, t: int) -> Tensor:
+        if n == 1:
+            return predict(x, t)
+        wanted, unwanted = predict(x, t).chunk(2)
         return unwanted + guidance * (wanted - unwanted)
 
-    shape = (base.unet.config.in_channels, size[1] // factor, size[0] // factor)
+    return guided
+
+
+@torch.inference_mode()
+def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple[int, int], steps: int = 1,
+                  sampler: str = "ddim", guidance: float = 1.0, negative: str = "", *, control: Control | None = None,
+                  prior: tuple[Tensor, Tensor] | None = None, pictures: Tensor | None = None, strength: float = 1.0,
+                  contexts: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+    """Pictures [len(seeds), 3, H, W] in [-1, 1] of one prompt; size is (width, height). `pictures`, as many in [0, 1]
+    and of that size, are edited: noised to the level `strength`. `contexts`: `encode([prompt, negative])`, if it is
+    known."""
+    like, schedule, factor = next(base.denoiser.parameters()), base.schedule, base.vae.factor
+    model = bind(base, contexts or encode(base, [prompt, negative]), guidance, control)
+    shape = (base.denoiser.config.in_channels, size[1] // factor, size[0] // factor)
     noise, generators = draw_noise(seeds, shape)
-    ts = (diffusion.lcm_timesteps if sampler == "lcm" else diffusion.timesteps)(schedule, steps)
-    x = diffusion.start(noise, ts[0], schedule).to(like)
-    if sampler == "lcm":
-        z = diffusion.lcm(model, x, ts, schedule,
-                          lambda: torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(like))
+
+    def again() -> Tensor:  # the next draw of each generator
+        return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(like)
+
+    noise, ts = noise.to(like), SAMPLERS[sampler](schedule, steps)
+    if pictures is not None and strength < 1:
+        ts = diffusion.at_strength(ts, strength)
+        z = base.vae.encode(2 * pictures.to(like) - 1)[0] * base.vae.config.scaling_factor
+        x = diffusion.add_noise(z, noise, ts[0], schedule)
+    elif prior:
+        x = diffusion.start_from_prior(noise, again(), *prior, ts[0], schedule)
     else:
-        z = diffusion.ddim(model, x, ts, schedule)
+        x = diffusion.start(noise, ts[0], schedule)
+    if sampler == "lcm":
+        z = diffusion.lcm(model, x, ts, schedule, again)
+    else:
+        z = (diffusion.dpm if sampler == "dpm" else diffusion.ddim)(model, x, ts, schedule)
     return base.vae.decode(z / base.vae.config.scaling_factor).clamp(-1, 1)
+
+
+def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
+    """The base, merged, with its LoRA, as the flags say; written where --save says. Fills in --sampler."""
+    how = dict(dtype=DTYPES[args.dtype], device=str(device))
+    name = args.base or "sd-turbo"
+    base = weights.load_merged(args.merge, **how) if args.merge else \
+        weights.load_base(name, weights.parts_of(name), **how)
+    if args.prediction_type:
+        base.schedule = diffusion.Schedule.from_config(base.schedule.config | {"prediction_type": args.prediction_type})
+    for spec in args.lora or []:
+        weights.load_lora(spec, base)
+    if args.controlnet and base.unet is None:
+        raise ValueError(f"--controlnet steers a U-Net, and {base.name} is PixArt; expected a Stable Diffusion base")
+    if args.save:
+        weights.save_folder(args.save, base)
+        print(args.save)
+    known = {"LCM": "lcm", "DPM": "dpm"}  # by the begin of the scheduler's class
+    args.sampler = args.sampler or known.get(base.schedule.config.get("_class_name", "")[:3], "ddim")
+    return base
 
 
 def parse_size(text: str | None, base: weights.Base) -> tuple[int, int]:
     """(width, height)."""
-    factor = base.vae.factor
-    sides = str(text or base.unet.config.sample_size * factor).lower().split("x")
-    if len(sides) > 2 or not all(s.isdigit() and int(s) > 0 and int(s) % factor == 0 for s in sides):
-        raise ValueError(f"--size {text}: expected N or WIDTHxHEIGHT, multiples of {factor}, as in 512 or 512x768")
+    multiple = base.multiple
+    sides = str(text or base.denoiser.config.sample_size * base.vae.factor).lower().split("x")
+    if len(sides) > 2 or not all(s.isdigit() and int(s) > 0 and int(s) % multiple == 0 for s in sides):
+        raise ValueError(f"--size {text}: expected N or WIDTHxHEIGHT, multiples of {multiple}, as in 512 or 512x768")
     return int(sides[0]), int(sides[-1])
+
+
+def read_condition(args: argparse.Namespace, base: weights.Base, size: tuple[int, int] | None) -> Tensor:
+    """--control_image [1, 3, H, W] in [0, 1], scaled to a size (width, height) if one is given, else padded."""
+    picture = preprocess(data.open_picture(args.control_image), args)
+    picture = picture.resize(size, Image.Resampling.LANCZOS) if size else picture
+    return data.pad_to_multiple(data.to_tensor(picture)[None], base.multiple)[0].to(next(base.unet.parameters()))
+
+
+def load_control(args: argparse.Namespace, base: weights.Base, size: tuple[int, int] | None) -> Control | None:
+    if args.controlnet is None:
+        return None
+    condition = read_condition(args, base, size)
+    network = weights.load_controlnet(args.controlnet, base.unet, condition.dtype, str(condition.device))
+    return Control(network, condition, args.control_scale)
 
 
 def draw(args: argparse.Namespace, device: torch.device) -> None:
@@ -151,16 +275,53 @@ def draw(args: argparse.Namespace, device: torch.device) -> None:
     one = is_file(output)
     if one and several:
         raise ValueError(f"--output {output} is one file for {args.n} pictures; expected a folder")
-    base = weights.load_base(args.base or "sd-turbo", dtype=DTYPES[args.dtype], device=str(device))
-    size = parse_size(args.size, base)
+    picture = data.open_picture(args.control_image) if args.control_image else None
+    base = load(args, device)
+    if args.prompt is None:
+        return
+    control = load_control(args, base, parse_size(args.size, base) if args.size else None)
+    size = parse_size(args.size, base) if control is None else tuple(control.condition.shape[:1:-1])
+    W, H = size if args.size or control is None else picture.size
+    shape = (base.denoiser.config.in_channels, size[1] // base.vae.factor, size[0] // base.vae.factor)
+    prior = weights.load_prior(args.prior, shape) if args.prior else None
+    contexts = encode(base, [args.prompt, args.negative])
+    base.text_encoder = None  # T5 is larger than all the rest
     for first in tqdm(range(0, args.n, args.batch), disable=not several, unit="batch"):
         seeds = [args.seed + i for i in range(first, min(first + args.batch, args.n))]
-        pictures = text_to_image(base, args.prompt, seeds, size, args.steps, args.sampler, args.guidance, args.negative)
-        for picture, seed in zip(pictures, seeds):
+        made = text_to_image(base, args.prompt, seeds, size, args.steps, args.sampler, args.guidance, args.negative,
+                             control=control, prior=prior, contexts=contexts)
+        for picture, seed in zip(made[:, :, :H, :W], seeds):
             save(picture, output if one else output / f"{seed}.png", args, seed=seed, base=base.name)
 
 
+def edit(args: argparse.Namespace, device: torch.device) -> None:
+    """Pictures of --input drawn anew from their latents with noise of the level --strength."""
+    targets, problems = plan(args), []
+    base = load(args, device)
+    control = load_control(args, base, None)
+    contexts = encode(base, [args.prompt, args.negative])
+    base.text_encoder = None
+    for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1):
+        x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]), base.multiple)
+        size = tuple(x.shape[:1:-1])
+        if control:
+            control.condition = read_condition(args, base, size)
+        made = text_to_image(base, args.prompt, [args.seed] * len(x), size, args.steps, args.sampler, args.guidance,
+                             args.negative, control=control, pictures=x.to(device),
+                             strength=args.strength, contexts=contexts)
+        for path, picture in zip(paths, made[:, :, :H, :W]):
+            save(picture, targets[path], args, seed=args.seed, base=base.name)
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 # ------------------------------------------------------------------------------------------------- picture to picture
+
+
+def preprocess(picture: Image.Image, args: argparse.Namespace) -> Image.Image:
+    if args.preprocess == "canny":
+        return data.canny(picture, args.low_threshold, args.high_threshold)
+    return data.sketch(picture) if args.preprocess == "sketch" else picture
 
 
 def read_batches(paths: list[pathlib.Path], args: argparse.Namespace, problems: list[str]
@@ -173,10 +334,7 @@ def read_batches(paths: list[pathlib.Path], args: argparse.Namespace, problems: 
         except ValueError as error:
             problems.append(str(error))
             continue
-        if args.preprocess == "canny":
-            picture = data.canny(picture, args.low_threshold, args.high_threshold)
-        elif args.preprocess == "sketch":
-            picture = data.sketch(picture)
+        picture = preprocess(picture, args) if args.checkpoint else picture
         if group and (len(group) == args.batch or picture.size != group[0][1].size):
             yield tuple(map(list, zip(*group)))
             group = []
@@ -250,7 +408,7 @@ def translate(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     args = parse()
     device = training.pick_device(args.device)
-    (translate if args.checkpoint else draw)(args, device)
+    (translate if args.checkpoint else edit if args.input else draw)(args, device)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A schedule is two tables, kept in float64 and cast where they are used. Samplers
 timesteps): `model(x, t)` is the network's prediction at one timestep, whatever it needs besides (context, guidance)
 bound by the caller."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -78,8 +78,29 @@ def add_noise(x0: Tensor, eps: Tensor, t: Tensor | int, schedule: Schedule) -> T
     return alpha * x0 + sigma * eps
 
 
+def start_from_prior(noise: Tensor, n: Tensor, mean: Tensor, std: Tensor, t: int, schedule: Schedule) -> Tensor:
+    """The first latent where the schedule does not end in pure noise (YOSO's informative prior): what was trained at t
+    is a noised picture, so noise x_prior = mean + std n, with the mean and deviation [4, h, w] of real pictures'
+    scaled latents. noise, n: standard normal, [B, 4, h, w]."""
+    return add_noise(mean.to(noise) + std.to(noise) * n, noise, t, schedule)
+
+
+def mean_and_std(latents: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of each value over the latents [4, h, w], in float64, one at a time (Welford's way)."""
+    count, mean, squares = 0, 0.0, 0.0
+    for count, z in enumerate(latents, start=1):
+        z = z.double().cpu()
+        delta = z - mean
+        mean = mean + delta / count
+        squares = squares + delta * (z - mean)
+    if not count:
+        raise ValueError("there are no latents; expected those of at least one picture")
+    return mean, (squares / count).sqrt()
+
+
 def timesteps(schedule: Schedule, steps: int, spacing: str | None = None) -> list[int]:
-    """`steps` timesteps, high to low, spaced as the checkpoint's scheduler says ("leading" or "trailing")."""
+    """`steps` timesteps, high to low, spaced as the checkpoint's scheduler says ("leading", "trailing", "linspace").
+    One step of "linspace" is the highest, not 0 as in `diffusers`, from where nothing can be drawn."""
     T, spacing = len(schedule.alpha), spacing or schedule.timestep_spacing
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} steps were asked for; expected 1 to {T}")
@@ -87,7 +108,27 @@ def timesteps(schedule: Schedule, steps: int, spacing: str | None = None) -> lis
         return [round(T - i * T / steps) - 1 for i in range(steps)]
     if spacing == "leading":
         return [i * (T // steps) + schedule.steps_offset for i in reversed(range(steps))]
-    raise ValueError(f"the scheduler's timestep_spacing is {spacing!r}; built here are 'leading' and 'trailing'")
+    if spacing == "linspace":
+        return [round(i * (T - 1) / (steps - 1)) for i in reversed(range(steps))] if steps > 1 else [T - 1]
+    raise ValueError(f"the scheduler's timestep_spacing is {spacing!r}; built here are 'leading', 'trailing' and"
+                     " 'linspace'")
+
+
+def dpm_timesteps(schedule: Schedule, steps: int) -> list[int]:
+    """The timesteps of DPM-Solver in `diffusers`: but for "trailing" there is one interval more than for DDIM, and the
+    last is left for the step to 0."""
+    T, spacing = len(schedule.alpha), schedule.timestep_spacing
+    if spacing == "leading" and 1 <= steps < T - 1:
+        return [i * (T // (steps + 1)) + schedule.steps_offset for i in reversed(range(1, steps + 1))]
+    if spacing == "linspace" and 1 <= steps < T:
+        return timesteps(schedule, steps + 1)[:-1]
+    return timesteps(schedule, steps)
+
+
+def at_strength(ts: list[int], strength: float) -> list[int]:
+    """The same number of steps from a lower noise level, for editing: strength 1 is as given, 0.5 half the
+    timesteps."""
+    return list(dict.fromkeys(max(round((t + 1) * strength) - 1, 0) for t in ts))
 
 
 def lcm_timesteps(schedule: Schedule, steps: int, original: int = 50) -> list[int]:
@@ -124,4 +165,22 @@ def lcm(model: Model, x: Tensor, ts: list[int], schedule: Schedule, noise: Calla
         c_skip, c_out = 0.25 / (s**2 + 0.25), s / (s**2 + 0.25) ** 0.5
         x0 = c_skip * x + c_out * predict_x0(model(x, t), x, t, schedule, schedule.prediction_type)
         x = x0 if i + 1 == len(ts) else add_noise(x0, noise(), ts[i + 1], schedule)
+    return x
+
+
+def dpm(model: Model, x: Tensor, ts: list[int], schedule: Schedule) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022), midpoint: DDIM with x0 drawn on in a straight line in lambda = log(alpha /
+    sigma), to the middle of the step. Its first step knows no line; its last goes to sigma = 0, where DDIM is x0. An
+    alpha of 0 counts as 2^-12 in lambda, as in `diffusers`."""
+    lambdas, before = schedule.alpha.clamp(min=2**-12).log() - schedule.sigma.log(), None
+    for i, t in enumerate(ts):
+        x0 = predict_x0(model(x, t), x, t, schedule, schedule.prediction_type)
+        if i + 1 == len(ts):
+            return x0
+        middle = x0
+        if before is not None:
+            r = (lambdas[t] - lambdas[ts[i - 1]]) / (lambdas[ts[i + 1]] - lambdas[t])
+            middle = x0 + 0.5 / r.item() * (x0 - before)
+        alpha, sigma = schedule.at(t, x)
+        x, before = add_noise(middle, (x - alpha * middle) / sigma, ts[i + 1], schedule), x0
     return x

@@ -316,3 +316,46 @@ class UNet(nn.Module):
             size = skips[-1].shape[-2:] if skips else x.shape[-2:]
             x = self._run(block, x, mine, time, context, size)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+# ---------------------------------------------------------------------------------------- the layout of one-file models
+
+# Names of the original code (CompVis/latent-diffusion) outside the blocks, and in a residual block.
+ORIGINAL = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+            "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2"}
+ORIGINAL_RES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+                "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def original_name(name: str, config: UNetConfig) -> str:
+    """Our name of a tensor or a layer -> the original's, without `model.diffusion_model.`. The original numbers the
+    blocks through all levels: each has a residual block, then the attention if any; on the way down one more block is
+    the down-sampling, on the way up the up-sampling stands last in the level's last."""
+    for ours, theirs in ORIGINAL.items():
+        if f"{name}.".startswith(f"{ours}."):
+            return theirs + name.removeprefix(ours)
+    side, *level, kind, i, rest = name.split(".", 3 if name.startswith("mid_block") else 4)
+    i, n = int(i), config.layers_per_block
+    if kind == "resnets":
+        layer, _, rest = rest.partition(".")
+        rest = f"{ORIGINAL_RES[layer]}.{rest}".removesuffix(".")
+    if side == "mid_block":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * i}.{rest}"
+    first = int(level[0]) * (n + 1)
+    if kind == "downsamplers":
+        return f"input_blocks.{first + n + 1}.0.{rest.replace('conv', 'op')}"
+    if kind == "upsamplers":
+        place = 2 if "CrossAttn" in config.up_block_types[int(level[0])] else 1
+        return f"output_blocks.{first + n}.{place}.{rest}"
+    place = 1 if kind == "attentions" else 0
+    return f"input_blocks.{first + i + 1}.{place}.{rest}" if side == "down_blocks" else \
+        f"output_blocks.{first + i}.{place}.{rest}"
+
+
+def from_original(tensors: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
+    """The U-Net's tensors of a one-file model under our names. Its tensors that have no place here keep the name they
+    had, for whoever loads them to refuse."""
+    prefix = "model.diffusion_model."
+    with torch.device("meta"):
+        names = {prefix + original_name(name, config): name for name in UNet(config).state_dict()}
+    return {names.get(name, name): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

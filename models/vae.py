@@ -5,6 +5,7 @@ configuration). Module names are those of the `vae/` folder of a `diffusers` che
 as it is. Source: Rombach et al. 2022; the skips: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image
 Models", 3.2."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -202,3 +203,34 @@ class VAE(nn.Module):
         """Latent [B, 4, h, w], already divided by `config.scaling_factor` -> picture [B, 3, H, W] around [-1, 1], not
         clamped. `skips`, one an up block in their order, already convolved to its width, are added to its input."""
         return self.decoder(self.post_quant_conv(z), skips)
+
+
+# ---------------------------------------------------------------------------------------- the layout of one-file models
+
+# Our words for the original code's (CompVis/latent-diffusion), to be replaced one after the other.
+ORIGINAL = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+            "mid_block.attentions.0": "mid.attn_1", "down_blocks": "down", "up_blocks": "up", "resnets": "block",
+            "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_shortcut": "nin_shortcut",
+            "conv_norm_out": "norm_out", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
+            "to_out.0": "proj_out"}
+
+
+def original_name(name: str, config: VAEConfig) -> str:
+    """Our name of a tensor -> the original's, without `first_stage_model.`. The original counts the way up from its
+    end. Its attention is of 1x1 convolutions, [C, C, 1, 1], ours of linear layers."""
+    for ours, theirs in ORIGINAL.items():
+        name = name.replace(ours, theirs)
+    last = len(config.block_out_channels) - 1
+    return re.sub(r"\.up\.(\d+)\.", lambda level: f".up.{last - int(level[1])}.", name)
+
+
+def from_original(tensors: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
+    """The VAE's tensors of a one-file model, or of a VAE's own file, under our names. The losses it was trained with
+    and their running averages are left out; what else has no place here keeps the name it had, for whoever loads them
+    to refuse."""
+    prefix = "first_stage_model." if any(name.startswith("first_stage_model.") for name in tensors) else ""
+    with torch.device("meta"):
+        names = {prefix + original_name(name, config): name for name in VAE(config).state_dict()}
+    found = {names.get(name, name): tensor for name, tensor in tensors.items()
+             if name.startswith(prefix) and not name.removeprefix(prefix).startswith(("loss.", "model_ema."))}
+    return {name: t.flatten(1) if ".attentions." in name and t.ndim == 4 else t for name, t in found.items()}

@@ -1,9 +1,10 @@
 """Files: where checkpoints lie, what is in them, and the networks made of them.
 
-The one module of `models/` that opens files. `load_base` gives the networks of a Stable Diffusion folder,
-`load_generator` a trained translator on its base; `save_generator` and `save_folder` write. Weights are mapped, not
-read: a network is built without memory (device "meta") and its tensors are then the file's pages. What is wrong with a
-file is said in one line that names it."""
+The one module of `models/` that opens files. `load_base` gives the networks of a folder or a one-file model,
+`load_merged` those of a sum of bases, `load_lora` and `load_controlnet` what is put on them, `load_generator` a trained
+translator on its base; `save_generator` and `save_folder` write. Weights are mapped, not read: a network is built
+without memory (device "meta") and its tensors are then the file's pages, or copied from them one at a time into the
+type asked for. What is wrong with a file is said in one line that names it."""
 
 from __future__ import annotations  # a field called vae may be a vae.VAE
 
@@ -25,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import clip, cyclegan_turbo, dino, inception, lpips, pix2pix_turbo, unet, vae
+from models import clip, controlnet, cyclegan_turbo, dino, inception, lpips, pix2pix_turbo, pixart, t5, unet, vae
 from models.diffusion import Schedule
-from models.lora import LoRAConv2d, LoRALinear, merge, set_scale
+from models.lora import LoRAConv2d, LoRALinear, apply_lora, merge, read_lora, set_scale
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Names for --base: folders of this project and ids of the Hugging Face Hub.
@@ -36,7 +37,13 @@ BASES = {
     "sd-turbo": "stabilityai/sd-turbo",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
+    "pixart512": "PixArt-alpha/PixArt-XL-2-512x512",
+    "pixart1024": "PixArt-alpha/PixArt-XL-2-1024-MS",
+    "yoso512": "Luo-Yihong/yoso_pixart512",
+    "yoso1024": "Luo-Yihong/yoso_pixart1024",
 }
+# The last two are a transformer alone: all else is PixArt's, but for this of its scheduler.
+YOSO = dict(_class_name="LCMScheduler", prediction_type="v_prediction")
 # Names for --checkpoint: the released files, and for CycleGAN-Turbo the direction and the caption that go with each.
 RELEASED = "https://www.cs.cmu.edu/~img2img-turbo/models"
 CHECKPOINTS: dict[str, tuple[str, str | None, str | None]] = {
@@ -66,9 +73,16 @@ PARTS = {
     "vae": (vae.VAE, vae.VAEConfig, vae.FIXED, "diffusion_pytorch_model", ("diffusers", "AutoencoderKL")),
     "unet": (unet.UNet, unet.UNetConfig, unet.FIXED, "diffusion_pytorch_model", ("diffusers", "UNet2DConditionModel")),
     "text_encoder": (clip.TextEncoder, clip.TextConfig, clip.FIXED, "model", ("transformers", "CLIPTextModel")),
+    "transformer": (pixart.PixArt, pixart.PixArtConfig, pixart.FIXED, "diffusion_pytorch_model",
+                    ("diffusers", "PixArtTransformer2DModel")),
 }
+T5 = (t5.T5Encoder, t5.T5Config, t5.FIXED, "model", ("transformers", "T5EncoderModel"))  # the text_encoder of PixArt
+STABLE_DIFFUSION = ("vae", "unet", "text_encoder", "tokenizer", "schedule")
+PIXART = ("vae", "transformer", "text_encoder", "tokenizer", "schedule")
 FORMAT = "one-step-diffusion 1"
-LAYOUT = "a folder in the diffusers layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/, model_index.json)"
+LAYOUT = ("a folder in the diffusers layout (unet/ or transformer/, vae/, text_encoder/, tokenizer/, scheduler/,"
+          " model_index.json)")
+ONE_FILE = "a one-file checkpoint of Stable Diffusion 1.x or 2.x (model.diffusion_model..., first_stage_model...)"
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 
@@ -181,6 +195,13 @@ def reading(what: object, expected: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be used ({text}); expected {expected}") from error
 
 
+def read_tensors(path: pathlib.Path, expected: str) -> tuple[dict, dict[str, str]]:
+    """What a safetensors file, or one of torch.save without code in it, holds, and the metadata of the first."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path), read_header(path)[1]
+    return read_pkl(path, expected), {}
+
+
 def read_json(path: pathlib.Path) -> dict:
     with reading(path, "a JSON object: copy the file again"):
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -220,11 +241,12 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, tuple[str, tuple[int, ...
         return {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}, file.metadata() or {}
 
 
-def weight_files(base: str, part: str, stem: str) -> list[pathlib.Path]:
-    """The file, or all shards, of one part of a base. Full precision goes before fp16 where both are there."""
+def weight_files(base: str, folder: str, stem: str) -> list[pathlib.Path]:
+    """The file, or all shards, in one folder ("unet/") of a base. Full precision goes before fp16 where both are
+    there."""
     ends = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")
-    path = find(base, [f"{part}/{stem}{end}" for end in ends], "weights as safetensors, whole, in shards or fp16: where"
-                " there are only .bin files, convert them with diffusers' save_pretrained")
+    path = find(base, [f"{folder}{stem}{end}" for end in ends], "weights as safetensors, whole, in shards or fp16:"
+                " where there are only .bin files, convert them with diffusers' save_pretrained")
     if path.suffix != ".json":
         return [path]
     index = read_json(path)
@@ -232,16 +254,18 @@ def weight_files(base: str, part: str, stem: str) -> list[pathlib.Path]:
         shards = sorted(set(index["weight_map"].values()))
         if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
             raise ValueError(f"it names {shards}")
-    return [find(base, [f"{part}/{s}"], f"all {len(shards)} shards that {path} names: copy it too") for s in shards]
+    return [find(base, [folder + s], f"all {len(shards)} shards that {path} names: copy it too") for s in shards]
 
 
-def current_name(part: str, name: str) -> str | None:
+def current_name(network: nn.Module, name: str) -> str | None:
     """A tensor's name in today's layout, None for one to ignore: older VAEs call the attention's layers otherwise, and
-    text encoders come with a buffer of positions, and with or without a prefix."""
-    if part == "vae":
+    text encoders come with a buffer of positions, and with or without a prefix, or with their embedding twice."""
+    if isinstance(network, vae.VAE):
         old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         return re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{old[m[2]]}.", name)
-    if part == "text_encoder":
+    if isinstance(network, t5.T5Encoder):
+        return None if name == "encoder.embed_tokens.weight" else name
+    if isinstance(network, clip.TextEncoder):
         return None if name.endswith("position_ids") else "text_model." + name.removeprefix("text_model.")
     return name
 
@@ -267,11 +291,12 @@ def compare(found: list[tuple[str, str, str, tuple[int, ...], pathlib.Path]], ex
 def load_network(network: nn.Module, part: str, files: list[pathlib.Path], dtype: torch.dtype | None = None,
                  device: str = "cpu") -> nn.Module:
     """Fills a network built on "meta" from safetensors files. Every tensor must be there, once, in its shape, and no
-    other: all headers are checked before anything is read. `dtype` None keeps the file's."""
+    other: all headers are checked before anything is read. `dtype` None keeps the file's; another is made tensor by
+    tensor, so that no memory is taken but the network's own and one tensor's."""
     expected, found = network.state_dict(), []
     for path in files:
         for name, (kind, shape) in read_header(path)[0].items():
-            if ours := current_name(part, name):
+            if ours := current_name(network, name):
                 if shape[2:] == (1, 1) and ours in expected and expected[ours].ndim == 2:
                     shape = shape[:2]  # linear layers that were 1x1 convolutions
                 found.append((ours, name, kind, shape, path))
@@ -283,6 +308,13 @@ def load_network(network: nn.Module, part: str, files: list[pathlib.Path], dtype
                         for ours, name, _, shape, where in found if where == path}
     network.load_state_dict(tensors, strict=True, assign=True)
     return network.requires_grad_(False)
+
+
+def load_t5_tokenizer(base: str) -> t5.T5Tokenizer:
+    path = find(base, ["tokenizer/spiece.model", "tokenizer/tokenizer.json"], "it or tokenizer.json, T5's vocabulary")
+    with reading(path, "the vocabulary of T5: copy it again"):
+        return t5.T5Tokenizer(t5.pieces_from_spiece(path.read_bytes()) if path.suffix == ".model" else
+                              t5.pieces_from_json(path.read_text(encoding="utf-8")))
 
 
 def load_tokenizer(base: str, folder: str = "tokenizer/") -> clip.Tokenizer:
@@ -315,40 +347,228 @@ def load_tokenizer(base: str, folder: str = "tokenizer/") -> clip.Tokenizer:
 
 @dataclass
 class Base:
-    """What was asked for of a base; the rest is None."""
+    """What was asked for of a base; the rest is None. PixArt has a transformer in place of the U-Net, and T5."""
     name: str
     vae: vae.VAE | None = None
     unet: unet.UNet | None = None
-    text_encoder: clip.TextEncoder | None = None
-    tokenizer: clip.Tokenizer | None = None
+    transformer: pixart.PixArt | None = None
+    text_encoder: clip.TextEncoder | t5.T5Encoder | None = None
+    tokenizer: clip.Tokenizer | t5.T5Tokenizer | None = None
     schedule: Schedule | None = None
 
+    @property
+    def denoiser(self) -> unet.UNet | pixart.PixArt:
+        return self.transformer or self.unet
 
-def load_base(name: str, parts: tuple[str, ...] = ("vae", "unet", "text_encoder", "tokenizer", "schedule"),
-              dtype: torch.dtype | None = None, device: str = "cpu", seed: int = 0) -> Base:
-    """The parts of a base, frozen, in the file's type where `dtype` is None. `name`: see `find`. A base whose
-    `model_index.json` says `"initialise": "random"` has no weights: they are drawn from `seed`."""
-    drawn = read_json(find(name, ["model_index.json"], LAYOUT)).get("initialise") == "random"
+    @property
+    def multiple(self) -> int:
+        """What the sides of a picture are multiples of."""
+        return self.vae.factor * (self.transformer.config.patch_size if self.transformer else 1)
+
+
+def is_file(name: str) -> bool:
+    """Whether a base is a one-file model."""
+    path = pathlib.Path(name).expanduser()
+    return path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and path.is_file()
+
+
+def read_index(name: str) -> tuple[dict, bool]:
+    """The `model_index.json` of a base, and whether it is a transformer that comes alone: then its `config.json`."""
+    path = find(name, ["model_index.json", "config.json"], LAYOUT)
+    index, alone = read_json(path), path.name == "config.json"
+    if alone and index.get("_class_name") not in ("Transformer2DModel", "PixArtTransformer2DModel"):
+        raise ValueError(f"{path} is of {index.get('_class_name')!r}; expected {LAYOUT}, or PixArt's transformer alone")
+    return index, alone
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """STABLE_DIFFUSION or PIXART, whichever a base is."""
+    index, alone = ({}, False) if is_file(name) else read_index(name)
+    return PIXART if alone or "transformer" in index else STABLE_DIFFUSION
+
+
+def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch.dtype | None = None,
+              device: str = "cpu", seed: int = 0) -> Base:
+    """The parts of a base, frozen, in the file's type where `dtype` is None. `name`: a one-file model, or see `find`.
+    A base whose `model_index.json` says `"initialise": "random"` has no weights: they are drawn from `seed`. The parts
+    that a lone transformer lacks are PixArt's."""
+    if is_file(name):
+        return load_one_file(name, parts, dtype, device)
+    index, alone = read_index(name)
+    home, is_pixart = "pixart512" if alone else name, alone or "transformer" in index
     base = Base(name)
     for part in parts:
         if part == "tokenizer":
-            base.tokenizer = load_tokenizer(name)
+            base.tokenizer = load_t5_tokenizer(home) if is_pixart else load_tokenizer(home)
         elif part == "schedule":
-            values = read_json(path := find(name, ["scheduler/scheduler_config.json"], LAYOUT))
-            with reading(path, "a scheduler of Stable Diffusion"):
+            values = read_json(path := find(home, ["scheduler/scheduler_config.json"], LAYOUT))
+            values |= YOSO if name in ("yoso512", "yoso1024") or name in (BASES["yoso512"], BASES["yoso1024"]) else {}
+            with reading(path, "a scheduler of Stable Diffusion or PixArt"):
                 base.schedule = Schedule.from_config(values)
         else:
-            cls, config_cls, fixed, stem, _ = PARTS[part]
-            path = find(name, [f"{part}/config.json"], LAYOUT)
+            cls, config_cls, fixed, stem, _ = T5 if is_pixart and part == "text_encoder" else PARTS[part]
+            owner, folder = (name, "") if alone and part == "transformer" else (home, f"{part}/")
+            path = find(owner, [f"{folder}config.json"], LAYOUT)
             config = read_config(config_cls, fixed, path)
-            if drawn:
+            if index.get("initialise") == "random":
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
                     network = cls(config).requires_grad_(False).to(device=device, dtype=dtype)
             else:
-                network = load_network(build(cls, config, path), part, weight_files(name, part, stem), dtype, device)
+                files = weight_files(owner, folder, stem)
+                network = load_network(build(cls, config, path), part, files, dtype, device)
             setattr(base, part, network)
     return base
+
+
+def original_configs(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, object], str]:
+    """The configurations of a one-file model, from the shapes of its tensors, and the folder base that it matches:
+    SD 1.x has CLIP's text encoder and 8 heads, SD 2.x OpenCLIP's (whose last block it does not run) and heads of 64."""
+    def numbers(pattern: str) -> int:
+        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+
+    blocks, first, text = r"model\.diffusion_model\.input_blocks\.", "first_stage_model.encoder.", "cond_stage_model."
+    levels = numbers(blocks + r"(\d+)\.0\.op\.weight") + 1
+    layers = numbers(blocks + r"(\d+)\.") // levels - 1
+    starts = [f"model.diffusion_model.input_blocks.{level * (layers + 1) + 1}." for level in range(levels)]
+    widths = tuple(shapes[start + "0.out_layers.3.weight"][0] for start in starts)
+    attention = [start + "1.proj_in.weight" in shapes for start in starts]
+    context = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
+    open_clip = text + "model.positional_embedding" in shapes
+    text += "model." if open_clip else "transformer.text_model.embeddings."
+    vocabulary, width = shapes[text + "token_embedding.weight"]
+    layer = r"cond_stage_model\.(?:model\.transformer\.resblocks|transformer\.text_model\.encoder\.layers)\.(\d+)\."
+    hidden = next(shape[0] for name, shape in shapes.items() if re.match(layer + r"mlp\.(?:c_fc|fc1)\.weight", name))
+    levels_vae = numbers(r"first_stage_model\.encoder\.down\.(\d+)\.")
+    return {
+        "unet": unet.UNetConfig(
+            block_out_channels=widths, layers_per_block=layers, cross_attention_dim=context,
+            use_linear_projection=open_clip, sample_size=96 if open_clip else 64,
+            attention_head_dim=tuple(width // 64 for width in widths) if open_clip else 8,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention))),
+        "vae": vae.VAEConfig(
+            block_out_channels=tuple(shapes[f"{first}down.{i}.block.0.conv2.weight"][0] for i in range(levels_vae)),
+            layers_per_block=numbers(r"first_stage_model\.encoder\.down\.0\.block\.(\d+)\."),
+            down_block_types=("DownEncoderBlock2D",) * levels_vae, up_block_types=("UpDecoderBlock2D",) * levels_vae),
+        "text_encoder": clip.TextConfig(
+            vocab_size=vocabulary, hidden_size=width, num_attention_heads=width // 64,
+            intermediate_size=hidden, num_hidden_layers=numbers(layer) - open_clip,
+            hidden_act="gelu" if open_clip else "quick_gelu", eos_token_id=vocabulary - 1),
+    }, "sd21" if open_clip else "sd15"
+
+
+def load_one_file(name: str, parts: tuple[str, ...], dtype: torch.dtype | None, device: str) -> Base:
+    """A base from one file in the layout of the original code; its tokenizer and schedule are those of the folder that
+    it matches."""
+    path = pathlib.Path(name).expanduser()
+    with reading(path, f"{LAYOUT}, or {ONE_FILE}"):
+        tensors = read_tensors(path, ONE_FILE)[0]
+        tensors = tensors.get("state_dict", tensors)
+        for begin in ("model.diffusion_model.input_blocks.", "first_stage_model.encoder.", "cond_stage_model."):
+            if not any(key.startswith(begin) for key in tensors):
+                raise ValueError(f"{path} is a file without a tensor {begin}...; expected {LAYOUT}, or {ONE_FILE}")
+        configs, folder = original_configs({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    base = load_base(folder, tuple(part for part in parts if part in ("tokenizer", "schedule")))
+    base.name = name
+    for part in (part for part in parts if part in configs):
+        own = dict(unet=unet, vae=vae, text_encoder=clip)[part].from_original(tensors, configs[part])
+        network = build(PARTS[part][0], configs[part], path)
+        found = [(ours, ours, str(t.dtype)[6:], tuple(t.shape), path) for ours, t in own.items()]
+        compare(found, network.state_dict(), f"the {part} of its sizes", path)
+        network.load_state_dict({ours: t.to(device=device, dtype=dtype) for ours, t in own.items()}, assign=True)
+        setattr(base, part, network.requires_grad_(False))
+    return base
+
+
+def load_merged(formula: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Base:
+    """A base whose denoiser is a sum of bases', "a + b - c" (with spaces), made tensor by tensor from the mapped files.
+    A tensor that one of them alone has is taken from it, as is the configuration of the largest; all other parts are
+    those of the first. YOSO at 1024 is "yoso512 + pixart1024 - pixart512"."""
+    names = re.split(r"\s+([+-])\s+", formula.strip())
+    signs, names, parts = [1, *(1 if sign == "+" else -1 for sign in names[1::2])], names[::2], parts_of(names[0])
+    part = "transformer" if parts is PIXART else "unet"
+    networks = [getattr(load_base(name, (part,)), part) for name in names]
+    states, merged = [network.state_dict() for network in networks], {}
+    largest = max(range(len(states)), key=lambda i: len(states[i]))
+    for key in dict.fromkeys(key for state in states for key in state):
+        terms = [(sign, state[key], name) for sign, state, name in zip(signs, states, names) if key in state]
+        if key not in states[largest] or any(t.shape != terms[0][1].shape for _, t, _ in terms) or (
+                len(terms) not in (1, len(names))):
+            raise ValueError(f"--merge: {key} is {', '.join(f'{list(t.shape)} in {name}' for _, t, name in terms)};"
+                             " expected it in one of the models, or in all in one shape")
+        (_, total, _), *others = terms
+        kept, fine = dtype or total.dtype, torch.promote_types(total.dtype, torch.float32)
+        if others:
+            total = sum((sign * t.to(fine) for sign, t, _ in others), signs[0] * total.to(fine))
+        merged[key] = total.to(device=device, dtype=kept)
+    base = load_base(names[0], tuple(other for other in parts if other != part), dtype, device)
+    base.name = formula
+    with torch.device("meta"):
+        network = type(networks[largest])(networks[largest].config)
+    network.load_state_dict(merged, strict=True, assign=True)
+    setattr(base, part, network.requires_grad_(False))
+    return base
+
+
+# ---------------------------------------------------------------------------------------------- what is put on a base
+
+
+def load_lora(spec: str, base: Base) -> None:
+    """Adds the LoRA of a file, a folder or a Hub id to the networks of a base. spec: FILE, or FILE:SCALE."""
+    name, _, end = spec.rpartition(":")
+    scale = float(end) if name and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", end) else None
+    name, scale = (spec, 1.0) if scale is None else (name, scale)
+    path = pathlib.Path(name).expanduser()
+    if not path.is_file():
+        if not path.is_dir() and (path.suffix or not re.fullmatch(HUB_ID, name)):
+            raise ValueError(f"there is no LoRA {name}; expected a file, a folder or a Hub id, with :SCALE after it or"
+                             " without")
+        path = find(name, ["pytorch_lora_weights.safetensors", "lora.safetensors"], "a LoRA as safetensors")
+    networks = {part: network for part in ("unet", "transformer", "text_encoder") if (network := getattr(base, part))}
+    expected = f"a LoRA for the base {base.name}"
+    with reading(path, expected):
+        tensors, metadata = read_tensors(path, expected)
+        pairs, unknown = read_lora(tensors, metadata, networks)
+        if not pairs:
+            raise ValueError(f"none of its {len(tensors)} tensors, {next(iter(tensors), 'none')} the first, belongs to"
+                             f" a layer of {' or '.join(networks)}")
+        if unknown:
+            print(f"{path}: {len(unknown)} of {len(tensors)} tensors belong to no layer here and are left out,"
+                  f" {unknown[0]} the first", file=sys.stderr)
+        for part, own in pairs.items():
+            apply_lora(networks[part], own, scale)
+
+
+def load_controlnet(name: str, network: unet.UNet, dtype: torch.dtype | None = None, device: str = "cpu"
+                    ) -> controlnet.ControlNet:
+    """A ControlNet, from its folder or Hub id, for one U-Net."""
+    path = find(name, ["config.json"], "a ControlNet's folder: config.json and diffusion_pytorch_model.safetensors")
+    config = read_config(controlnet.ControlNetConfig, controlnet.FIXED, path)
+    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types"):
+        if getattr(config, key) != getattr(network.config, key):
+            raise ValueError(f"{path}: the ControlNet's {key} is {getattr(config, key)}, the base's"
+                             f" {getattr(network.config, key)}; expected a ControlNet that was made for this base")
+    return load_network(build(controlnet.ControlNet, config, path), "ControlNet",
+                        weight_files(name, "", "diffusion_pytorch_model"), dtype, device)
+
+
+def save_prior(path: pathlib.Path, mean: Tensor, std: Tensor) -> None:
+    """Mean and deviation [4, h, w] of the scaled latents of real pictures."""
+    save_tensors(path, dict(mean=mean.float(), std=std.float()), {"format": "pt"})
+
+
+def load_prior(path: pathlib.Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """What `save_prior` wrote, for latents of this shape."""
+    header = read_header(path)[0]
+    for name in ("mean", "std"):
+        _, found = header.get(name, (None, None))
+        if found != shape or len(header) != 2:
+            held = ", ".join(f"{key} {list(size)}" for key, (_, size) in header.items())
+            raise ValueError(f"{path} holds {held}; expected mean and std {list(shape)}, as these pictures' latents:"
+                             " estimate a prior of this size (python data.py prior)")
+    tensors = safetensors.torch.load_file(path)
+    return tensors["mean"], tensors["std"]
 
 
 def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
@@ -381,23 +601,31 @@ def save_tensors(path: pathlib.Path, tensors: dict[str, Tensor], metadata: dict[
 
 def save_folder(folder: pathlib.Path, base: Base, dtype: torch.dtype | None = None) -> None:
     """Writes what there is of a base back in the Stable Diffusion layout, which `diffusers` reads too."""
-    index = dict(_class_name="StableDiffusionPipeline", feature_extractor=(None, None), safety_checker=(None, None),
-                 requires_safety_checker=False)
+    index = dict(_class_name="PixArtAlphaPipeline") if base.transformer else dict(
+        _class_name="StableDiffusionPipeline", feature_extractor=(None, None), safety_checker=(None, None),
+        requires_safety_checker=False)
 
     def write(name: str, text: str | dict) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text if isinstance(text, str) else json.dumps(text, indent=2), encoding="utf-8")
 
-    for part, (*_, stem, peer) in PARTS.items():
+    for part, row in PARTS.items():
         if network := getattr(base, part):
+            own = isinstance(network, t5.T5Encoder)
+            _, _, fixed, stem, peer = T5 if own else row
             index[part] = peer
-            write(f"{part}/config.json", {"_class_name": peer[1], **asdict(network.config)})
+            write(f"{part}/config.json", {"_class_name": peer[1], **asdict(network.config), **(fixed if own else {})})
             save_tensors(folder / part / f"{stem}.safetensors",
                          {name: t.to(dtype) for name, t in network.state_dict().items()}, {"format": "pt"})
     if base.schedule:
         index["scheduler"] = ("diffusers", base.schedule.config.get("_class_name", "DDIMScheduler"))
         write("scheduler/scheduler_config.json", base.schedule.config)
-    if base.tokenizer:
+    if isinstance(base.tokenizer, t5.T5Tokenizer):
+        index["tokenizer"] = ("transformers", "T5Tokenizer")
+        write("tokenizer/tokenizer.json", base.tokenizer.pieces.to_str())
+        write("tokenizer/tokenizer_config.json", dict(tokenizer_class="T5Tokenizer", pad_token="<pad>",
+                                                      eos_token="</s>", unk_token="<unk>", model_max_length=512))
+    elif base.tokenizer:
         index["tokenizer"] = ("transformers", "CLIPTokenizer")
         model, tokens = json.loads(base.tokenizer.pieces.to_str())["model"], base.tokenizer.tokens
         write("tokenizer/vocab.json", model["vocab"])
@@ -487,7 +715,8 @@ def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype 
         if config.train == "all":
             networks = Base(base, tokenizer=clip.Tokenizer.from_json(saved["tokenizer"]),
                             schedule=Schedule.from_config(saved["schedule"]))
-            for part, (cls, config_cls, *_) in PARTS.items():
+            for part in ("vae", "unet", "text_encoder"):
+                cls, config_cls, *_ = PARTS[part]
                 setattr(networks, part, build(cls, from_json(config_cls, saved[part]), path))
     if config.train == "all":
         if strength != 1:

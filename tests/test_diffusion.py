@@ -4,11 +4,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import normal, relative
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers.schedulers import scheduling_dpmsolver_multistep
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
-from models.diffusion import Schedule, add_noise, ddim, lcm, lcm_timesteps, predict_x0, timesteps
+from models.diffusion import (
+    Schedule,
+    add_noise,
+    at_strength,
+    ddim,
+    dpm,
+    dpm_timesteps,
+    lcm,
+    lcm_timesteps,
+    mean_and_std,
+    predict_x0,
+    start_from_prior,
+    timesteps,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,8 +201,9 @@ def test_impossible_numbers_of_steps_are_refused(steps):
 
 
 def test_other_spacings_are_refused_by_name():
-    with pytest.raises(ValueError, match="'linspace'"):
-        timesteps(Schedule.from_config(dict(SD, timestep_spacing="linspace")), 4)
+    for take in (timesteps, dpm_timesteps):
+        with pytest.raises(ValueError, match="'karras'"):
+            take(Schedule.from_config(dict(SD, timestep_spacing="karras")), 4)
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
@@ -264,3 +279,106 @@ def test_a_perfect_model_leads_every_sampler_to_its_latent():
         assert relative(ddim(model, x, timesteps(schedule, n), schedule), x0) < 1e-9
         # c_skip keeps 2.5e-7 of x at t = 99
         assert relative(lcm(model, x, lcm_timesteps(schedule, n), schedule, lambda: normal(1, 4, 5, 6)), x0) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------- DPM-Solver
+
+
+class Lifted:
+    """torch or numpy, whose float32 is float64."""
+
+    def __init__(self, module):
+        self.module, self.float32 = module, module.float64
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+@pytest.fixture
+def exact_dpm(monkeypatch):
+    """The peer's DPM-Solver makes its tables, its sigmas and each step in float32 (`sample.to(torch.float32)`): here in
+    float64."""
+    for name in ("torch", "np"):
+        lifted = Lifted(getattr(scheduling_dpmsolver_multistep, name))
+        monkeypatch.setattr(scheduling_dpmsolver_multistep, name, lifted)
+
+
+SPACINGS = [dict(timestep_spacing="leading", steps_offset=1), dict(timestep_spacing="trailing"),
+            dict(timestep_spacing="linspace")]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", SPACINGS, ids=lambda s: s["timestep_spacing"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 14, 15, 25])
+def test_dpm_takes_the_peers_path(exact_dpm, steps, spacing, kind):
+    config = dict(SD, **spacing, prediction_type=kind)
+    peer, schedule = DPMSolverMultistepScheduler(**config), Schedule.from_config(config)
+    peer.set_timesteps(steps)
+    assert dpm_timesteps(schedule, steps) == peer.timesteps.tolist()
+    x = theirs = normal(2, 4, 5, 6)
+    for t in peer.timesteps:
+        theirs = peer.step(smooth(theirs, t), t, theirs).prev_sample
+    ours = dpm(smooth, x, dpm_timesteps(schedule, steps), schedule)
+    assert theirs.dtype == torch.float64
+    assert relative(ours, theirs) < 1e-9
+    if steps > 2:
+        assert relative(ddim(smooth, x, dpm_timesteps(schedule, steps), schedule), theirs) > 1e-4
+
+
+@pytest.mark.parametrize("spacing", SPACINGS, ids=lambda s: s["timestep_spacing"])
+@pytest.mark.parametrize("steps", [1, 3, 40, 600])
+def test_dpm_timesteps_are_the_peers_at_any_number_of_steps(spacing, steps):
+    config = dict(SD, **spacing)
+    peer = DPMSolverMultistepScheduler(**config)
+    peer.set_timesteps(steps)
+    assert dpm_timesteps(Schedule.from_config(config), steps) == peer.timesteps.tolist()
+
+
+def test_dpm_starts_from_pure_noise_where_the_schedule_ends_in_it(exact_dpm):
+    """Within 1e-3: the peer takes 2^-12 for the alpha of 0, also where it is no logarithm."""
+    config = dict(SD, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    peer, schedule = DPMSolverMultistepScheduler(**config), Schedule.from_config(config)
+    peer.set_timesteps(4)
+    x = theirs = normal(2, 4, 5, 6)
+    for t in peer.timesteps:
+        theirs = peer.step(smooth(theirs, t), t, theirs).prev_sample
+    ours = dpm(smooth, x, dpm_timesteps(schedule, 4), schedule)
+    assert schedule.alpha[999] == 0
+    assert relative(ours, theirs) < 1e-3
+
+
+# ------------------------------------------------------------------------------------------- linspace, editing, priors
+
+
+@pytest.mark.parametrize("steps", [2, 4, 25, 1000])
+def test_linspace_is_the_peers_and_one_step_of_it_is_the_highest(steps):
+    peer = DDIMScheduler(**SD, timestep_spacing="linspace")
+    peer.set_timesteps(steps)
+    schedule = Schedule.from_config(dict(SD, timestep_spacing="linspace"))
+    assert timesteps(schedule, steps) == peer.timesteps.tolist()
+    assert timesteps(schedule, 1) == [999]
+
+
+def test_strength_lowers_the_first_timestep_and_keeps_the_number_of_steps():
+    assert at_strength([999], 0.6) == [599]
+    assert at_strength([999, 749, 499, 249], 0.5) == [499, 374, 249, 124]
+    assert at_strength([999, 749, 499, 249], 1.0) == [999, 749, 499, 249]
+    assert at_strength([999, 749, 499, 249], 1e-9) == [0]  # none twice
+
+
+def test_a_prior_is_noised_to_the_first_timestep():
+    noise, n, mean, std = (normal(2, 4, 3, 5, seed=seed) for seed in range(4))
+    schedule = Schedule.from_config(SD)
+    alpha, sigma = schedule.alpha[999], schedule.sigma[999]
+    x = start_from_prior(noise, n, mean[0].float(), std[0].float(), 999, schedule)
+    assert relative(x, alpha * (mean[0].float().double() + std[0].float().double() * n) + sigma * noise) < 1e-9
+
+
+def test_mean_and_deviation_are_numpys():
+    latents = [1e3 + normal(4, 3, 5, seed=seed) for seed in range(7)]
+    mean, std = mean_and_std(iter(latents))
+    array = torch.stack(latents).numpy()
+    assert relative(mean, torch.tensor(array.mean(0))) < 1e-12
+    assert relative(std, torch.tensor(array.std(0))) < 1e-9
+    with pytest.raises(ValueError, match="at least one"):
+        mean_and_std([])
