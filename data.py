@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: half a gigabyte as RGB
-DRAWN = ("circles",)  # tiny/NAME.py, reached as drawn:NAME
+DRAWN = ("circles", "scenes")  # tiny/NAME.py, reached as drawn:NAME
 
 
 # -------------------- One picture
@@ -202,7 +202,7 @@ def sketch(picture: Image.Image) -> Image.Image:
 
 # -------------------- Folders of pairs
 
-def _pictures(folder: Path) -> list[str]:
+def pictures_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
 
 
@@ -222,7 +222,7 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path} is not a readable text file ({error}): save it as UTF-8") from None
 
 
-def _read_prompts(path: Path) -> dict[str, str] | None:
+def read_prompts(path: Path) -> dict[str, str] | None:
     """{file name: caption}, None without the file. ValueError where it is something else."""
     if not path.exists():
         return None
@@ -260,7 +260,7 @@ class PairedFolder(Dataset):
             if not path.is_dir():
                 raise ValueError(f"{path} is not a folder: expected a data set with {split}_A and {split}_B inside")
         self.prepare = prepare(prep)
-        partners = _partners(_pictures(self.a), _pictures(self.b))
+        partners = _partners(pictures_in(self.a), pictures_in(self.b))
         alone = [name for name, partner in partners.items() if partner is None]
         if not partners:
             raise ValueError(f"{self.a} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
@@ -268,7 +268,7 @@ class PairedFolder(Dataset):
             raise ValueError(f"{self.a / alone[0]} has no partner of its name or stem in {self.b.name} ({len(alone)} "
                              f"of {len(partners)} have none): add the missing pictures or remove these")
         self.pairs = list(partners.items())
-        prompts = _read_prompts(Path(folder) / f"{split}_prompts.json")
+        prompts = read_prompts(Path(folder) / f"{split}_prompts.json")
         captions = [_caption(self.a / a, self.b / b, prompts) for a, b in self.pairs]
         self.captions = [caption or "" for caption in captions]
         missing = [a for (a, _), caption in zip(self.pairs, captions, strict=True) if caption is None]
@@ -302,7 +302,7 @@ class UnpairedFolder(Dataset):
         for path in (Path(folder), *self.sides):
             if not path.is_dir():
                 raise ValueError(f"{path} is not a folder: expected a data set with {split}_A and {split}_B inside")
-        self.names = [_pictures(side) for side in self.sides]
+        self.names = [pictures_in(side) for side in self.sides]
         for side, names in zip(self.sides, self.names):
             if not names:
                 raise ValueError(f"{side} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
@@ -336,14 +336,18 @@ def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0, size
     raise ValueError(f"there are no unpaired drawings '{name}': known are drawn:day2night and drawn:clear2rain")
 
 
-def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0) -> Dataset:
-    """A folder of pairs, or the built-in drawings of a name such as drawn:circles (these have no use for prep)."""
+def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 32) -> Dataset:
+    """A folder of pairs, or the built-in drawings drawn:circles and drawn:scenes, which are drawn at `size` and have no
+    use for prep."""
     kind, colon, name = str(folder).partition(":")
     if not (kind == "drawn" and colon):
         return PairedFolder(folder, split, prep)
     if name == "circles":
         from tiny.circles import Circles
-        return Circles(split, seed)
+        return Circles(split, seed, size)
+    if name == "scenes":
+        from tiny.scenes import Paired
+        return Paired(split, size, seed)
     raise ValueError(f"there are no drawings '{name}': known are {', '.join(f'drawn:{known}' for known in DRAWN)}")
 
 
@@ -408,7 +412,7 @@ def _survey(side: Path, problems: list[str]) -> dict[str, tuple | None]:
         picture = open_picture(path)
         return picture.size, hash(picture.tobytes())
 
-    names = tqdm(_pictures(side) if side.is_dir() else [], desc=side.name, unit=" pictures")
+    names = tqdm(pictures_in(side) if side.is_dir() else [], desc=side.name, unit=" pictures")
     seen = {name: _attempt(problems, look, side / name) for name in names}
     sizes = sorted((found[0] for found in seen.values() if found), key=math.prod)
     if sizes:
@@ -424,7 +428,7 @@ def _compare(a: Path, b: Path, seen_a: dict, seen_b: dict, problems: list[str]) 
     """What can be wrong between two folders and with their captions; returns the pairs that can be shown."""
     partners, captions, pairs = _partners(list(seen_a), list(seen_b)), {}, []
     path = a.with_name(a.name[:-2] + "_prompts.json")
-    prompts = _attempt(problems, _read_prompts, path)
+    prompts = _attempt(problems, read_prompts, path)
     for name, partner in partners.items():
         one, other = seen_a[name], seen_b.get(partner)
         if partner is None:
@@ -500,7 +504,7 @@ def check(folder: str | Path, output: str | Path | None = None) -> list[str]:
 def prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
     """Writes mean and deviation of the scaled latents of a folder's pictures, cropped to size x size."""
     from models import diffusion, weights
-    names = _pictures(Path(folder)) if Path(folder).is_dir() else []
+    names = pictures_in(Path(folder)) if Path(folder).is_dir() else []
     if not names:
         raise ValueError(f"{folder} holds no picture; expected a folder of files ending in"
                          f" {', '.join(sorted(SUFFIXES))}")

@@ -153,7 +153,7 @@ def clip_score(judge: weights.Judge, x: Tensor, captions: list[str]) -> Tensor:
 def list_pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; expected one with pictures in it")
-    paths = [folder / name for name in data._pictures(folder)]
+    paths = [folder / name for name in data.pictures_in(folder)]
     if not paths:
         raise ValueError(f"{folder} holds no picture; expected files ending in {', '.join(sorted(data.SUFFIXES))}")
     return paths
@@ -220,7 +220,7 @@ def folder_features(paths: list[Path], judge: weights.Judge, batch: int, device:
 
 def read_captions(path: Path, fake: list[Path]) -> list[str]:
     """The caption of each made picture, under its file name or one of the same stem."""
-    prompts = data._read_prompts(path)
+    prompts = data.read_prompts(path)
     if prompts is None:
         raise ValueError(f'{path} does not exist; expected a JSON file {{"file name": "caption"}}')
     stems = {Path(name).stem: caption for name, caption in prompts.items()}

@@ -47,7 +47,7 @@ from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 @dataclass
 class Config:
     # data
-    dataset_folder: str = "drawn:circles"  # a folder of pairs, or drawn:circles
+    dataset_folder: str = "drawn:circles"  # a folder of pairs, drawn:circles or drawn:scenes
     train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
     test_image_prep: str | None = None  # the same for the test pictures
     resolution: int = 512  # N of the default preparation, resized_crop_N
@@ -149,8 +149,8 @@ def main() -> None:
 
     # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
     prep = [name or f"resized_crop_{cfg.resolution}" for name in (cfg.train_image_prep, cfg.test_image_prep)]
-    train_set = data.open_paired(cfg.dataset_folder, "train", prep[0], cfg.seed)
-    test_set = data.open_paired(cfg.dataset_folder, "test", prep[1], cfg.seed)
+    train_set = data.open_paired(cfg.dataset_folder, "train", prep[0], cfg.seed, cfg.resolution)
+    test_set = data.open_paired(cfg.dataset_folder, "test", prep[1], cfg.seed, cfg.resolution)
     global_batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
     slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
     last_step = cfg.max_train_steps
@@ -160,6 +160,7 @@ def main() -> None:
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
     base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
+    prompts = sorted({*train_set.captions})
     generator = Pix2PixTurbo(base.vae, base.unet, base.schedule, Pix2PixTurboConfig(
         lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, stochastic=cfg.stochastic, train=cfg.train,
         prediction_type=base.schedule.prediction_type), training.rng(cfg.seed, 0, "lora")).train()
@@ -239,7 +240,6 @@ def main() -> None:
         export("model.safetensors")
 
     def export(name: str) -> None:
-        prompts = sorted({*train_set.captions})
         training.write_file(folder / name, lambda path: weights.save_generator(
             path, generator, "pix2pix_turbo", cfg.base, prompts if len(prompts) == 1 else [], text_encoder, tokenizer))
 
