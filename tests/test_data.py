@@ -642,9 +642,13 @@ def test_pictures_of_several_sizes_in_one_batch_are_refused_by_name(tmp_path):
 
 
 def test_workers_ignore_ctrl_c_and_the_main_process_does_not():
-    for workers, ignores in ((1, True), (0, False)):
-        (batch,) = data.batches(Numbers(2), 2, 0, end_step=1, num_workers=workers)
-        assert batch["caption"] == [f"ignores {ignores}"] * 2
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start ignoring it
+    try:
+        for workers, ignores in ((1, True), (0, False)):
+            (batch,) = data.batches(Numbers(2), 2, 0, end_step=1, num_workers=workers)
+            assert batch["caption"] == [f"ignores {ignores}"] * 2
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # -------------------- check
