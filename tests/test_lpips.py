@@ -90,3 +90,16 @@ def test_pictures_that_cannot_be_compared_are_refused():
 
 def test_sizes_of_vgg16():
     assert parameters(LPIPS()) == 14_714_688 + 64 + 128 + 256 + 512 + 512
+
+
+def test_distance_is_the_lpips_packages_where_it_is_installed():
+    """With the weights of the five levels that it brings along, and a random VGG: the trained one is a download."""
+    package = pytest.importorskip("lpips")
+    peer = package.LPIPS(net="vgg", pnet_rand=True, verbose=False).double().eval()
+    names = {f"net.slice{i + 1}.{n}": f"features.{n}" for i, (first, last) in enumerate(
+        [(0, 4), (4, 9), (9, 16), (16, 23), (23, 30)]) for n in range(first, last)}
+    state = peer.state_dict()
+    vgg = {names[k.rpartition(".")[0]] + "." + k.rpartition(".")[2]: v for k, v in state.items() if k.startswith("net.")}
+    lin = {k: v for k, v in state.items() if k.startswith("lin") and not k.startswith("lins")}
+    a, b = normal(2, 3, 48, 32).clamp(-1, 1), normal(2, 3, 48, 32, seed=1).clamp(-1, 1)
+    assert relative(from_state_dict(vgg, lin)(a, b), peer(a, b).flatten()) < 1e-9
