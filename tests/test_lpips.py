@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import normal, parameters, randomise, relative
 from torch import Tensor
 
-from models.lpips import LPIPS, from_state_dict
+from models.lpips import SCALE, SHIFT, LPIPS, from_state_dict
 
 CONVS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
          17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
@@ -96,10 +96,12 @@ def test_distance_is_the_lpips_packages_where_it_is_installed():
     """With the weights of the five levels that it brings along, and a random VGG: the trained one is a download."""
     package = pytest.importorskip("lpips")
     peer = package.LPIPS(net="vgg", pnet_rand=True, verbose=False).double().eval()
+    for name, values in (("shift", SHIFT), ("scale", SCALE)):  # the peer's are rounded to float32
+        setattr(peer.scaling_layer, name, torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1))
     names = {f"net.slice{i + 1}.{n}": f"features.{n}" for i, (first, last) in enumerate(
         [(0, 4), (4, 9), (9, 16), (16, 23), (23, 30)]) for n in range(first, last)}
     state = peer.state_dict()
-    vgg = {names[k.rpartition(".")[0]] + "." + k.rpartition(".")[2]: v for k, v in state.items() if k.startswith("net.")}
+    vgg = {f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": state[k] for k in state if k.startswith("net.")}
     lin = {k: v for k, v in state.items() if k.startswith("lin") and not k.startswith("lins")}
     a, b = normal(2, 3, 48, 32).clamp(-1, 1), normal(2, 3, 48, 32, seed=1).clamp(-1, 1)
     assert relative(from_state_dict(vgg, lin)(a, b), peer(a, b).flatten()) < 1e-9
