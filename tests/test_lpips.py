@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import normal, parameters, randomise, relative
 from torch import Tensor
 
-from models.lpips import SCALE, SHIFT, LPIPS, from_state_dict
+from models.lpips import LPIPS, SCALE, SHIFT, from_state_dict
 
 CONVS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
          17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}

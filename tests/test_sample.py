@@ -102,8 +102,8 @@ def test_full_size_sd_turbo_draws_what_the_pipeline_draws_in_float32():
     peers = dict(vae=AutoencoderKL(**levels), unet=UNet2DConditionModel(**sizes, sample_size=64),
                  text_encoder=CLIPTextModel(CLIPTextConfig(**text, eos_token_id=2)))
     with torch.device("meta"):
-        base = weights.Base("", vae.VAE(vae.VAEConfig()), unet.UNet(unet.UNetConfig(**sizes)),
-                            clip.TextEncoder(clip.TextConfig(**text)))
+        base = weights.Base("", vae=vae.VAE(vae.VAEConfig()), unet=unet.UNet(unet.UNetConfig(**sizes)),
+                            text_encoder=clip.TextEncoder(clip.TextConfig(**text)))
     for part, peer in peers.items():
         prefix = "text_model." if part == "text_encoder" else ""
         getattr(base, part).load_state_dict({prefix + name.removeprefix(prefix): t
