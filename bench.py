@@ -2,6 +2,7 @@
 
     python bench.py --what load                # cold start to the first picture, beside diffusers; random weights
     python bench.py --what load --base FOLDER  # the same with real ones
+    python bench.py --what memory --size 256   # peak memory of a CycleGAN-Turbo step, beside the official arrangement
 
 Prints medians and the ratio of each pair, and adds a table to BENCHMARKS.md. Needs the test extras.
 """
@@ -36,6 +37,30 @@ size = int(sys.argv[2])
 picture = pipe("a cat", num_inference_steps=1, guidance_scale=0.0, height=size, width=size).images[0]
 picture.save(sys.argv[3])
 """
+# The official arrangement of a step: two whole VAEs, and all losses of both directions in one graph.
+JOINT = """
+import copy, sys, torch
+import data, train_cyclegan_turbo as trainer
+from models import weights
+from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig
+from models.discriminator import PatchDiscriminator
+size, batch = int(sys.argv[1]), int(sys.argv[2])
+if size:
+    base = weights.load_base("tiny")
+    generator = CycleGANTurbo(base.vae, base.unet, base.schedule, CycleGANTurboConfig()).train()
+    generator.vae_b2a = copy.deepcopy(generator.vae_b2a)
+    d_a, d_b = PatchDiscriminator(16), PatchDiscriminator(16)
+    x = next(data.batches(data.open_unpaired("drawn:day2night", "train", "no_resize", 0, size), batch, 0))
+    context = base.text_encoder(base.tokenizer("night")).expand(batch, -1, -1)
+    total = 0
+    for there, back, here, judge in [("a2b", "b2a", "a", d_b), ("b2a", "a2b", "b", d_a)]:
+        noise = torch.randn(batch, 4, size // 4, size // 4)
+        fake = generator(x[here], context, there, latent_noise=noise)
+        total = total + trainer.cycle_loss(generator(fake, context, back, latent_noise=noise), x[here])
+        total = total + trainer.identity_loss(generator(x[here], context, back, latent_noise=noise), x[here])
+        total = total + trainer.generator_gan_loss(judge(fake), 1.0)
+    total.backward()
+"""
 
 
 def write_random_folder(folder: pathlib.Path, dtype: torch.dtype) -> None:
@@ -56,7 +81,7 @@ def write_random_folder(folder: pathlib.Path, dtype: torch.dtype) -> None:
 def process_figures(command: list[str]) -> tuple[float, float]:
     """Wall seconds and peak memory in GB of one process."""
     begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     error = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
@@ -83,29 +108,54 @@ def bench_load(args: argparse.Namespace) -> dict:
     seconds = {name: statistics.median(s for s, _ in values) for name, values in runs.items()}
     memory = {name: max(m for _, m in values) for name, values in runs.items()}
     return dict(what=f"cold start to first picture, SD-Turbo size, {args.size} px, float32, CPU", runs=args.runs,
-                seconds=seconds, peak_gb=memory, ratio=statistics.median(ratios), ratios=[min(ratios), max(ratios)])
+                seconds=seconds, peak_gb=memory, ratio=statistics.median(ratios), ratios=[min(ratios), max(ratios)],
+                of=("seconds", "diffusers / ours"))
+
+
+def bench_memory(args: argparse.Namespace) -> dict:
+    """Peak memory of processes that take one step, less that of one that only imports; batch 2, LoRA on the tiny
+    base."""
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        ours = [sys.executable, str(ROOT / "train_cyclegan_turbo.py"), "--train", "lora", "--resolution",
+                str(args.size), "--train_batch_size", "2", "--max_train_steps", "1", "--validation_num_images", "1",
+                "--device", "cpu"]
+        joint = [sys.executable, "-c", JOINT]
+        runs = {"ours": [], "official": []}
+        for i in range(args.runs):
+            idle = process_figures([*joint, "0", "2"])[1]
+            for name, command in [("ours", [*ours, "--output_dir", f"{scratch}/{i}"]),
+                                  ("official", [*joint, str(args.size), "2"])]:
+                seconds, peak = process_figures(command)
+                runs[name].append((seconds, peak - idle))
+    ratios = [ours[1] / official[1] for ours, official in zip(*runs.values())]
+    return dict(what=f"peak memory of a CycleGAN-Turbo step, tiny base, LoRA, batch 2, {args.size} px, float32, CPU",
+                runs=args.runs, seconds={name: statistics.median(s for s, _ in v) for name, v in runs.items()},
+                peak_gb={name: statistics.median(m for _, m in v) for name, v in runs.items()},
+                ratio=statistics.median(ratios), ratios=[min(ratios), max(ratios)], of=("peak_gb", "ours / official"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=["load"], required=True)
+    parser.add_argument("--what", choices=["load", "memory"], required=True)
     parser.add_argument("--base", help="a folder; random weights of full size without it")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--scratch", help="where the random folder (5 GB) is written for the time being")
     args = parser.parse_args()
-    result = bench_load(args)
+    result = dict(load=bench_load, memory=bench_memory)[args.what](args)
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers")}
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.get_num_threads()} threads"
     result |= dict(machine=machine, versions=versions)
     print(json.dumps(result, indent=1))
+    (ours, peer), (of, which) = result["seconds"], result["of"]
+    rows = [f"| {name} | {result[key][ours]:.2f} | {result[key][peer]:.2f} | "
+            + (f"{result['ratio']:.2f} ({result['ratios'][0]:.2f} to {result['ratios'][1]:.2f})" if key == of else "")
+            + " |" for key, name in [("seconds", "seconds"), ("peak_gb", "peak memory, GB")]]
     with (ROOT / "BENCHMARKS.md").open("a") as file:
         file.write(f"\n## {result['what']}\n\n`python bench.py {' '.join(sys.argv[1:])}`: medians of {args.runs} runs,"
                    f" alternately; {machine}; {', '.join(f'{k} {v}' for k, v in versions.items())}.\n\n"
-                   "| | ours | diffusers | ratio (smallest to largest) |\n| --- | --- | --- | --- |\n"
-                   f"| seconds | {result['seconds']['ours']:.1f} | {result['seconds']['diffusers']:.1f} |"
-                   f" {result['ratio']:.2f} ({result['ratios'][0]:.2f} to {result['ratios'][1]:.2f}) |\n"
-                   f"| peak memory, GB | {result['peak_gb']['ours']:.1f} | {result['peak_gb']['diffusers']:.1f} | |\n")
+                   f"| | {ours} | {peer} | {which} (smallest to largest) |\n| --- | --- | --- | --- |\n"
+                   + "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":

@@ -99,10 +99,10 @@ class Config:
 
 
 # Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster.
-TINY = dict(train="all", resolution=64, learning_rate=5e-4, lr_scheduler="cosine", lr_warmup_steps=50,
-            train_batch_size=4, max_train_steps=1000, lambda_cycle=10.0, lambda_idt=5.0, disc_width=16,
-            lambda_cycle_lpips=0.0, lambda_idt_lpips=0.0, gan_disc_type="patch", gan_augment=False,
-            validation_steps=100, checkpointing_steps=100, adam_beta2=0.99)
+TINY = dict(train="all", resolution=64, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=200,
+            adam_beta1=0.5, adam_beta2=0.99, train_batch_size=1, max_train_steps=1200, lambda_cycle=10.0,
+            lambda_idt=5.0, lambda_gan=1.0, lambda_cycle_lpips=0.0, lambda_idt_lpips=0.0, gan_disc_type="patch",
+            gan_augment=False, disc_width=16, validation_steps=100, validation_num_images=16, checkpointing_steps=100)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", eval_freq="validation_steps",
                num_samples_eval="validation_num_images", train_image_prep="train_img_prep",
                test_image_prep="val_img_prep")

@@ -60,7 +60,8 @@ def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv
         names = [f"--{f.name}", *(f"--{old}" for old, new in aliases.items() if new == f.name)]
         text = f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
         if kind is bool:
-            parser.add_argument(*names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(*names, dest=f.name, default=None, nargs="?", const=True, type=on_or_off,
+                                metavar="on|off", help=text)
         else:
             parser.add_argument(*names, dest=f.name, default=None, type=kind, choices=choices, help=text)
     given = parse_args(parser, argv)
@@ -75,6 +76,13 @@ def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv
     if small and int(os.environ.get("RANK", 0)) == 0:
         print("defaults of the tiny base: " + " ".join(f"--{k} {v}" for k, v in small.items()), file=sys.stderr)
     return cls(**{**small, **given})
+
+
+def on_or_off(text: str) -> bool:
+    """The value of a switch; the flag alone is "on"."""
+    if text.lower() not in ("on", "off", "true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: expected on or off")
+    return text.lower() in ("on", "true")
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -239,7 +247,7 @@ def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> N
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(f"{path} could not be written ({first_line(error)}); the file that was there is untouched:"
-                      " make room, then continue with --resume") from error
+                      " make room, and run the command again (a trainer's with --resume)") from error
 
 
 def needed(load: Callable, *args, without: str):
@@ -348,9 +356,9 @@ def plot_losses(log: pathlib.Path, path: pathlib.Path) -> None:
     for i, (key, points) in enumerate(series.items()):
         left, top = i % across * W + margin, i // across * H + margin
         right, bottom = left + W - 1.5 * margin, top + H - 1.8 * margin
-        mean, smooth = None, []
+        mean, smooth, keep = None, [], 0.9 if len(points) > 100 else 0.0  # the few of validations stay as they are
         for step, value in points:
-            mean = value if mean is None else 0.9 * mean + 0.1 * value
+            mean = value if mean is None else keep * mean + (1 - keep) * value
             smooth.append((step, mean))
         low, high = (f(v for _, v in points) for f in (min, max))
         last = max(points[-1][0], 1)

@@ -125,6 +125,9 @@ def test_the_domains_hold_their_light_and_share_no_scene(task):
         found[split, domain] = {s.seed for s in here}
         assert {seed % 4 for seed in found[split, domain]} == {2 * (split == "test") + "ab".index(domain)}
     assert len(set.union(*found.values())) == 4 * 500
+    world = Unpaired(task, "train")
+    alike = [world.scene(i, "a", "a").objects == world.scene(i, "b", "b").objects for i in range(500)]
+    assert np.mean(alike) < 0.05  # the two of an item do not even hold the same things
 
 
 @pytest.mark.parametrize("task", TASKS)

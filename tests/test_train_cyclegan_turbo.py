@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits
+from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, judges  # noqa: F401
 
 import train_cyclegan_turbo as trainer
 import training
@@ -103,6 +103,41 @@ def test_gradients_through_the_cut_are_those_of_one_joint_backward(monkeypatch, 
         assert (piece - whole).abs().max() <= 1e-9 * max(whole.abs().max(), 1e-12)
 
 
+@pytest.mark.parametrize("flags", [["--train", "lora"], ["--train", "lora", "--skips", "off"], ["--train", "all"]],
+                         ids=["lora", "no skips", "all"])
+def test_ten_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_path, domains, flags):
+    made, calls, average = [], [], training.average_gradients
+
+    def recorded(name):
+        cls = getattr(trainer, name)
+
+        def build(*args, **kwargs):
+            network = cls(*args, **kwargs)
+            made.append((name, network, {k: v.detach().clone() for k, v in network.named_parameters()}))
+            return network
+
+        monkeypatch.setattr(trainer, name, build)
+
+    recorded("CycleGANTurbo")
+    recorded("PatchDiscriminator")
+
+    def watch(parameters):
+        parameters = list(parameters)
+        calls.append(len(parameters))
+        idle = "PatchDiscriminator" if len(calls) % 2 else "CycleGANTurbo"  # generator and discriminators take turns
+        assert all(p.grad is None for name, network, _ in made if name == idle for p in network.parameters())
+        assert all(p.grad is not None for p in parameters) or "all" in flags
+        average(parameters)
+
+    monkeypatch.setattr(training, "average_gradients", watch)
+    train(monkeypatch, *flags, "--dataset_folder", domains, "--output_dir", tmp_path / "run", *SMALL,
+          "--max_train_steps", 10, "--lr_warmup_steps", 1, "--lr_scheduler", "constant")
+    assert len(calls) == 20 and len(made) == 3
+    for name, network, before in made:
+        for k, p in network.named_parameters():
+            assert torch.equal(p, before[k]) != (p.requires_grad or name == "PatchDiscriminator"), (name, k)
+
+
 def test_killed_half_way_and_resumed_ends_in_the_same_bits(tmp_path, domains):
     flags = ["--dataset_folder", domains, *SMALL, "--lr_scheduler", "constant"]
     quiet = dict(env=ENV, check=True, capture_output=True)
@@ -133,3 +168,52 @@ def test_the_log_tells_copying_and_the_discriminators_state(monkeypatch, tmp_pat
             "val_change_a2b"} <= last.keys()
     assert 0 <= last["disc_right_on_real"] <= 1 and last["val_change_a2b"] > 0
     assert pathlib.Path(tmp_path / "run" / "samples" / "000001.png").exists()
+
+
+def test_all_losses_of_the_paper_and_both_measures_run_on_judges(monkeypatch, tmp_path, domains, judges):  # noqa: F811
+    for name, flags in [("one", ["2"]), ("slices", ["1", "--gradient_accumulation_steps", "2"])]:
+        train(monkeypatch, "--dataset_folder", domains, "--output_dir", tmp_path / name, *SMALL[4:],
+              "--dtype", "float64", "--lambda_cycle_lpips", 10, "--lambda_idt_lpips", 1, "--gan_augment",
+              "--gan_disc_type", "vagan_clip", "--max_train_steps", 2, "--validation_steps", 1,
+              "--validation_num_images", 2, "--track_val_fid", "--train_batch_size", *flags)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "slices"))
+    assert max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)).item() for k in one) < 1e-10
+    lines = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    fids = [line["val_fid_a2b"] + line["val_fid_b2a"] for line in lines]
+    assert all(line["val_structure_a2b"] > 0 for line in lines)
+    kept = load_file(tmp_path / "one" / "best.safetensors")
+    assert all(torch.equal(kept[k], one[k]) for k in one) == (fids[1] < fids[0])
+
+
+BAD = {
+    "no second domain": (lambda folder: subprocess.run(["rm", "-r", folder / "train_B"], check=True), [], ["train_B"]),
+    "no caption": (lambda folder: (folder / "fixed_prompt_b.txt").unlink(), [], ["fixed_prompt_b.txt"]),
+    "no picture": (lambda folder: [p.unlink() for p in (folder / "test_A").iterdir()], [], ["test_A", "no picture"]),
+    "not a picture": (lambda folder: (folder / "train_A" / "A0.png").write_text("x"), [], ["A0.png", "not a picture"]),
+    "too small for patches": (None, ["--resolution", "16"], ["16x16", "--lambda_gan 0"]),
+    "no such drawing": (None, ["--dataset_folder", "drawn:circles"], ["circles", "drawn:day2night"]),
+    "the paired trainer's flag": (None, ["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
+    "neither on nor off": (None, ["--skips", "maybe"], ["--skips", "on or off"]),
+    "unknown discriminator": (None, ["--gan_disc_type", "vgg"], ["--gan_disc_type", "patch"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing_half_written(monkeypatch, capsys, tmp_path, domains, case):
+    spoil, flags, words = BAD[case]
+    folder = tmp_path / "data"
+    subprocess.run(["cp", "-r", domains, folder], check=True)
+    if spoil:
+        spoil(folder)
+    with pytest.raises(SystemExit) as caught:
+        train(monkeypatch, "--dataset_folder", folder, "--output_dir", tmp_path / "run", *SMALL, *flags)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line or "Traceback" in line]
+    assert caught.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
+    assert not list(tmp_path.glob("**/*.tmp")) and not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_a_drawn_world_knows_how_far_the_truth_is(monkeypatch, tmp_path):
+    train(monkeypatch, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", "1")
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["val_psnr_doing_nothing_a2b"] < 12 and "val_psnr_b2a" in last
+    assert (tmp_path / "run" / "best.safetensors").exists()

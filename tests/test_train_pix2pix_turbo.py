@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 import train_pix2pix_turbo as trainer
 import training
-from models import clip, lpips, weights
+from models import clip, dino, lpips, weights
 
 torch.set_num_threads(1)  # of two, one would only wait
 ROOT = pathlib.Path(__file__).parent.parent
@@ -165,7 +166,8 @@ def judges(monkeypatch):
     vision = clip.VisionConfig(24, 40, 3, 3, image_size=32, patch_size=8, projection_dim=20)
     tokenizer = weights.load_tokenizer("tiny")
     text = clip.TextConfig(len(tokenizer.pieces.get_vocab()), 24, 40, 2, 3, eos_token_id=tokenizer.end)
-    made = dict(clip=clip.CLIP(vision, text), lpips=lpips.LPIPS())
+    made = dict(clip=clip.CLIP(vision, text), lpips=lpips.LPIPS(), dino=dino.DINO(dino.DINOConfig(12, 2, 2, side=4)),
+                inception=nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()))
     for network in made.values():
         network.requires_grad_(False).eval()
     for lin in (made["lpips"].lin0, made["lpips"].lin4):
@@ -179,14 +181,15 @@ def test_all_losses_of_the_paper_train_in_slices_as_in_one_batch(monkeypatch, tm
     for name, flags in [("one", ["4"]), ("slices", ["2", "--gradient_accumulation_steps", "2"])]:
         train(monkeypatch, "--dataset_folder", pairs, "--output_dir", tmp_path / name, *SMALL[2:], "--dtype", "float64",
               "--lambda_lpips", 5, "--lambda_clipsim", 5, "--lambda_gan", 0.5, "--gan_disc_type", "vagan_clip",
-              "--max_train_steps", 2, "--eval_freq", 1, "--num_samples_eval", 1, "--train_batch_size", *flags)
+              "--max_train_steps", 2, "--eval_freq", 1, "--num_samples_eval", 2, "--track_val_fid",
+              "--train_batch_size", *flags)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "slices"))
     assert max(((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-12)).item() for k in one) < 1e-10
     for name, network in judges.items():
         assert all(torch.equal(v.double(), before[name][k].double()) for k, v in network.state_dict().items())
     lines = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
     assert {"l2", "lpips", "clipsim", "gan", "disc", "disc_right_on_real", "disc_right_on_fake", "change", "drift",
-            "grad_norm", "val_lpips"} <= lines[0].keys()
+            "grad_norm", "val_lpips", "val_fid"} <= lines[0].keys()
     best = min(range(2), key=lambda i: lines[i]["val_lpips"])
     kept = load_file(tmp_path / "one" / "best.safetensors")
     assert all(torch.equal(kept[k], one[k]) for k in one) == (best == 1)
@@ -202,6 +205,23 @@ def test_weights_that_are_not_here_are_named_with_what_does_without(monkeypatch,
             train(monkeypatch, "--dataset_folder", pairs, "--output_dir", tmp_path / "run", *SMALL, *flags)
         error = capsys.readouterr().err.splitlines()[-1]
         assert caught.value.code == 2 and all(word in error for word in words), error
+
+
+def test_training_every_weight_of_a_folder_leaves_its_files_as_they_were_and_needs_no_captions(
+        monkeypatch, tmp_path, pairs):
+    base, data = tmp_path / "tiny-base", tmp_path / "data"
+    weights.save_folder(base, weights.load_base("tiny"))
+    subprocess.run(["cp", "-r", pairs, data], check=True)
+    for path in data.glob("*.json"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    train(monkeypatch, "--base", base, "--train", "all", "--dataset_folder", data, "--output_dir", tmp_path / "run",
+          *SMALL, "--max_train_steps", 2, "--learning_rate", 1e-3, "--lambda_gan", 0, "--lambda_lpips", 0,
+          "--lambda_clipsim", 0)
+    assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
+    loaded = weights.load_generator(str(tmp_path / "run"))
+    changed = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    assert loaded.prompts == [""] and not torch.equal(loaded.generator.unet.conv_in.weight, changed)
 
 
 # ------------------------------------------------------------------------------------- the same computation, otherwise

@@ -35,7 +35,7 @@ def parse(*argv):
 def test_flags_fill_the_dataclass_with_its_types():
     cfg = parse("--learning_rate", "0.5", "--epochs", "3", "--use_ema", "--kind", "b", "--old_name", "x/y")
     assert cfg == Config("x/y", 0.5, 3, True, "b")
-    assert parse("--no-use_ema") == Config()
+    assert parse("--use_ema", "off") == Config() and parse("--use_ema", "on") == parse("--use_ema") != Config()
 
 
 def test_tiny_bases_have_other_defaults_which_flags_override(capsys):

@@ -220,10 +220,13 @@ def _land(scene: Scene, horizon: float) -> list[Shape]:
     for x, y, size in rng.random((0 if lake else 26, 3)):
         y = horizon + 0.05 + (0.97 - horizon) * y
         r = 0.4 + y  # what is nearer is larger
-        blades = [(-0.016, -0.026), (0, 0), (0.002, -0.04), (0.006, 0), (0.02, -0.024), (0.012, 0)]
-        found.append(("ripple", _round(x, y, 0.07 * r * (0.4 + size), 0.006 * r)) if sand else
-                     ("flower", _round(x, y, 0.009 * r)) if size < 0.3 else
-                     ("tuft", [(x + dx * r, y + dy * r) for dx, dy in blades]))
+        if sand:
+            found.append(("ripple", _round(x, y, 0.07 * r * (0.4 + size), 0.006 * r)))
+        elif size < 0.3:
+            found.append(("flower", _round(x, y, 0.009 * r)))
+        else:
+            blades = [(-0.016, -0.026), (0, 0), (0.002, -0.04), (0.006, 0), (0.02, -0.024), (0.012, 0)]
+            found.append(("tuft", [(x + dx * r, y + dy * r) for dx, dy in blades]))
     return found
 
 
@@ -253,6 +256,8 @@ def shapes(scene: Scene) -> list[Shape]:
         water.append(("wave", _round(x, shore + 0.03 + (1 - shore) * y, *size)))
     return [*_land(scene, horizon), *ashore, *(water if lake else []), *afloat]
 
+
+# -------------------- Drawing
 
 class Canvas:
     """A square picture whose corners are (0, 0) and (1, 1). It is drawn larger and reduced in the end: smooth edges."""
