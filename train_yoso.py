@@ -7,17 +7,16 @@
     torchrun --nproc_per_node=4 train_yoso.py --base sd15 --train_data_dir DATA ...
     python train_yoso.py --resume runs/NAME
 
-DATA holds pictures and captions as for train_pix2pix_turbo.py, of which the targets (train_B, test_B) are taken; look at
-it with `python data.py check DATA`. The run's folder is that of train_pix2pix_turbo.py. Besides model.safetensors a LoRA
-goes to lora.safetensors and lora_kohya.safetensors and the prior to prior.safetensors (`python sample.py "PROMPT" --base
-BASE --lora runs/NAME --prior runs/NAME/prior.safetensors`); where every weight was trained, the whole model goes to
-runs/NAME/base, a base for sample.py and the next stage. The text encoder stays as it is.
+DATA is a folder as for train_pix2pix_turbo.py, of which the targets (train_B, test_B) and captions are taken. The run's
+folder is that of train_pix2pix_turbo.py too. A LoRA also goes to lora.safetensors and lora_kohya.safetensors, the prior
+to prior.safetensors (`python sample.py "PROMPT" --base BASE --lora runs/NAME --prior runs/NAME/prior.safetensors`);
+where all was trained, the whole model at last goes to runs/NAME/base, a base for sample.py and for the next stage.
 
 Paper: Luo et al. 2024, "You Only Sample Once: Taming One-Step Text-to-Image Synthesis by Self-Cooperative Diffusion
 GANs". One generator G(x_t, t) predicts x0, x_t = alpha_t x0 + sigma_t eps, for every t:
     L = lambda_gan L_adv + lambda_kl L_KL + lambda_con L_con.
 Unlike in the released script, the softplus is taken of each sample's logit, not of their mean; the generator steps
-first, on the sum; G is the same function on both sides of the discriminator.
+first; and what the discriminator takes for real is G too, c_skip and c_out included.
 """
 
 import copy
@@ -41,7 +40,7 @@ from models import diffusion, weights
 from models.diffusion import Schedule, add_noise, predict_x0
 from models.discriminator import LatentDiscriminator, lower_half, share_right
 from models.lora import add_lora, write_lora
-from tiny import gaussians
+from tiny import gaussians, scenes
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
            "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
@@ -54,14 +53,13 @@ class Config:
     train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
     test_image_prep: str | None = None  # the same for the test pictures
     resolution: int = 512  # N of the default preparation, resized_crop_N
-    random_flip: bool = False  # mirror half of the pictures
     dataloader_num_workers: int = 0  # processes that prepare pictures
     # model
     base: str = "tiny"  # a folder, a Hub id or a name: gaussians, tiny, sd15, sd21
     stage: Literal["yoso", "adapt_v", "adapt_zsnr"] = "yoso"  # or first: predict v; then: begin at pure noise
     train: Literal["lora", "all"] = "lora"  # LoRA, or every weight of the U-Net
     lora_rank: int = 64  # rank of the U-Net's LoRA
-    prediction_type: str | None = None  # epsilon or v_prediction, where the base's scheduler says it wrong
+    prediction_type: str | None = None  # epsilon or v_prediction, where the base's scheduler does not say so
     prior_pictures: int = 1000  # whose latents' mean and deviation sampling begins from (section 4.2)
     # losses
     lambda_gan: float = 1.0  # weight of the adversarial loss; 0 trains no discriminator
@@ -72,7 +70,6 @@ class Config:
     snr_gamma: float = 5.0  # the largest weight of a noise level
     coop_steps: int = 250  # how much earlier the better guess is
     con_steps: int = 25  # how much earlier the consistent one
-    noise_offset: float = 0.0  # deviation of a noise that is the same all over a latent
     # optimisation
     learning_rate: float = 2e-5  # of the generator
     disc_lr_ratio: float = 1.0  # the discriminator's learning rate over the generator's
@@ -111,7 +108,8 @@ TINY = dict(train="all", resolution=32, learning_rate=2e-4, disc_lr_ratio=0.5, l
             train_batch_size=16, max_train_steps=2000, prior_pictures=200, checkpointing_steps=200)
 GAUSSIANS = dict(train="all", learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=100, adam_weight_decay=0.0,
                  adam_beta1=0.5, adam_beta2=0.99, train_batch_size=256, max_train_steps=8000, lambda_con=0.0,
-                 consistency="mse", viz_freq=1000, eval_freq=1000, checkpointing_steps=1000, prior_pictures=10_000)
+                 consistency="mse", viz_freq=1000, eval_freq=1000, checkpointing_steps=1000, prior_pictures=10_000,
+                 num_samples_eval=10_000)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", dataset_folder="train_data_dir",
                num_training_epochs="num_train_epochs")
 
@@ -119,61 +117,62 @@ ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="res
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
-def generated(prediction: Tensor, x: Tensor, t: Tensor, schedule: Schedule, kind: str) -> Tensor:
-    """G(x_t, t) = c_skip(t) x_t + c_out(t) x0_theta(x_t, t), with s = 10 t, c_skip = 0.25 / (s^2 + 0.25) and c_out =
-    s / sqrt(s^2 + 0.25): what has no noise stays as it is."""
+def generated(prediction: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """G(x_t, t) = c_skip x_t + c_out x0_theta(x_t, t), c_skip = 0.25 / (s^2 + 0.25), c_out = s / sqrt(s^2 + 0.25), s =
+    10 t: what has no noise stays as it is."""
     s = 10.0 * t.to(x).view(-1, *[1] * (x.ndim - 1))
     c_skip, c_out = 0.25 / (s**2 + 0.25), s / (s**2 + 0.25).sqrt()
-    return c_skip * x + c_out * predict_x0(prediction, x, t, schedule, kind)
+    return c_skip * x + c_out * predict_x0(prediction, x, t, schedule, schedule.prediction_type)
 
 
 def earlier(t: Tensor, steps: int) -> Tensor:
-    """max(t - steps, 0)."""
+    """The lower noise level whose G knows more."""
     return (t - steps).clamp(min=0)
 
 
 def generator_gan_loss(logits_fake: Tensor) -> Tensor:
-    """L_adv = softplus(-D(G(x_t), t)), the non-saturating loss."""
+    """L_adv = softplus(-D(G(x_t), t)), the non-saturating loss, of each sample."""
     return F.softplus(-logits_fake).mean()
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """softplus(-D(real, t)) + softplus(D(G(x_t), t)). Self-cooperation: real is G(x_{t-k}), which knows more."""
+    """softplus(-D(real, t)) + softplus(D(G(x_t), t)). Self-cooperation: real is G(x_{t-k}), not data."""
     return (F.softplus(-logits_real) + F.softplus(logits_fake)).mean()
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
     """[B, ...] -> [B]."""
-    fine = torch.promote_types(a.dtype, torch.float32)
-    return (a.to(fine) - b.to(fine)).square().flatten(1).mean(1)
+    return (a - b).to(torch.promote_types(a.dtype, torch.float32)).square().flatten(1).mean(1)
 
 
 def kl_loss(fake: Tensor, x0: Tensor, t: Tensor, schedule: Schedule, gamma: float) -> Tensor:
-    """L_KL = min(SNR_t, gamma) |G(x_t) - x0|^2, SNR = alpha^2 / sigma^2: noised alike, the two distributions' KL."""
+    """L_KL = min(SNR_t, gamma) |G(x_t) - x0|^2, SNR = alpha^2 / sigma^2."""
     snr = (schedule.alpha[t] / schedule.sigma[t]) ** 2
     return (snr.clamp(max=gamma).to(x0) * mean_square(fake, x0)).mean()
 
 
-def consistency_loss(fake: Tensor, target: Tensor, t: Tensor, schedule: Schedule, gamma: float, steps: int) -> Tensor:
-    """L_con = w |f(G(x_t)) - f(G(x_s))|^2, s = t - steps, w = min(1 / (sigma_t / alpha_t - sigma_s / alpha_s), gamma).
-    f: the features of a frozen U-Net, or nothing. No gradient goes to G(x_s). At t = s, G agrees with itself."""
-    here, there = (schedule.sigma[u] / schedule.alpha[u] for u in (t, earlier(t, steps)))
-    weight = (1 / (here - there)).clamp(max=gamma)
-    return (weight.to(fake) * mean_square(fake, target.detach())).mean()
+def consistency_loss(seen: Tensor, goal: Tensor, t: Tensor, s: Tensor, schedule: Schedule, gamma: float) -> Tensor:
+    """L_con = w |f(G(x_t)) - f(G(x_s))|^2, s < t, same eps, no gradient to the right; f: features of a frozen U-Net
+    (latent perceptual loss), or nothing; w = min(1 / (sigma_t / alpha_t - sigma_s / alpha_s), gamma)."""
+    here, there = (schedule.sigma[u] / schedule.alpha[u] for u in (t, s))
+    weight = (1 / (here - there)).clamp(max=gamma)  # at t = s = 0: gamma times 0
+    return (weight.to(seen) * mean_square(seen, goal.detach())).mean()
 
 
-def adapt_v_loss(v: Tensor, teacher: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """Stage I: |v_theta(x_t) - v|^2 with the v of the frozen model's epsilon: alpha eps - sigma (x_t - sigma eps) /
-    alpha."""
+def adapt_v_loss(v: Tensor, teacher_eps: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """Stage I: |v_theta(x_t) - v|^2 with the v that the frozen model's epsilon stands for, alpha eps - sigma x0."""
     alpha, sigma = schedule.at(t, x)
-    return mean_square(v, alpha * teacher - sigma * predict_x0(teacher, x, t, schedule, "epsilon")).mean()
+    x0 = predict_x0(teacher_eps, x, t, schedule, "epsilon")
+    return mean_square(v, alpha * teacher_eps - sigma * x0).mean()
 
 
-def adapt_zsnr_loss(v: Tensor, teacher_x0: Tensor, x: Tensor, t: Tensor, rescaled: Schedule) -> Tensor:
-    """Stage II: |v_theta(x'_t) - v'|^2 with x'_t noised by the schedule that ends in pure noise, and the v' that belongs
-    there to the x0 which the frozen model sees in x_t, of the same x0 and eps: (alpha' x'_t - x0) / sigma'."""
-    alpha, sigma = rescaled.at(t, x)
-    return mean_square(v, (alpha * x - teacher_x0) / sigma).mean()
+def adapt_zsnr_loss(v: Tensor, teacher_v: Tensor, x: Tensor, x_new: Tensor, t: Tensor, old: Schedule, new: Schedule
+                    ) -> Tensor:
+    """Stage II: |v_theta(x'_t) - v'|^2, x'_t noised by the schedule that ends in pure noise, v' = (alpha' x'_t - x0) /
+    sigma' of the x0 that the frozen model sees in x_t, noised by the old one. At T: -x0, from pure noise."""
+    x0 = predict_x0(teacher_v, x, t, old, "v_prediction")
+    alpha, sigma = new.at(t, x_new)
+    return mean_square(v, (alpha * x_new - x0) / sigma).mean()
 
 
 def learning_rate(step: int, config: Config, last: int) -> float:
@@ -183,12 +182,12 @@ def learning_rate(step: int, config: Config, last: int) -> float:
     return config.learning_rate * rise * fall
 
 
+
 def open_data(cfg: Config, split: str, prep: str | None):
     if cfg.base == "gaussians":
         return gaussians.Points(split, cfg.seed)
     if cfg.train_data_dir == "drawn:scenes":
-        from tiny.scenes import Paired
-        return Paired(split, cfg.resolution, cfg.seed)
+        return scenes.Paired(split, cfg.resolution, cfg.seed)
     return data.open_paired(cfg.train_data_dir, split, prep or f"resized_crop_{cfg.resolution}", cfg.seed)
 
 
@@ -201,8 +200,8 @@ def check_stage(cfg: Config, schedule: Schedule) -> None:
         raise ValueError(f"--stage adapt_zsnr: {cfg.base} " + (
             "begins at pure noise already; go on with --stage yoso" if zero else
             "predicts epsilon, which says nothing of the picture in pure noise; run --stage adapt_v first"))
-    if cfg.base == "gaussians" and cfg.consistency == "perceptual" and cfg.lambda_con:
-        raise ValueError("--consistency perceptual looks through a U-Net, and gaussians has none; expected mse")
+    if cfg.base == "gaussians" and (cfg.train == "lora" or cfg.consistency == "perceptual"):
+        raise ValueError("the base gaussians has no U-Net; expected --train all --consistency mse")
 
 
 def main() -> None:
@@ -228,67 +227,56 @@ def main() -> None:
     if cfg.prediction_type:
         base.schedule = Schedule.from_config(base.schedule.config | {"prediction_type": cfg.prediction_type})
     check_stage(cfg, base.schedule)
-    scaling = gaussians.SCALING if points else base.vae.config.scaling_factor
-    T, old, generator = len(base.schedule.alpha), base.schedule, base.unet
-    teacher = judge = inception = discriminator = None
-    shared = {id(p): p for p in generator.parameters()} if cfg.train == "lora" else {}
+    generator, old, teacher, judge, inception, discriminator = base.unet, base.schedule, *[None] * 4
     if cfg.stage != "yoso":
-        teacher = copy.deepcopy(generator, dict(shared))
+        teacher = copy.deepcopy(generator, {id(p): p for p in generator.parameters() if cfg.train == "lora"})
         base.schedule = Schedule.from_config(old.config | {"prediction_type": "v_prediction"} | (
             {"rescale_betas_zero_snr": True} if cfg.stage == "adapt_zsnr" else {}))
-    else:
-        if cfg.lambda_con and cfg.consistency == "perceptual":
-            judge = lower_half(generator, share=cfg.train == "lora")
-        if cfg.lambda_gan:
-            torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
-            discriminator = gaussians.MLP(1) if points else LatentDiscriminator(generator)
-            discriminator.to(device, dtype)
-    schedule, kind = base.schedule, base.schedule.prediction_type
+    elif cfg.lambda_con and cfg.consistency == "perceptual":
+        judge = lower_half(generator, share=cfg.train == "lora")
+    if cfg.stage == "yoso" and cfg.lambda_gan:
+        torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
+        discriminator = (gaussians.MLP(1) if points else LatentDiscriminator(generator)).to(device, dtype)
+    schedule, T, scaling = base.schedule, len(base.schedule.alpha), base.vae.config.scaling_factor
     if cfg.train == "lora":
         add_lora(generator, TARGETS, cfg.lora_rank, 8.0, training.rng(cfg.seed, 0, "lora"))  # peft's default alpha
     for name, p in generator.named_parameters():
         p.requires_grad_(cfg.train == "all" or ".lora_" in name)
-    parts = nn.ModuleDict({part: network for part in ("unet", "vae", "text_encoder") if (network := getattr(base, part))})
+    parts = nn.ModuleDict(dict(unet=generator, vae=base.vae, text_encoder=base.text_encoder))
     trained = {n: p for n, p in parts.named_parameters() if p.requires_grad}
+    ema = {n: p.detach().clone() for n, p in trained.items() if cfg.use_ema}
     frozen = weights.fingerprint(parts, trained.keys())
-    if half:
-        for network in (parts, teacher, judge):
-            if network:
-                weights.cast_frozen(network, half)
-    for network in (generator, discriminator and getattr(discriminator, "unet", None)):
-        if network:
-            network.checkpointing = cfg.gradient_checkpointing
-    if cfg.track_val_fid and not points:
+    for network in filter(None, (parts, teacher, judge) if half else ()):
+        weights.cast_frozen(network, half)
+    for network in filter(None, (generator, getattr(discriminator, "unet", None))):
+        network.checkpointing = cfg.gradient_checkpointing
+    if cfg.track_val_fid:
         inception = training.needed(weights.load_judge, "inception", str(device), without="no --track_val_fid").network
-    ema = {n: p.detach().clone() for n, p in trained.items()} if cfg.use_ema else {}
 
     # ---- captions and latents: what encodes them is frozen
     @functools.lru_cache(maxsize=2000)
+    @torch.no_grad()
     def encoded(caption: str) -> Tensor:
-        with torch.no_grad():
-            return base.text_encoder(base.tokenizer(caption).to(device))[0].cpu()
+        return base.text_encoder(base.tokenizer(caption).to(device))[0].cpu()
 
-    def encode(captions: list[str]) -> Tensor | None:  # -> [B, 77, C]
-        return None if points else torch.stack([encoded(c) for c in captions]).to(device)
+    def encode(captions: list[str]) -> Tensor:  # -> [B, 77, C]
+        return torch.stack([encoded(c) for c in captions]).to(device)
 
     @torch.no_grad()
-    def to_latent(x: Tensor, noise: Tensor | None = None) -> Tensor:
-        if points:
-            return x * scaling
+    def to_latent(x: Tensor, noise: Tensor | float = 0.0) -> Tensor:
         mean, logvar, _ = base.vae.encode(x)
-        return (mean if noise is None else mean + (0.5 * logvar).exp() * noise) * scaling
+        return (mean + (0.5 * logvar).exp() * noise) * scaling
 
-    def G(x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
-        return generated(generator(x, t.to(device), context), x, t, schedule, kind)
+    def G(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return generated(generator(x, t.to(device), context), x, t, schedule)
 
     # ---- optimizers
     adam = dict(lr=cfg.learning_rate, eps=cfg.adam_epsilon, weight_decay=cfg.adam_weight_decay,
                 fused=device.type == "cuda")
-    optimizer = torch.optim.AdamW(trained.values(), betas=(cfg.adam_beta1, cfg.adam_beta2), **adam)
-    optimizer_d = None
+    optimizer, optimizer_d = torch.optim.AdamW(trained.values(), betas=(cfg.adam_beta1, cfg.adam_beta2), **adam), None
     if discriminator:
-        discriminator.requires_grad_(True)
-        optimizer_d = torch.optim.AdamW(discriminator.parameters(), betas=(0.0, cfg.adam_beta2), **adam)
+        optimizer_d = torch.optim.AdamW(discriminator.requires_grad_(True).parameters(), betas=(0.0, cfg.adam_beta2),
+                                        **adam)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
     autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
@@ -297,19 +285,18 @@ def main() -> None:
     start, best = 0, math.inf
     if cfg.resume:
         state = training.load_state(folder, frozen)
-        start, best, prior = state["step"], state["best"], state["prior"]
+        start, best, prior, ema = state["step"], state["best"], state["prior"], state["ema"]
+        ema = {n: mean.to(device) for n, mean in ema.items()}
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["trained"][name])
-                if ema:
-                    ema[name].copy_(state["ema"][name])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         if discriminator:
             discriminator.load_state_dict(state["discriminator"])
             optimizer_d.load_state_dict(state["optimizer_d"])
-    else:
-        chosen = tqdm(range(min(cfg.prior_pictures, len(train_set))), "prior", disable=rank != 0 or points)
+    else:  # mean and deviation of the latents: where one step begins (section 4.2)
+        chosen = tqdm(range(min(cfg.prior_pictures, len(train_set))), "prior", disable=rank != 0)
         prior = diffusion.mean_and_std(to_latent(train_set[i]["target"][None].to(device, dtype))[0] for i in chosen)
 
     def swap() -> None:
@@ -325,52 +312,50 @@ def main() -> None:
             optimizer_d=optimizer_d.state_dict() if discriminator else None))
         swap()
         export("model.safetensors")
+        training.write_file(folder / "prior.safetensors", lambda path: weights.save_prior(path, *prior))
+        for name, kohya in (("lora.safetensors", False), ("lora_kohya.safetensors", True)):
+            if cfg.train == "lora":
+                training.write_file(folder / name, lambda path, kohya=kohya: weights.save_tensors(
+                    path, write_lora(generator, "unet", kohya), {"format": "pt"}))
         swap()
 
     def export(name: str) -> None:
-        part, config = generator.state_dict(), dict(stage=cfg.stage, train=cfg.train, schedule=schedule.config)
-        tensors = {f"unet.{n}": p for n, p in part.items() if cfg.train == "all" or ".lora_" in n}
-        tensors |= dict(zip(("prior.mean", "prior.std"), prior))
-        if cfg.train == "lora":
-            config |= dict(lora_rank=cfg.lora_rank, lora_alpha=8.0, targets=TARGETS)
-            for file, kohya in (("lora.safetensors", False), ("lora_kohya.safetensors", True)):
-                training.write_file(folder / file, lambda path, kohya=kohya: weights.save_tensors(
-                    path, write_lora(generator, "unet", kohya), {"format": "pt"}))
-        elif not points:
-            config |= {part: asdict(getattr(base, part).config) for part in ("unet", "vae", "text_encoder")}
-            config["tokenizer"] = base.tokenizer.to_json()
-            tensors |= {f"{part}.{n}": p for part in ("vae", "text_encoder")
-                        for n, p in getattr(base, part).state_dict().items()}
+        config = dict(train=cfg.train, stage=cfg.stage, schedule=schedule.config, lora_rank=cfg.lora_rank,
+                      lora_alpha=8.0, targets=TARGETS)
+        whole = cfg.train == "all"
+        if whole and not points:
+            config |= {part: asdict(network.config) for part, network in parts.items()}
+            config |= dict(tokenizer=base.tokenizer.to_json())
+        tensors = parts.state_dict() if whole else {n: p for n, p in trained.items()}
+        tensors |= {"prior.mean": prior[0], "prior.std": prior[1]}
         training.write_file(folder / name, lambda path: weights.save_tensors(path, tensors, dict(
             format=weights.FORMAT, kind="yoso", base=cfg.base, config=json.dumps(config), prompts="[]")))
-        training.write_file(folder / "prior.safetensors", lambda path: weights.save_prior(path, *prior))
 
     @torch.inference_mode()
     def drawn(items: list[dict]) -> Tensor:
-        """One-step samples for the items' captions, item i from the noise of seed i: pictures [N, 3, H, W], or points
+        """A one-step sample of each item's caption, item i from the noise of seed i: pictures [N, 3, H, W], or points
         [N, 2]."""
-        shape, made = prior[0].shape, []
-        for first in range(0, len(items), 1000 if points else 1):
-            some = items[first:first + (1000 if points else 1)]
+        made = []
+        for first in range(0, len(items), cfg.train_batch_size):
+            some = items[first:first + cfg.train_batch_size]
             rngs = [torch.Generator().manual_seed(first + i) for i in range(len(some))]
-            noise, n = (torch.stack([torch.randn(shape, generator=g) for g in rngs]) for _ in range(2))
-            x = diffusion.start_from_prior(noise.to(device, dtype), n.to(device, dtype), *prior, T - 1, schedule)
+            noise, n = (torch.stack([torch.randn(prior[0].shape, generator=g) for g in rngs]).to(device, dtype)
+                        for _ in range(2))
+            x, t = diffusion.start_from_prior(noise, n, *prior, T - 1, schedule), torch.full((len(some),), T - 1)
             with autocast:
-                z = G(x, torch.full((len(x),), T - 1), encode([item["caption"] for item in some])) / scaling
-                made.append((z if points else base.vae.decode(z).clamp(-1, 1)).float().cpu())
-        return torch.cat(made)
+                made.append(base.vae.decode(G(x, t, encode([item["caption"] for item in some])) / scaling).float())
+        return torch.cat(made).cpu()
 
     def validate() -> dict[str, float]:
         items = [test_set[i] for i in range(min(cfg.num_samples_eval, len(test_set)))]
-        fakes = drawn(items)
-        if points:
-            return {f"val_{k}": v for k, v in gaussians.measure(fakes).items()}
-        real = torch.stack([item["target"] for item in items])
-        values = {"val_spread": (fakes.std(0).mean() / real.std(0).mean()).item()}
+        fakes, real = drawn(items), torch.stack([item["target"] for item in items])
+        values = {"val_spread": (fakes.std(0).mean() / real.std(0).mean()).item()}  # less than 1: too much the same
         if inception:
             made, true = (evaluate.statistics(torch.cat([evaluate.features(inception, x[None].to(device)) for x in xs]))
-                          for xs in (fakes, real))
+                          for xs in (fakes.clamp(-1, 1), real))
             values["val_fid"] = evaluate.frechet_distance(*true, *made)
+        if points:
+            values |= {f"val_{k}": v for k, v in gaussians.measure(fakes).items()}
         return values
 
     # ---- the loop
@@ -379,111 +364,94 @@ def main() -> None:
         print(f"training {n / 1e6:.2f} M weights on {len(train_set)} items, {device}; {folder}", file=sys.stderr)
     log = training.open_log(folder, start) if rank == 0 else None
     report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
-    shown = [test_set[i] for i in range(gaussians.SAMPLES if points else min(16, len(test_set)))]
+    shown = [test_set[i] for i in range(min(cfg.num_samples_eval if points else 16, len(test_set)))]
     stop, clock = training.catch_stop(), time.monotonic()
-    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
-                           [row for rows in slices for row in rows], cfg.dataloader_num_workers)
+    mine = [row for rows in slices for row in rows]
+    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step, mine, cfg.dataloader_num_workers)
     bar = tqdm(total=last_step, initial=start, disable=rank != 0, unit="step")
     for step in range(start, last_step):
         batch = next(batches)
-        rate = learning_rate(step, cfg, last_step)
         for one, ratio in ((optimizer, 1.0), (optimizer_d, cfg.disc_lr_ratio)):
-            for group in one.param_groups if one else []:
-                group["lr"] = rate * ratio
-        if cfg.random_flip:
-            flip = torch.rand(global_batch, generator=training.rng(cfg.seed, step, "flip")) < 0.5
-            flip = flip[[row for rows in slices for row in rows]].view(-1, 1, 1, 1)
-            batch["target"] = torch.where(flip, batch["target"].flip(-1), batch["target"])
+            for group in one.param_groups if one else ():
+                group["lr"] = ratio * learning_rate(step, cfg, last_step)
         times = torch.randint(T, (global_batch,), generator=training.rng(cfg.seed, step, "t"))
 
         def draw(what: str, rows: list[int], step: int = step) -> Tensor:
-            shape, rng = prior[0].shape, training.rng(cfg.seed, step, what)
-            return torch.randn(global_batch, *shape, generator=rng)[rows].to(device, dtype)
+            every = torch.randn(global_batch, *prior[0].shape, generator=training.rng(cfg.seed, step, what))
+            return every[rows].to(device, dtype)
 
-        # Generator: past the discriminator, towards the data, and in agreement with itself.
+        def judged(sample: Tensor, t: Tensor, context: Tensor, rows: list[int], what: str) -> Tensor:
+            """The discriminator's logits, of the sample at its t; or noised again, to a lower level, as in UFOGen."""
+            if cfg.adversarial == "noisy":
+                t = earlier(t, cfg.coop_steps)
+                sample = add_noise(sample, draw(f"again {what}", rows), t, schedule)
+            return discriminator(sample, t.to(device), context)
+
+        # Generator: past the discriminator, to the data, in agreement with itself. The discriminator only passes the
+        # gradient on. G runs with a gradient first: autocast would reuse the weights cast in a pass without.
         losses, sides = {}, []
 
         def add(name: str, value: float, losses: dict[str, float] = losses) -> None:
             losses[name] = losses.get(name, 0.0) + value / len(slices)
 
-        def noised(sample: Tensor, rows: list[int], t: Tensor, what: str) -> tuple[Tensor, Tensor]:
-            """What the discriminator is shown: the sample at its t, or noised again to an earlier one (UFOGen)."""
-            if cfg.adversarial != "noisy":
-                return sample, t.to(device)
-            t = earlier(t, cfg.coop_steps)
-            return add_noise(sample, draw(what, rows), t, schedule), t.to(device)
-
         if discriminator:
             discriminator.requires_grad_(False)
         for i, rows in enumerate(slices):
             mine, t = slice(i * len(rows), (i + 1) * len(rows)), times[rows]
-            context = encode(batch["caption"][mine])
-            x0 = to_latent(batch["target"][mine].to(device, dtype), draw("latent", rows))
-            eps = draw("noise", rows)
-            if cfg.noise_offset:
-                offset = draw("offset", rows)[:, :, :1, :1]
-                eps = eps + cfg.noise_offset * offset
-            x, parts = add_noise(x0, eps, t, schedule), {}
-            with autocast:  # G with a gradient first: autocast would keep the weights' casts of a pass without
+            context, target = encode(batch["caption"][mine]), batch["target"][mine].to(device, dtype)
+            x0, eps = to_latent(target, draw("latent", rows)), draw("noise", rows)
+            x, parts_of_loss = add_noise(x0, eps, t, schedule), {}
+            with autocast:
                 if teacher:
-                    v = generator(x, t.to(device), context)
+                    v, x_old = generator(x, t.to(device), context), add_noise(x0, eps, t, old)
+                    fake = predict_x0(v, x, t, schedule, "v_prediction")
                     with torch.no_grad():
-                        x_old = add_noise(x0, eps, t, old)
                         told = teacher(x_old, t.to(device), context)
-                    if cfg.stage == "adapt_v":
-                        parts["adapt"] = adapt_v_loss(v, told, x, t, schedule)
-                    else:
-                        known = predict_x0(told, x_old, t, old, old.prediction_type)
-                        parts["adapt"] = adapt_zsnr_loss(v, known, x, t, schedule)
-                    fake = predict_x0(v, x, t, schedule, kind)
+                    parts_of_loss["adapt"] = adapt_v_loss(v, told, x, t, old) if cfg.stage == "adapt_v" else \
+                        adapt_zsnr_loss(v, told, x_old, x, t, old, schedule)
                 else:
-                    fake, real = G(x, t, context), x0
-                    if cfg.adversarial == "coop" and discriminator:
-                        with torch.no_grad():
-                            before = earlier(t, cfg.coop_steps)
-                            real = G(add_noise(x0, eps, before, schedule), before, context)
-                    if discriminator:
-                        logits = discriminator(*noised(fake, rows, t, "fake"), context)
-                        parts["gan"] = cfg.lambda_gan * generator_gan_loss(logits)
-                        sides.append((real, fake.detach(), context, t))
-                    if cfg.lambda_kl:
-                        parts["kl"] = cfg.lambda_kl * kl_loss(fake, x0, t, schedule, cfg.snr_gamma)
-                    if cfg.lambda_con:
-                        with torch.no_grad():
-                            before = earlier(t, cfg.con_steps)
-                            target = G(add_noise(x0, eps, before, schedule), before, context)
-                            target = judge.features(target, 0, context) if judge else target
-                        seen = judge.features(fake, 0, context) if judge else fake
-                        parts["con"] = cfg.lambda_con * consistency_loss(seen, target, t, schedule, cfg.snr_gamma,
-                                                                         cfg.con_steps)
-            scaler.scale(sum(parts.values()) / len(slices)).backward()
-            for k, v in parts.items():
-                add(k, v.item())
+                    fake = G(x, t, context)
+                if discriminator:
+                    with torch.no_grad():
+                        k = earlier(t, cfg.coop_steps)
+                        real = G(add_noise(x0, eps, k, schedule), k, context) if cfg.adversarial == "coop" else x0
+                    parts_of_loss["gan"] = cfg.lambda_gan * generator_gan_loss(judged(fake, t, context, rows, "fake"))
+                    sides.append((real, fake.detach(), t, context))
+                if cfg.lambda_kl and not teacher:
+                    parts_of_loss["kl"] = cfg.lambda_kl * kl_loss(fake, x0, t, schedule, cfg.snr_gamma)
+                if cfg.lambda_con and not teacher:
+                    with torch.no_grad():
+                        s = earlier(t, cfg.con_steps)
+                        goal = G(add_noise(x0, eps, s, schedule), s, context)
+                    seen, goal = (judge.features(y, 0, context) if judge else y for y in (fake, goal))
+                    parts_of_loss["con"] = cfg.lambda_con * consistency_loss(seen, goal, t, s, schedule, cfg.snr_gamma)
+            scaler.scale(sum(parts_of_loss.values()) / len(slices)).backward()
+            for name, value in parts_of_loss.items():
+                add(name, value.item())
             add("spread", (fake.detach().std() / x0.std()).item())  # less than 1: blobs, or too few kinds of sample
-            add("drift", (fake.detach().mean(0) - x0.mean(0)).abs().mean().item())  # of the mean latent
         training.check_finite(losses, step, batch["name"])
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
         losses["grad_norm"] = nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
-        keep = min(cfg.ema_decay, (1 + step) / (10 + step))
+        keep = min(cfg.ema_decay, (1 + step) / (10 + step))  # at first the mean forgets faster
         for name, mean in ema.items():
             mean.lerp_(trained[name].detach(), 1 - keep)
 
-        # Discriminator: better guesses, or the data, against what G made of more noise.
+        # Discriminator: better guesses, or the data, against what was made of more noise. Not clipped.
         if discriminator:
             discriminator.requires_grad_(True)
-            for (real, fake, context, t), rows in zip(sides, slices):
+            for (real, fake, t, context), rows in zip(sides, slices):
                 with autocast:
-                    logits_real = discriminator(*noised(real, rows, t, "real"), context)
-                    logits_fake = discriminator(*noised(fake, rows, t, "fake"), context)
+                    logits_real = judged(real, t, context, rows, "real")
+                    logits_fake = judged(fake, t, context, rows, "fake")
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
                 scaler.scale(loss / len(slices)).backward()
                 add("disc", loss.item())  # 2 ln 2 = 1.386 is chance
-                for name, logits in (("real", logits_real), ("fake", logits_fake)):
-                    add(f"disc_right_on_{name}", share_right([logits], name == "real"))
-                    add(f"logit_{name}", logits.mean().item())
+                add("disc_right_on_real", share_right([logits_real], True))
+                add("disc_right_on_fake", share_right([logits_fake], False))
+                add("logit_gap", (logits_real.mean() - logits_fake.mean()).item())
             training.check_finite(losses, step, batch["name"])
             training.average_gradients(discriminator.parameters())
             scaler.unscale_(optimizer_d)
@@ -499,14 +467,13 @@ def main() -> None:
             swap()
             if done % cfg.eval_freq == 0 or done == last_step:
                 losses |= validate()
-                value = losses.get("val_fid", -losses.get("val_modes", -math.inf) - losses.get("val_good", 0.0))
-                if value < best:
+                if (value := losses.get("val_fid", -losses.get("val_good", -math.inf))) < best:
                     best = value
                     export("best.safetensors")
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
                 columns = [torch.stack([item["target"] for item in shown]), drawn(shown)]
-                training.save_grid(folder / "samples" / f"{done:06d}.png",
-                                   [gaussians.scatter(c)[None] for c in columns] if points else columns)
+                columns = [gaussians.scatter(c)[None] for c in columns] if points else columns
+                training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
             swap()
             training.append_log(log, done, losses)
             report(done, losses)
