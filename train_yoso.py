@@ -200,6 +200,8 @@ def check_stage(cfg: Config, schedule: Schedule) -> None:
         raise ValueError(f"--stage adapt_zsnr: {cfg.base} " + (
             "begins at pure noise already; go on with --stage yoso" if zero else
             "predicts epsilon, which says nothing of the picture in pure noise; run --stage adapt_v first"))
+    if not (cfg.lambda_gan or cfg.lambda_kl or cfg.lambda_con):
+        raise ValueError("--lambda_gan, --lambda_kl and --lambda_con are 0; expected a loss to learn from")
     if cfg.base == "gaussians" and (cfg.train == "lora" or cfg.consistency == "perceptual"):
         raise ValueError("the base gaussians has no U-Net; expected --train all --consistency mse")
 
