@@ -9,8 +9,8 @@
 
 DATA is a folder as for train_pix2pix_turbo.py, of which the targets (train_B, test_B) and captions are taken. The run's
 folder is that of train_pix2pix_turbo.py too. A LoRA also goes to lora.safetensors and lora_kohya.safetensors, the prior
-to prior.safetensors (`python sample.py "PROMPT" --base BASE --lora runs/NAME --prior runs/NAME/prior.safetensors`);
-where all was trained, the whole model at last goes to runs/NAME/base, a base for sample.py and for the next stage.
+to prior.safetensors: python sample.py "PROMPT" --base BASE --sampler lcm --lora runs/NAME --prior that. Where all was
+trained, the whole model at last goes to runs/NAME/base, a base for sample.py --sampler lcm and for the next stage.
 
 Paper: Luo et al. 2024, "You Only Sample Once: Taming One-Step Text-to-Image Synthesis by Self-Cooperative Diffusion
 GANs". One generator G(x_t, t) predicts x0, x_t = alpha_t x0 + sigma_t eps, for every t:
@@ -107,7 +107,7 @@ class Config:
 TINY = dict(train="all", resolution=32, learning_rate=2e-4, disc_lr_ratio=0.5, lr_warmup_steps=200, adam_beta2=0.99,
             train_batch_size=16, max_train_steps=2000, prior_pictures=200, checkpointing_steps=200)
 GAUSSIANS = dict(train="all", learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=100, adam_weight_decay=0.0,
-                 adam_beta1=0.5, adam_beta2=0.99, train_batch_size=256, max_train_steps=8000, lambda_con=0.0,
+                 adam_beta1=0.5, adam_beta2=0.99, train_batch_size=128, max_train_steps=8000, lambda_con=0.0,
                  consistency="mse", viz_freq=1000, eval_freq=1000, checkpointing_steps=1000, prior_pictures=10_000,
                  num_samples_eval=10_000)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", dataset_folder="train_data_dir",
@@ -239,6 +239,7 @@ def main() -> None:
     if cfg.stage == "yoso" and cfg.lambda_gan:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
         discriminator = (gaussians.MLP(1) if points else LatentDiscriminator(generator)).to(device, dtype)
+        discriminator.requires_grad_(True)
     schedule, T, scaling = base.schedule, len(base.schedule.alpha), base.vae.config.scaling_factor
     if cfg.train == "lora":
         add_lora(generator, TARGETS, cfg.lora_rank, 8.0, training.rng(cfg.seed, 0, "lora"))  # peft's default alpha
@@ -257,17 +258,17 @@ def main() -> None:
 
     # ---- captions and latents: what encodes them is frozen
     @functools.lru_cache(maxsize=2000)
-    @torch.no_grad()
     def encoded(caption: str) -> Tensor:
-        return base.text_encoder(base.tokenizer(caption).to(device))[0].cpu()
+        with torch.no_grad(), autocast:
+            return base.text_encoder(base.tokenizer(caption).to(device))[0].to("cpu", dtype)
 
     def encode(captions: list[str]) -> Tensor:  # -> [B, 77, C]
         return torch.stack([encoded(c) for c in captions]).to(device)
 
-    @torch.no_grad()
     def to_latent(x: Tensor, noise: Tensor | float = 0.0) -> Tensor:
-        mean, logvar, _ = base.vae.encode(x)
-        return (mean + (0.5 * logvar).exp() * noise) * scaling
+        with torch.no_grad(), autocast:
+            mean, logvar, _ = base.vae.encode(x)
+            return (mean.to(dtype) + (0.5 * logvar.to(dtype)).exp() * noise) * scaling
 
     def G(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return generated(generator(x, t.to(device), context), x, t, schedule)
@@ -277,8 +278,7 @@ def main() -> None:
                 fused=device.type == "cuda")
     optimizer, optimizer_d = torch.optim.AdamW(trained.values(), betas=(cfg.adam_beta1, cfg.adam_beta2), **adam), None
     if discriminator:
-        optimizer_d = torch.optim.AdamW(discriminator.requires_grad_(True).parameters(), betas=(0.0, cfg.adam_beta2),
-                                        **adam)
+        optimizer_d = torch.optim.AdamW(discriminator.parameters(), betas=(0.0, cfg.adam_beta2), **adam)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
     autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
 
@@ -287,8 +287,8 @@ def main() -> None:
     start, best = 0, math.inf
     if cfg.resume:
         state = training.load_state(folder, frozen)
-        start, best, prior, ema = state["step"], state["best"], state["prior"], state["ema"]
-        ema = {n: mean.to(device) for n, mean in ema.items()}
+        start, best, prior = state["step"], state["best"], state["prior"]
+        ema = {n: mean.to(device) for n, mean in state["ema"].items()}
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(state["trained"][name])
@@ -322,14 +322,12 @@ def main() -> None:
         swap()
 
     def export(name: str) -> None:
-        config = dict(train=cfg.train, stage=cfg.stage, schedule=schedule.config, lora_rank=cfg.lora_rank,
-                      lora_alpha=8.0, targets=TARGETS)
-        whole = cfg.train == "all"
-        if whole and not points:
+        config = dict(train=cfg.train, stage=cfg.stage, lora_rank=cfg.lora_rank, lora_alpha=8.0, targets=TARGETS)
+        if cfg.train == "all" and not points:
             config |= {part: asdict(network.config) for part, network in parts.items()}
-            config |= dict(tokenizer=base.tokenizer.to_json())
-        tensors = parts.state_dict() if whole else {n: p for n, p in trained.items()}
-        tensors |= {"prior.mean": prior[0], "prior.std": prior[1]}
+            config |= dict(schedule=schedule.config, tokenizer=base.tokenizer.to_json())
+        tensors = {**(parts.state_dict() if cfg.train == "all" else trained), "prior.mean": prior[0],
+                   "prior.std": prior[1]}
         training.write_file(folder / name, lambda path: weights.save_tensors(path, tensors, dict(
             format=weights.FORMAT, kind="yoso", base=cfg.base, config=json.dumps(config), prompts="[]")))
 
@@ -344,8 +342,9 @@ def main() -> None:
             noise, n = (torch.stack([torch.randn(prior[0].shape, generator=g) for g in rngs]).to(device, dtype)
                         for _ in range(2))
             x, t = diffusion.start_from_prior(noise, n, *prior, T - 1, schedule), torch.full((len(some),), T - 1)
+            context = encode([item["caption"] for item in some])
             with autocast:
-                made.append(base.vae.decode(G(x, t, encode([item["caption"] for item in some])) / scaling).float())
+                made.append(base.vae.decode(G(x, t, context) / scaling).float())
         return torch.cat(made).cpu()
 
     def validate() -> dict[str, float]:
@@ -368,8 +367,8 @@ def main() -> None:
     report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
     shown = [test_set[i] for i in range(min(cfg.num_samples_eval if points else 16, len(test_set)))]
     stop, clock = training.catch_stop(), time.monotonic()
-    mine = [row for rows in slices for row in rows]
-    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step, mine, cfg.dataloader_num_workers)
+    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
+                           [row for rows in slices for row in rows], cfg.dataloader_num_workers)
     bar = tqdm(total=last_step, initial=start, disable=rank != 0, unit="step")
     for step in range(start, last_step):
         batch = next(batches)
@@ -402,14 +401,14 @@ def main() -> None:
             mine, t = slice(i * len(rows), (i + 1) * len(rows)), times[rows]
             context, target = encode(batch["caption"][mine]), batch["target"][mine].to(device, dtype)
             x0, eps = to_latent(target, draw("latent", rows)), draw("noise", rows)
-            x, parts_of_loss = add_noise(x0, eps, t, schedule), {}
+            x, terms = add_noise(x0, eps, t, schedule), {}
             with autocast:
                 if teacher:
                     v, x_old = generator(x, t.to(device), context), add_noise(x0, eps, t, old)
                     fake = predict_x0(v, x, t, schedule, "v_prediction")
                     with torch.no_grad():
                         told = teacher(x_old, t.to(device), context)
-                    parts_of_loss["adapt"] = adapt_v_loss(v, told, x, t, old) if cfg.stage == "adapt_v" else \
+                    terms["adapt"] = adapt_v_loss(v, told, x, t, old) if cfg.stage == "adapt_v" else \
                         adapt_zsnr_loss(v, told, x_old, x, t, old, schedule)
                 else:
                     fake = G(x, t, context)
@@ -417,18 +416,18 @@ def main() -> None:
                     with torch.no_grad():
                         k = earlier(t, cfg.coop_steps)
                         real = G(add_noise(x0, eps, k, schedule), k, context) if cfg.adversarial == "coop" else x0
-                    parts_of_loss["gan"] = cfg.lambda_gan * generator_gan_loss(judged(fake, t, context, rows, "fake"))
+                    terms["gan"] = cfg.lambda_gan * generator_gan_loss(judged(fake, t, context, rows, "fake"))
                     sides.append((real, fake.detach(), t, context))
                 if cfg.lambda_kl and not teacher:
-                    parts_of_loss["kl"] = cfg.lambda_kl * kl_loss(fake, x0, t, schedule, cfg.snr_gamma)
+                    terms["kl"] = cfg.lambda_kl * kl_loss(fake, x0, t, schedule, cfg.snr_gamma)
                 if cfg.lambda_con and not teacher:
                     with torch.no_grad():
                         s = earlier(t, cfg.con_steps)
                         goal = G(add_noise(x0, eps, s, schedule), s, context)
                     seen, goal = (judge.features(y, 0, context) if judge else y for y in (fake, goal))
-                    parts_of_loss["con"] = cfg.lambda_con * consistency_loss(seen, goal, t, s, schedule, cfg.snr_gamma)
-            scaler.scale(sum(parts_of_loss.values()) / len(slices)).backward()
-            for name, value in parts_of_loss.items():
+                    terms["con"] = cfg.lambda_con * consistency_loss(seen, goal, t, s, schedule, cfg.snr_gamma)
+            scaler.scale(sum(terms.values()) / len(slices)).backward()
+            for name, value in terms.items():
                 add(name, value.item())
             add("spread", (fake.detach().std() / x0.std()).item())  # less than 1: blobs, or too few kinds of sample
         training.check_finite(losses, step, batch["name"])

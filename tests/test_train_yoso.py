@@ -201,7 +201,7 @@ def test_the_discriminators_real_side_is_what_the_flag_says(monkeypatch, tmp_pat
     (through, _), (real, t_real), (fake, t_fake) = seen
     base = trainer.gaussians.load_base(42, torch.float64, torch.device("cpu"))
     batch = next(trainer.data.batches(trainer.gaussians.Points("train", 42), 8, 42))
-    x0 = batch["target"].double() / 8**0.5
+    x0 = batch["target"].double()
 
     def draw(what):
         return torch.randn(8, 2, generator=training.rng(42, 0, what)).double()
@@ -273,6 +273,19 @@ def test_the_checkpoint_is_the_mean_of_the_weights_and_carries_the_prior(monkeyp
     change = base.unet.mid_block.resnets[0].conv1.weight - before
     assert relative(change.flatten(1), saved[name].flatten(1) @ A / 8) < 1e-6
     assert len(load_file(tmp_path / "run" / "lora_kohya.safetensors")) == 1.5 * len(lora)
+
+
+def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path, pairs):  # noqa: F811
+    """In float16's smaller brother; a pass without gradient must not leave its cast weights to one with."""
+    seen, average = [], training.average_gradients
+    monkeypatch.setattr(training, "average_gradients", lambda ps: average(seen.append(ps := [*ps]) or [
+        p for p in ps if p.grad.abs().sum() >= 0]))
+    train(monkeypatch, "--train", "lora", "--mixed_precision", "bf16", "--gradient_checkpointing", "--train_data_dir",
+          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 2, "--learning_rate", 1e-3)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert len(seen) == 4 and all(t.dtype == torch.float32 for t in state["trained"].values())
+    moved = [k for k, t in state["trained"].items() if k.endswith("lora_B.weight") and t.abs().max() == 0]
+    assert not moved, moved
 
 
 # ------------------------------------------------------------------------------------- the same computation, otherwise

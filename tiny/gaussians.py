@@ -21,7 +21,7 @@ from models.unet import timestep_embedding
 AXIS = (-4.0, -2.0, 0.0, 2.0, 4.0)
 CENTRES = torch.tensor([(x, y) for x in AXIS for y in AXIS])  # [25, 2]
 DEVIATION = 0.05
-SCALING = 8**-0.5  # makes the coordinates of deviation 1, as a VAE's scaling factor makes its latents
+SCALING = 1.0  # the coordinates as they are: of deviation 2.8; of deviation 1 the modes are too fine for the MLP
 SAMPLES = 10_000  # of a measurement
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                 prediction_type="v_prediction", timestep_spacing="trailing")
