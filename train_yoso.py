@@ -9,8 +9,8 @@
 
 DATA is a folder as for train_pix2pix_turbo.py, of which the targets (train_B, test_B) and captions are taken. The run's
 folder is that of train_pix2pix_turbo.py too. A LoRA also goes to lora.safetensors and lora_kohya.safetensors, the prior
-to prior.safetensors: python sample.py "PROMPT" --base BASE --sampler lcm --lora runs/NAME --prior that. Where all was
-trained, the whole model at last goes to runs/NAME/base, a base for sample.py --sampler lcm and for the next stage.
+to prior.safetensors: `python sample.py "PROMPT" --base BASE --sampler lcm --lora runs/NAME --prior THAT`. Where all was
+trained, the whole model at last goes to runs/NAME/base: a base for sample.py --sampler lcm and for the next stage.
 
 Paper: Luo et al. 2024, "You Only Sample Once: Taming One-Step Text-to-Image Synthesis by Self-Cooperative Diffusion
 GANs". One generator G(x_t, t) predicts x0, x_t = alpha_t x0 + sigma_t eps, for every t:
@@ -182,7 +182,6 @@ def learning_rate(step: int, config: Config, last: int) -> float:
     return config.learning_rate * rise * fall
 
 
-
 def open_data(cfg: Config, split: str, prep: str | None):
     if cfg.base == "gaussians":
         return gaussians.Points(split, cfg.seed)
@@ -207,8 +206,8 @@ def check_stage(cfg: Config, schedule: Schedule) -> None:
 
 
 def main() -> None:
-    points = any(flag in ("gaussians", "--base=gaussians") for flag in sys.argv)
-    cfg = training.parse(Config, GAUSSIANS if points else TINY, ALIASES, __doc__)
+    table = GAUSSIANS if {"gaussians", "--base=gaussians"} & {*sys.argv} else TINY  # before --base is read
+    cfg = training.parse(Config, table, ALIASES, __doc__)
     rank, world, device = training.start_ranks(cfg.device)
     dtype, points = getattr(torch, cfg.dtype), cfg.base == "gaussians"
     half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
@@ -274,8 +273,7 @@ def main() -> None:
         return generated(generator(x, t.to(device), context), x, t, schedule)
 
     # ---- optimizers
-    adam = dict(lr=cfg.learning_rate, eps=cfg.adam_epsilon, weight_decay=cfg.adam_weight_decay,
-                fused=device.type == "cuda")
+    adam = dict(eps=cfg.adam_epsilon, weight_decay=cfg.adam_weight_decay, fused=device.type == "cuda")
     optimizer, optimizer_d = torch.optim.AdamW(trained.values(), betas=(cfg.adam_beta1, cfg.adam_beta2), **adam), None
     if discriminator:
         optimizer_d = torch.optim.AdamW(discriminator.parameters(), betas=(0.0, cfg.adam_beta2), **adam)
@@ -333,8 +331,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def drawn(items: list[dict]) -> Tensor:
-        """A one-step sample of each item's caption, item i from the noise of seed i: pictures [N, 3, H, W], or points
-        [N, 2]."""
+        """One-step samples of the items' captions, item i from the noise of seed i: pictures [N, 3, H, W] or points."""
         made = []
         for first in range(0, len(items), cfg.train_batch_size):
             some = items[first:first + cfg.train_batch_size]
@@ -452,7 +449,7 @@ def main() -> None:
                 add("disc", loss.item())  # 2 ln 2 = 1.386 is chance
                 add("disc_right_on_real", share_right([logits_real], True))
                 add("disc_right_on_fake", share_right([logits_fake], False))
-                add("logit_gap", (logits_real.mean() - logits_fake.mean()).item())
+                add("logit_gap", (logits_real - logits_fake).mean().item())  # 0 for long: it sees nothing
             training.check_finite(losses, step, batch["name"])
             training.average_gradients(discriminator.parameters())
             scaler.unscale_(optimizer_d)
@@ -468,7 +465,8 @@ def main() -> None:
             swap()
             if done % cfg.eval_freq == 0 or done == last_step:
                 losses |= validate()
-                if (value := losses.get("val_fid", -losses.get("val_good", -math.inf))) < best:
+                covered = losses.get("val_modes", -math.inf) + losses.get("val_good", 0.0)
+                if (value := losses.get("val_fid", -covered)) < best:
                     best = value
                     export("best.safetensors")
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
