@@ -72,9 +72,9 @@ def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv
     if "resume" in given:
         return resumed(cls, given)
     base = given.get("base") or next(f.default for f in fields(cls) if f.name == "base")
-    small = {k: v for k, v in tiny.items() if k not in given} if str(base).startswith("tiny") else {}
+    small = {k: v for k, v in tiny.items() if k not in given} if str(base).startswith(("tiny", "gaussians")) else {}
     if small and int(os.environ.get("RANK", 0)) == 0:
-        print("defaults of the tiny base: " + " ".join(f"--{k} {v}" for k, v in small.items()), file=sys.stderr)
+        print(f"defaults of the base {base}: " + " ".join(f"--{k} {v}" for k, v in small.items()), file=sys.stderr)
     return cls(**{**small, **given})
 
 

@@ -1,9 +1,12 @@
 """What tells real pictures from made ones: the patch discriminator, which needs no download, and the vision-aided one,
-which looks through a frozen CLIP. Both give a list of logits, one tensor a level.
+which looks through a frozen CLIP. Both give a list of logits, one tensor a level. And what tells latents apart: half a
+U-Net, one logit a latent (YOSO).
 
-Weights are spectrally normalised (Miyato et al. 2018): divided by their largest singular value, which a power
-iteration follows. The iteration is not hidden in the forward pass: `spectral_step` takes one, once an optimizer step,
-so that the same step in more pieces, or on more processes, stays the same computation."""
+The weights of the first two are spectrally normalised (Miyato et al. 2018): divided by their largest singular value,
+which a power iteration follows. The iteration is not hidden in the forward pass: `spectral_step` takes one, once an
+optimizer step, so that the same step in more pieces, or on more processes, stays the same computation."""
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from models import clip
+from models.unet import UNet
 
 
 class PatchDiscriminator(nn.Module):
@@ -156,3 +160,55 @@ class VisionAidedDiscriminator(nn.Module):
         pixels = clip.normalise(F.interpolate(x, (side, side), mode="area"))
         *maps, embedding = vision.levels(pixels.to(vision.visual_projection.weight.dtype), self.after)
         return [*(head(m.to(x.dtype)) for head, m in zip(self.maps, maps)), self.vector(embedding.to(x.dtype))]
+
+
+# ---------------------------------------------------------------------------------------- of latents, through a U-Net
+
+
+def lower_half(network: UNet, share: bool = False) -> UNet:
+    """A U-Net's way down and middle block, of which only `features` works: a copy of the weights, or with `share` the
+    same Parameter objects."""
+    kept_out = {id(part): nn.Identity() for part in (network.up_blocks, network.conv_norm_out, network.conv_out)}
+    return copy.deepcopy(network, kept_out | ({id(p): p for p in network.parameters()} if share else {}))
+
+
+class AttentionPool(nn.Module):
+    """Feature map [B, C, h, w] -> [B, c_out]: its mean looks at the mean and at every place, in heads of 16 channels.
+    Positions are learned for a grid of `side` x `side` and interpolated for others. Source: Radford et al. 2021
+    (CLIP's ResNets), in the form of guided-diffusion's `AttentionPool2d`."""
+
+    def __init__(self, c: int, c_out: int, side: int):
+        super().__init__()
+        self.heads = max(c // 16, 1) if c % 16 == 0 else 1
+        self.position_mean = nn.Parameter(torch.randn(c, 1) / c**0.5)
+        self.positions = nn.Parameter(torch.randn(1, c, side, side) / c**0.5)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(c, c) for _ in range(3))
+        self.to_out = nn.Linear(c, c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.positions
+        if positions.shape[2:] != x.shape[2:]:
+            positions = F.interpolate(positions, x.shape[2:], mode="bicubic")
+        mean = x.mean((2, 3))[:, :, None] + self.position_mean  # [B, C, 1]
+        tokens = torch.cat([mean, (x + positions).flatten(2)], dim=2).transpose(1, 2)  # [B, 1 + hw, C]
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for y in (self.to_q(tokens[:, :1]), self.to_k(tokens), self.to_v(tokens)))
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(1))
+
+
+class LatentDiscriminator(nn.Module):
+    """Latent [B, 4, h, w], the timestep [B] that it was made from and the caption's context -> logit [B, 1]. Its first
+    half is a diffusion model's own, a copy that is trained on. Source: Luo et al. 2024, "You Only Sample Once"."""
+
+    def __init__(self, network: UNet, width: int = 512):
+        super().__init__()
+        self.unet = lower_half(network)
+        c, config = network.config.block_out_channels[-1], network.config
+        side = max(config.sample_size // 2 ** (len(config.block_out_channels) - 1), 1)
+        self.norm = nn.GroupNorm(config.norm_num_groups, c)
+        self.pool = AttentionPool(c, width, side)
+        self.last = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
+        h = F.silu(self.norm(self.unet.features(x, t, context)))
+        return self.last(F.silu(self.pool(h)))

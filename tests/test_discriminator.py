@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from models.clip import ImageEncoder, VisionConfig
 from models.discriminator import (
+    LatentDiscriminator,
     PatchDiscriminator,
     VisionAidedDiscriminator,
     blur,
     diff_augment,
     draw_augmentation,
+    lower_half,
     spectral_step,
 )
+from models.unet import UNet, UNetConfig
 from train_pix2pix_turbo import generator_gan_loss
 
 # Widths small, the grid of tokens 7 x 7 as in ViT-B/32.
@@ -213,3 +216,72 @@ def test_multilevel_loss_is_the_cross_entropy_summed_over_levels(target):
     assert generator_gan_loss(logits, target).item() == pytest.approx(expected, rel=1e-12)
     zeros = [torch.zeros(shape) for shape in LOGITS]
     assert generator_gan_loss(zeros, target).item() == pytest.approx(3 * math.log(2))
+
+
+# ------------------------------------------------------------------------------------------------------------- latents
+
+
+UNET = UNetConfig(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, cross_attention_dim=12,
+                  norm_num_groups=4, sample_size=12, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+
+
+def latent() -> tuple[UNet, LatentDiscriminator]:
+    network = randomise(UNet(UNET).double()).requires_grad_(False)
+    return network, randomise(LatentDiscriminator(network).double(), seed=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(12, 12), (8, 14)], ids=str)
+def test_the_latent_logit_is_the_head_written_out_on_the_middle_block(size):
+    network, discriminator = latent()
+    x, t, context = normal(2, 4, *size), torch.tensor([3, 700]), normal(2, 5, 12)
+    network.load_state_dict(discriminator.unet.state_dict(), strict=False)
+    h = network.features(x, t, context)
+    assert h.shape[1:] == (32, size[0] // 2, size[1] // 2)
+    h = h.view(2, 4, -1)
+    h = (h - h.mean(2, keepdim=True)) / (h.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    h = h.view(2, 32, -1) * discriminator.norm.weight[:, None] + discriminator.norm.bias[:, None]
+    h = h / (1 + (-h).exp())  # SiLU; [2, 32, places]
+    pool, positions = discriminator.pool, discriminator.pool.positions
+    if size != (12, 12):
+        positions = F.interpolate(positions, (size[0] // 2, size[1] // 2), mode="bicubic")
+    tokens = torch.cat([h.mean(2, keepdim=True) + pool.position_mean, h + positions[0].flatten(1)], dim=2)
+    seen = []
+    for head in range(2):  # of 16 channels
+        rows = slice(16 * head, 16 * head + 16)
+        q, k, v = (layer.weight[rows] @ tokens + layer.bias[rows, None] for layer in (pool.to_q, pool.to_k, pool.to_v))
+        share = (k * q[:, :, :1]).sum(1).div(4).softmax(1)  # the mean's look at every token
+        seen.append((v * share[:, None]).sum(2))
+    y = torch.cat(seen, dim=1) @ pool.to_out.weight.T + pool.to_out.bias
+    assert y.shape == (2, 512)
+    expected = y / (1 + (-y).exp()) @ discriminator.last.weight.T + discriminator.last.bias
+    logits = discriminator(x, t, context)
+    assert logits.shape == (2, 1) and relative(logits, expected) < 1e-12
+    for changed in (discriminator(x, t + 1, context), discriminator(x, t, context.flip(0))):
+        assert not torch.allclose(logits, changed)  # it knows the noise level and the caption
+
+
+def test_the_lower_half_starts_as_the_networks_own_and_is_a_copy_unless_shared():
+    network = UNet(UNET).double()
+    x, context = normal(1, 4, 12, 12), normal(1, 5, 12)
+    for share in (False, True):
+        half = lower_half(network, share)
+        assert torch.equal(half.features(x, 7, context), network.features(x, 7, context))
+        own = dict(network.named_parameters())
+        assert all((p is own[name]) == share for name, p in half.named_parameters())
+        assert all(not name.startswith(("up_blocks", "conv_norm_out", "conv_out")) for name in half.state_dict())
+    assert len(network.up_blocks) == 2 and network(x, 7, context).shape == x.shape
+
+
+def test_every_weight_of_the_latent_discriminator_trains_and_none_of_the_base():
+    network, discriminator = latent()
+    discriminator.requires_grad_(True)
+    x = normal(2, 4, 12, 12).requires_grad_()
+    loss = F.softplus(-discriminator(x, torch.tensor([3, 700]), normal(2, 5, 12))).mean()
+    gradients = torch.autograd.grad(loss, [x, *discriminator.parameters()])
+    # a constant added to all keys changes no attention
+    dead = {"pool.to_k.bias"} & {name for name, _ in discriminator.named_parameters()}
+    for (name, _), g in zip([("x", x), *discriminator.named_parameters()], gradients):
+        assert (g.abs().max() > 1e-12) != (name in dead), name
+    assert not any(p.requires_grad for p in network.parameters())

@@ -1,0 +1,368 @@
+"""The trainer of one-step models: its losses against the formulas, and run as users run it, on points and latents."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import normal, relative
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, pairs  # noqa: F401
+
+import train_yoso as trainer
+import training
+from models import diffusion, weights
+from models.diffusion import Schedule, zero_terminal_snr
+
+torch.set_num_threads(1)
+SCHEDULE = Schedule.from_config(dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                                     prediction_type="v_prediction"))
+POINTS = ["--base", "gaussians", "--train_batch_size", "8", "--prior_pictures", "50", "--num_samples_eval", "200",
+          "--device", "cpu"]
+SMALL = ["--train_batch_size", "2", "--prior_pictures", "3", "--num_samples_eval", "2", "--viz_freq", "1000",
+         "--resolution", "24", "--device", "cpu"]
+
+
+def command(*argv, processes=1):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *torchrun, str(ROOT / "train_yoso.py"), *map(str, argv)]
+
+
+def train(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train_yoso.py", *map(str, argv)])
+    monkeypatch.setattr(training, "catch_stop", lambda: lambda: False)
+    training.run(trainer.main)
+
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def tables(t):
+    """alpha_t and sigma_t of the list t, computed anew."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = [math.prod((1 - betas[:u + 1]).tolist()) for u in t]
+    return [a**0.5 for a in alpha_bar], [(1 - a) ** 0.5 for a in alpha_bar]
+
+
+T = torch.tensor([0, 3, 260, 700, 999])
+GAMMA = 5.0
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("shape", [(5, 2), (5, 4, 3, 3)], ids=str)
+def test_the_generator_keeps_what_has_no_noise_and_is_x0_elsewhere(kind, shape):
+    schedule = Schedule.from_config(SCHEDULE.config | dict(prediction_type=kind))
+    prediction, x = normal(*shape, seed=1).requires_grad_(), normal(*shape)
+    G = trainer.generated(prediction, x, T, schedule)
+    G.sum().backward()
+    for i, (t, alpha, sigma) in enumerate(zip(T.tolist(), *tables(T.tolist()))):
+        c_skip, c_out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / math.sqrt((10 * t) ** 2 + 0.25)
+        x0 = (x[i] - sigma * prediction[i]) / alpha if kind == "epsilon" else alpha * x[i] - sigma * prediction[i]
+        assert relative(G[i], c_skip * x[i] + c_out * x0) < 1e-9
+        slope = -c_out * sigma * (1 / alpha if kind == "epsilon" else 1)
+        assert torch.allclose(prediction.grad[i], torch.full_like(x[i], slope), rtol=1e-9)
+    assert torch.equal(G[0], x[0])
+
+
+def test_adversarial_losses_are_softplus_of_each_sample_and_so_are_their_gradients():
+    real, fake = normal(6, 1).requires_grad_(), normal(6, 1, seed=1).requires_grad_()
+    loss = trainer.discriminator_loss(real, fake)
+    loss.backward()
+    expected = sum(math.log1p(math.exp(-r)) + math.log1p(math.exp(f))
+                   for r, f in zip(real.flatten().tolist(), fake.flatten().tolist())) / 6
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert relative(real.grad, -1 / (1 + real.detach().exp()) / 6) < 1e-12
+    assert relative(fake.grad, 1 / (1 + (-fake.detach()).exp()) / 6) < 1e-12
+    fake.grad = None
+    trainer.generator_gan_loss(fake).backward()
+    assert relative(fake.grad, -1 / (1 + fake.detach().exp()) / 6) < 1e-12
+
+
+def test_kl_is_the_square_weighted_by_the_smaller_of_snr_and_gamma():
+    fake, x0 = normal(5, 4, 3, 3).requires_grad_(), normal(5, 4, 3, 3, seed=1)
+    loss = trainer.kl_loss(fake, x0, T, SCHEDULE, GAMMA)
+    loss.backward()
+    w = [min((a / s) ** 2, GAMMA) for a, s in zip(*tables(T.tolist()))]
+    assert w[0] == GAMMA and w[-1] < 0.005
+    expected = sum(wi * ((f - x) ** 2).sum().item() / 36 for wi, f, x in zip(w, fake, x0)) / 5
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    w = torch.tensor(w, dtype=torch.float64).view(-1, 1, 1, 1)
+    assert relative(fake.grad, 2 * w * (fake.detach() - x0) / 180) < 1e-9
+
+
+def test_consistency_pulls_the_noisier_side_only_and_with_the_weight_of_the_paper():
+    seen, goal = normal(5, 7).requires_grad_(), normal(5, 7, seed=1).requires_grad_()
+    s = trainer.earlier(T, 25)
+    assert s.tolist() == [0, 0, 235, 675, 974]
+    loss = trainer.consistency_loss(seen, goal, T, s, SCHEDULE, GAMMA)
+    loss.backward()
+    here, there = ([a / b for a, b in zip(*tables(u.tolist()))] for u in (T, s))  # snr, not squared
+    w = [min(1 / (1 / h - 1 / e), GAMMA) if h != e else GAMMA for h, e in zip(here, there)]
+    assert GAMMA in w[1:] and w[-1] < 1  # both sides of the minimum
+    expected = sum(wi * ((a - b) ** 2).mean().item() for wi, a, b in zip(w, seen, goal)) / 5
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    w = torch.tensor(w, dtype=torch.float64)[:, None]
+    assert relative(seen.grad, 2 * w * (seen - goal).detach() / 35) < 1e-9 and goal.grad is None
+    end = trainer.consistency_loss(seen, goal, torch.tensor([999] * 5), torch.tensor([974] * 5),
+                                   zero_terminal_snr(SCHEDULE), GAMMA)
+    assert end.item() == 0  # pure noise: the weight vanishes, and is a number
+
+
+def test_the_v_adaptation_asks_for_the_v_of_the_teachers_epsilon():
+    v, eps, x = normal(5, 4, 2, 2).requires_grad_(), normal(5, 4, 2, 2, seed=1), normal(5, 4, 2, 2, seed=2)
+    loss = trainer.adapt_v_loss(v, eps, x, T, SCHEDULE)
+    loss.backward()
+    alpha, sigma = (torch.tensor(u, dtype=torch.float64).view(-1, 1, 1, 1) for u in tables(T.tolist()))
+    target = (eps - sigma * x) / alpha  # alpha eps - sigma (x - sigma eps) / alpha, as alpha^2 + sigma^2 = 1
+    assert loss.item() == pytest.approx(((v - target) ** 2).mean().item(), rel=1e-9)
+    assert relative(v.grad, 2 * (v.detach() - target) / v.numel()) < 1e-9
+
+
+def test_the_zero_snr_adaptation_asks_for_the_teachers_picture_on_the_new_schedule():
+    v, told, x0, eps = (normal(5, 4, 2, 2, seed=i) for i in range(4))
+    v.requires_grad_()
+    new = zero_terminal_snr(SCHEDULE)
+    x, x_new = (diffusion.add_noise(x0, eps, T, schedule) for schedule in (SCHEDULE, new))
+    loss = trainer.adapt_zsnr_loss(v, told, x, x_new, T, SCHEDULE, new)
+    loss.backward()
+    alpha, sigma = (torch.tensor(u, dtype=torch.float64).view(-1, 1, 1, 1) for u in tables(T.tolist()))
+    first, last = tables([0, 999])[0]
+    alpha_new = (alpha - last) * first / (first - last)
+    seen = alpha * x - sigma * told
+    target = (alpha_new * x_new - seen) / (1 - alpha_new**2).sqrt()
+    assert relative(target[-1], -seen[-1]) < 1e-9 and relative(x_new[-1], eps[-1]) < 1e-9  # at T: -x0, from noise
+    assert loss.item() == pytest.approx(((v - target) ** 2).mean().item(), rel=1e-7)
+    assert relative(v.grad, 2 * (v.detach() - target) / v.numel()) < 1e-7  # near t = 0 1 - alpha^2 loses digits
+
+
+# --------------------------------------------------------------------------------------------------------- who learns
+
+
+@pytest.mark.parametrize("flags", [["--train", "lora"], ["--train", "lora", "--adversarial", "noisy", "--consistency",
+                                   "mse"], ["--adversarial", "data"]], ids=["lora", "noisy", "all, data"])
+def test_generator_and_discriminator_take_turns_and_nothing_else_changes(monkeypatch, tmp_path, pairs, flags):  # noqa: F811
+    made, average, calls = {}, training.average_gradients, []
+    load, build, half = trainer.weights.load_base, trainer.LatentDiscriminator, trainer.lower_half
+
+    def keep(name, network):
+        made[name] = network, {k: v.detach().clone() for k, v in network.state_dict().items()}
+        return network
+
+    def load_base(*args, **kwargs):
+        base = load(*args, **kwargs)
+        for part in ("unet", "vae", "text_encoder"):
+            keep(part, getattr(base, part))
+        return base
+
+    monkeypatch.setattr(trainer.weights, "load_base", load_base)
+    monkeypatch.setattr(trainer, "LatentDiscriminator", lambda *a: keep("discriminator", build(*a)))
+    monkeypatch.setattr(trainer, "lower_half", lambda *a, **k: keep("judge", half(*a, **k)))
+
+    def watch(parameters):
+        parameters = list(parameters)
+        calls.append(parameters)
+        idle = made["discriminator" if len(calls) % 2 else "unet"][0]
+        assert all(p.grad is None for p in idle.parameters())
+        assert all(p.grad is not None for p in parameters)
+        average(parameters)
+
+    monkeypatch.setattr(training, "average_gradients", watch)
+    train(monkeypatch, "--train_data_dir", pairs, "--output_dir", tmp_path / "run", *SMALL, *flags,
+          "--max_train_steps", 3, "--learning_rate", 1e-3)
+    assert len(calls) == 6 and {id(p) for p in calls[1]} == {id(p) for p in made["discriminator"][0].parameters()}
+    trained = {id(p) for p in calls[0] + calls[1]}
+    for name, (network, before) in made.items():
+        for k, p in network.named_parameters():
+            if k in before:
+                assert torch.equal(p, before[k]) != (id(p) in trained), (name, k)
+    lora = [k for k, p in made["unet"][0].named_parameters() if id(p) in trained]
+    assert ("lora" in flags) == all(".lora_" in k for k in lora)
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    if "lora" in flags:
+        assert saved.keys() == {f"unet.{k}" for k in lora} | {"prior.mean", "prior.std"}
+
+
+@pytest.mark.parametrize("kind", ["coop", "data", "noisy"])
+def test_the_discriminators_real_side_is_what_the_flag_says(monkeypatch, tmp_path, kind):
+    """The first step written out: what D is shown as real and as fake, and at which noise levels."""
+    seen, network = [], trainer.gaussians.MLP
+
+    class Watched(network):
+        def forward(self, x, t, context=None):
+            seen.append((x.detach().clone(), t.clone()))
+            return super().forward(x, t, context)
+
+    monkeypatch.setattr(trainer.gaussians, "MLP", lambda c: Watched(c) if c == 1 else network(c))
+    train(monkeypatch, *POINTS, "--adversarial", kind, "--dtype", "float64", "--max_train_steps", 1, "--output_dir",
+          tmp_path / "run")
+    (through, _), (real, t_real), (fake, t_fake) = seen
+    base = trainer.gaussians.load_base(42, torch.float64, torch.device("cpu"))
+    batch = next(trainer.data.batches(trainer.gaussians.Points("train", 42), 8, 42))
+    x0 = batch["target"].double()
+
+    def draw(what):
+        return torch.randn(8, 2, generator=training.rng(42, 0, what)).double()
+
+    t = torch.randint(1000, (8,), generator=training.rng(42, 0, "t"))
+    s = (t - 250).clamp(min=0)
+
+    def G(u):
+        x = diffusion.add_noise(x0, draw("noise"), u, base.schedule)
+        return trainer.generated(base.unet(x, u), x, u, base.schedule)
+
+    wanted = G(s) if kind == "coop" else x0
+    if kind == "noisy":
+        assert relative(real, diffusion.add_noise(x0, draw("again real"), s, base.schedule)) < 1e-12
+        assert relative(fake, diffusion.add_noise(G(t), draw("again fake"), s, base.schedule)) < 1e-12
+        assert torch.equal(t_real, s) and torch.equal(t_fake, s)
+    else:
+        assert relative(real, wanted) < 1e-12 and relative(fake, G(t)) < 1e-12
+        assert torch.equal(t_real, t) and torch.equal(t_fake, t)
+    assert torch.equal(through, fake)
+
+
+# -------------------------------------------------------------------------------------------------- stages and files
+
+
+def test_the_quick_adaption_leads_from_epsilon_to_v_to_pure_noise_and_each_result_is_a_base(monkeypatch, tmp_path):
+    epsilon = tmp_path / "tiny-epsilon"
+    base = weights.load_base("tiny")
+    base.schedule.config["prediction_type"] = "epsilon"
+    weights.save_folder(epsilon, base)
+    common = ["--train", "all", "--train_data_dir", "drawn:circles", *SMALL, "--max_train_steps", 2]
+    flags = ["--learning_rate", 1e-4, *common]
+    train(monkeypatch, "--base", epsilon, "--stage", "adapt_v", "--output_dir", tmp_path / "one", *flags)
+    v = weights.load_base(str(tmp_path / "one" / "base"))
+    assert v.schedule.prediction_type == "v_prediction" and v.schedule.alpha[-1] > 0
+    train(monkeypatch, "--base", tmp_path / "one" / "base", "--stage", "adapt_zsnr", "--output_dir", tmp_path / "two",
+          *flags)
+    pure = weights.load_base(str(tmp_path / "two" / "base"))
+    assert pure.schedule.alpha[-1] == 0
+    assert not torch.equal(pure.unet.conv_in.weight, v.unet.conv_in.weight)
+    assert torch.equal(pure.vae.decoder.conv_in.weight, base.vae.decoder.conv_in.weight)
+    train(monkeypatch, "--base", tmp_path / "two" / "base", "--output_dir", tmp_path / "three", *flags)
+    logs = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[-1]) for run in ("one", "three")]
+    assert "adapt" in logs[0] and "gan" not in logs[0]
+    assert {"gan", "kl", "con", "disc", "logit_gap", "spread", "grad_norm", "disc_right_on_real", "val_spread"
+            } <= logs[1].keys() and all(math.isfinite(value) for value in logs[1].values())
+
+
+def test_the_checkpoint_is_the_mean_of_the_weights_and_carries_the_prior(monkeypatch, tmp_path, pairs):  # noqa: F811
+    train(monkeypatch, "--train", "lora", "--train_data_dir", pairs, "--output_dir", tmp_path / "run", *SMALL,
+          "--max_train_steps", 3, "--dtype", "float64", "--learning_rate", 1e-3)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
+        config, saved = json.loads(file.metadata()["config"]), {k: file.get_tensor(k) for k in file.keys()}
+        assert (file.metadata()["kind"], file.metadata()["base"], config["lora_rank"]) == ("yoso", "tiny", 64)
+    name = next(k for k in state["trained"] if k.endswith("mid_block.resnets.0.conv1.lora_B.weight"))
+    assert torch.equal(saved[name], state["ema"][name]) and not torch.equal(saved[name], state["trained"][name])
+    base = weights.load_base("tiny", dtype=torch.float64)
+    pictures = trainer.data.open_paired(pairs, "train", "resized_crop_24")
+    z = torch.stack([base.vae.encode(pictures[i]["target"][None].double())[0][0] for i in range(3)])
+    assert relative(saved["prior.mean"], z.mean(0)) < 1e-9 and relative(saved["prior.std"], z.std(0, False)) < 1e-9
+    prior = weights.load_prior(tmp_path / "run" / "prior.safetensors", (4, 6, 6))
+    assert relative(prior[1].double(), saved["prior.std"]) < 1e-6
+    lora = load_file(tmp_path / "run" / "lora.safetensors")
+    assert relative(lora[name] * 8, saved[name]) < 1e-9  # times alpha / rank = 1 / 8
+    before = base.unet.mid_block.resnets[0].conv1.weight.clone()
+    weights.load_lora(str(tmp_path / "run"), base)
+    A = saved[name.replace("lora_B", "lora_A")].flatten(1)
+    change = base.unet.mid_block.resnets[0].conv1.weight - before
+    assert relative(change.flatten(1), saved[name].flatten(1) @ A / 8) < 1e-6
+    assert len(load_file(tmp_path / "run" / "lora_kohya.safetensors")) == 1.5 * len(lora)
+
+
+def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path, pairs):  # noqa: F811
+    """In float16's smaller brother; a pass without gradient must not leave its cast weights to one with."""
+    seen, average = [], training.average_gradients
+    monkeypatch.setattr(training, "average_gradients", lambda ps: average(seen.append(ps := [*ps]) or [
+        p for p in ps if p.grad.abs().sum() >= 0]))
+    train(monkeypatch, "--train", "lora", "--mixed_precision", "bf16", "--gradient_checkpointing", "--train_data_dir",
+          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 2, "--learning_rate", 1e-3)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert len(seen) == 4 and all(t.dtype == torch.float32 for t in state["trained"].values())
+    moved = [k for k, t in state["trained"].items() if k.endswith("lora_B.weight") and t.abs().max() == 0]
+    assert not moved, moved
+
+
+# ------------------------------------------------------------------------------------- the same computation, otherwise
+
+
+def test_killed_and_resumed_ends_in_the_same_bits(tmp_path):
+    """Generator, mean of the weights, discriminator, both optimizers, prior."""
+    flags = [*POINTS, "--max_train_steps", "90", "--checkpointing_steps", "20", "--eval_freq", "1000"]
+    subprocess.run(command(*flags, "--output_dir", tmp_path / "whole"), env=ENV, check=True, capture_output=True)
+    process = subprocess.Popen(command(*flags, "--output_dir", tmp_path / "cut"), env=ENV, stderr=subprocess.DEVNULL)
+    log = tmp_path / "cut" / "log.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 30:
+        assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    process.wait()
+    subprocess.run(command("--resume", tmp_path / "cut"), env=ENV, check=True, capture_output=True)
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    assert_same(*(torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "cut")), 0)
+
+
+def test_two_processes_and_accumulation_are_one_computation(tmp_path, pairs):  # noqa: F811
+    common = ["--train", "lora", "--train_data_dir", pairs, *SMALL[2:], "--dtype", "float64", "--max_train_steps", 5]
+    ways = {"one": (["--train_batch_size", 4], 1), "two": (["--train_batch_size", 2], 2),
+            "slices": (["--train_batch_size", 2, "--gradient_accumulation_steps", 2], 1)}
+    for name, (batch, processes) in ways.items():
+        subprocess.run(command(*common, *batch, "--output_dir", tmp_path / name, processes=processes), env=ENV,
+                       check=True, capture_output=True)
+    one, *others = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ways)
+    for other in others:
+        for part in ("trained", "ema", "discriminator", "prior"):
+            assert_same(one[part], other[part], 1e-10)
+
+
+def assert_same(a, b, bound):
+    """Of tensors the largest difference over the largest value; 0 asks for the same bits."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key], bound)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for pair in zip(a, b):
+            assert_same(*pair, bound)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b) or (a - b).abs().max() <= bound * a.abs().max()
+    else:
+        assert a == b
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+BAD = {  # what is wrong: the flags, words of the one line
+    "no such base": (["--base", "/nowhere"], ["/nowhere", "expected a folder"]),
+    "no such folder": (["--train_data_dir", "/nowhere"], ["/nowhere", "train_A"]),
+    "no such drawing": (["--train_data_dir", "drawn:cats"], ["cats", "drawn:circles"]),
+    "a stage that is over": (["--stage", "adapt_v"], ["adapt_v", "predicts v already"]),
+    "a stage too early": (["--stage", "adapt_zsnr", "--prediction_type", "epsilon"], ["--stage adapt_v first"]),
+    "no prediction": (["--prediction_type", "x0"], ["x0", "v_prediction"]),
+    "no U-Net to look through": (["--base", "gaussians", "--consistency", "perceptual"], ["--consistency mse"]),
+    "no layer for LoRA": (["--base", "gaussians", "--train", "lora"], ["--train all"]),
+    "unknown adversary": (["--adversarial", "teacher"], ["--adversarial", "coop"]),
+    "no loss": (["--lambda_gan", "0", "--lambda_kl", "0", "--lambda_con", "0"], ["--lambda_kl"]),
+    "no prior": (["--prior_pictures", "0"], ["--prior_pictures", "1 or more"]),
+    "the paired trainer's flag": (["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
+    "run in the way": (["--output_dir", "{taken}"], ["holds a run already", "--resume"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing_half_written(monkeypatch, capsys, tmp_path, case):
+    flags, words = BAD[case]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit) as caught:
+        train(monkeypatch, "--train_data_dir", "drawn:circles", *SMALL, "--output_dir", tmp_path / "run",
+              *(flag.format(taken=tmp_path / "taken") for flag in flags))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line or "Traceback" in line]
+    assert caught.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
+    assert not list(tmp_path.glob("**/*.tmp")) and not list(tmp_path.glob("**/*.safetensors"))
