@@ -1,6 +1,6 @@
 """Trains YOSO: a diffusion model becomes one that draws a picture in one step, by chasing its own better guesses.
 
-    python train_yoso.py --base gaussians                 # points in the plane, CPU, two minutes
+    python train_yoso.py --base gaussians                 # points in the plane, CPU, three minutes
     python train_yoso.py                                  # drawn scenes, tiny base from random weights, CPU
     python train_yoso.py --base sd15 --train_data_dir DATA --mixed_precision bf16
     python train_yoso.py --base BASE --train all --stage adapt_v ...; then --base runs/NAME/base --stage adapt_zsnr ...
