@@ -40,7 +40,7 @@ from models import diffusion, weights
 from models.diffusion import Schedule, add_noise, predict_x0
 from models.discriminator import LatentDiscriminator, lower_half, share_right
 from models.lora import add_lora, write_lora
-from tiny import gaussians, scenes
+from tiny import gaussians
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
            "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
@@ -185,9 +185,8 @@ def learning_rate(step: int, config: Config, last: int) -> float:
 def open_data(cfg: Config, split: str, prep: str | None):
     if cfg.base == "gaussians":
         return gaussians.Points(split, cfg.seed)
-    if cfg.train_data_dir == "drawn:scenes":
-        return scenes.Paired(split, cfg.resolution, cfg.seed)
-    return data.open_paired(cfg.train_data_dir, split, prep or f"resized_crop_{cfg.resolution}", cfg.seed)
+    prep = prep or f"resized_crop_{cfg.resolution}"
+    return data.open_paired(cfg.train_data_dir, split, prep, cfg.seed, cfg.resolution)
 
 
 def check_stage(cfg: Config, schedule: Schedule) -> None:
