@@ -51,7 +51,7 @@ def main() -> None:
         more = ["--resume", str(cut)] if resumable else first
         process, starts = subprocess.Popen(command(*more), **quiet), starts + 1
         try:
-            process.wait(rng.uniform(2.0, 2.0 + length / args.kills))
+            process.wait(rng.uniform(2.0, 5.0 + length / args.kills))  # Python alone takes about two seconds to start
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -62,7 +62,7 @@ def main() -> None:
         if process.returncode:
             sys.exit(f"a resumed run failed with status {process.returncode}")
         break
-    subprocess.run(command("--resume", str(cut)), check=True, **quiet)
+    subprocess.run(command("--resume", str(cut)), check=True, **quiet)  # to the end, if the last kill was before it
     one, other = (load_file(folder / name / "model.safetensors") for name in ("whole", "cut"))
     same = one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     lines = [json.loads(line) for line in (cut / "log.jsonl").read_text().splitlines()]
