@@ -19,6 +19,7 @@ FIXED = dict(attention_dropout=0.0)
 
 @dataclass
 class TextConfig:
+    """Defaults are those of OpenCLIP ViT-H without its last layer (SD 2.x, SD-Turbo)."""
     vocab_size: int = 49408
     hidden_size: int = 1024
     intermediate_size: int = 4096
@@ -43,6 +44,8 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class Attention(nn.Module):
+    """Multi-head attention of [B, N, C] to itself; `causal`: no token sees a later one."""
+
     def __init__(self, c: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -66,6 +69,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """[B, N, C] -> [B, N, C], norms first."""
+
     def __init__(self, c: int, c_hidden: int, heads: int, activation: str, eps: float):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(c, eps=eps)
@@ -90,6 +95,8 @@ class Encoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
+    """Token ids [B, N] -> [B, N, C]."""
+
     def __init__(self, c: TextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -113,6 +120,8 @@ class TextTransformer(nn.Module):
 
 
 class TextEncoder(nn.Module):
+    """Module names are those of `transformers`' `CLIPTextModel`."""
+
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
@@ -253,6 +262,8 @@ def prepare(x: Tensor, size: int = 224) -> Tensor:
 
 
 class VisionEmbeddings(nn.Module):
+    """Pixels [B, 3, S, S] -> [B, 1 + patches, C], the class token first."""
+
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.randn(c.hidden_size))

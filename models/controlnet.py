@@ -21,6 +21,7 @@ FIXED = unet.FIXED | dict(controlnet_conditioning_channel_order="rgb", encoder_h
 
 @dataclass
 class ControlNetConfig:
+    """Defaults are those of SD 1.5's ControlNets."""
     in_channels: int = 4
     conditioning_channels: int = 3
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
@@ -72,6 +73,8 @@ class ConditionEmbedding(nn.Module):
 
 
 class ControlNet(nn.Module):
+    """The U-Net's way down and middle once more, with the condition; module names are the files' own."""
+
     def __init__(self, config: ControlNetConfig):
         super().__init__()
         self.config = c = config

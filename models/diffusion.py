@@ -15,6 +15,7 @@ KINDS = ("epsilon", "v_prediction")
 
 @dataclass
 class Schedule:
+    """alpha_t and sigma_t of x_t = alpha_t x0 + sigma_t eps, and how a checkpoint wants to be sampled."""
     alpha: Tensor  # [T] float64, falls from nearly 1
     sigma: Tensor  # [T] float64, sqrt(1 - alpha^2)
     prediction_type: str = "epsilon"

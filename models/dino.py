@@ -27,6 +27,8 @@ VIT_B8 = DINOConfig()
 
 
 class Attention(nn.Module):
+    """Multi-head attention of [B, N, C] to itself; one matrix gives q, k and v."""
+
     def __init__(self, c: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -53,6 +55,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """[B, N, C] -> [B, N, C], norms first."""
+
     def __init__(self, c: int, heads: int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(c, eps=1e-6), nn.LayerNorm(c, eps=1e-6)

@@ -41,6 +41,8 @@ def mean_pool(x: Tensor) -> Tensor:
 
 
 class A(nn.Module):
+    """`c_in` channels -> 224 + `c_pool`, the same size; the pool does not count padding."""
+
     def __init__(self, c_in: int, c_pool: int):
         super().__init__()
         self.branch1x1 = Conv(c_in, 64, 1)
@@ -126,6 +128,8 @@ class E(nn.Module):
 
 
 class Inception(nn.Module):
+    """Pixels of `prepare` [B, 3, 299, 299] -> features [B, 2048], of the network with which FID was defined."""
+
     def __init__(self):
         super().__init__()
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)

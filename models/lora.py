@@ -19,6 +19,8 @@ from models import unet
 
 
 class LoRALinear(nn.Linear):
+    """`lora_A` is [rank, in], `lora_B` [out, rank]."""
+
     def __init__(self, layer: nn.Linear, rank: int, alpha: float):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features

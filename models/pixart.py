@@ -22,6 +22,7 @@ PIXELS = 8  # a side of one latent of Stable Diffusion's VAE: the 1024 model is 
 
 @dataclass
 class PixArtConfig:
+    """Defaults are those of the 1024 model."""
     in_channels: int = 4
     out_channels: int = 8  # twice those in: the rest is a variance, which one-step sampling has no use for
     num_attention_heads: int = 16
@@ -175,6 +176,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """[B, N, C] -> [B, N, C]: attention, cross attention to the caption, MLP; the first and last are modulated by the
+    time."""
+
     def __init__(self, c: int, heads: int, eps: float):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(6, c) / c**0.5)
@@ -192,6 +196,8 @@ class Block(nn.Module):
 
 
 class PixArt(nn.Module):
+    """Module names are those of `diffusers`' `PixArtTransformer2DModel`."""
+
     def __init__(self, config: PixArtConfig):
         super().__init__()
         self.config = c = config

@@ -81,6 +81,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Gated: GELU(W0 x) W1 x, tanh-GELU."""
+
     def __init__(self, c: int, c_hidden: int):
         super().__init__()
         self.wi_0, self.wi_1 = nn.Linear(c, c_hidden, bias=False), nn.Linear(c, c_hidden, bias=False)
@@ -94,6 +96,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """[B, N, C] -> [B, N, C], norms first; the `first` holds the table of positions for all."""
+
     def __init__(self, c: T5Config, first: bool):
         super().__init__()
         buckets = c.relative_attention_num_buckets if first else 0
@@ -110,6 +114,8 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Token ids [B, N] -> [B, N, C] after the last norm."""
+
     def __init__(self, c: T5Config):
         super().__init__()
         self.block = nn.ModuleList([Block(c, i == 0) for i in range(c.num_layers)])
@@ -124,6 +130,8 @@ class Encoder(nn.Module):
 
 
 class T5Encoder(nn.Module):
+    """Module names are those of `transformers`' `T5EncoderModel`."""
+
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config

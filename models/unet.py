@@ -28,6 +28,7 @@ FIXED = dict(act_fn="silu", addition_embed_type=None, attention_type="default", 
 
 @dataclass
 class UNetConfig:
+    """Defaults are those of SD 1.5, or what `config.json` says."""
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -78,6 +79,8 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """[B, c_in, h, w] and the time embedding [B, c_time] -> [B, c_out, h, w]."""
+
     def __init__(self, c_in: int, c_out: int, c_time: int, groups: int, eps: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
@@ -138,6 +141,8 @@ def start_louder(layer: nn.Module) -> None:
 
 
 class TransformerBlock(nn.Module):
+    """[B, N, C] -> [B, N, C]: attention to itself, to the caption, then an MLP, norms first."""
+
     def __init__(self, c: int, c_context: int, heads: int):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(c), nn.LayerNorm(c), nn.LayerNorm(c)
@@ -196,6 +201,8 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
+    """A level on the way down -> its result and the skips that it leaves."""
+
     def __init__(self, c_in: int, c_out: int, c_time: int, heads: int, attention: bool, down: bool, c: UNetConfig):
         super().__init__()
         n = c.layers_per_block
@@ -220,6 +227,8 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """The lowest level: residual block, transformer, residual block."""
+
     def __init__(self, width: int, c_time: int, heads: int, c: UNetConfig):
         super().__init__()
         self.attentions = nn.ModuleList([
@@ -232,6 +241,8 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """A level on the way up, which takes as many skips as it has residual blocks."""
+
     def __init__(self, c_below: int, c_out: int, c_skips: list[int], c_time: int, heads: int, attention: bool, up: bool,
                  c: UNetConfig):
         super().__init__()

@@ -20,6 +20,7 @@ FIXED = dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=No
 
 @dataclass
 class VAEConfig:
+    """Defaults are those of Stable Diffusion."""
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
@@ -42,6 +43,8 @@ class VAEConfig:
 
 
 class ResBlock(nn.Module):
+    """[B, c_in, h, w] -> [B, c_out, h, w]."""
+
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -102,6 +105,8 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
+    """A level of the encoder, halving height and width where `down`."""
+
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, down: bool):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
@@ -114,6 +119,8 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+    """A level of the decoder, doubling height and width where `up`."""
+
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, up: bool):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
@@ -131,6 +138,8 @@ def run(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
 
 
 class Encoder(nn.Module):
+    """Pictures [B, 3, H, W] -> moments [B, 2 C, h, w], and the inputs of the down blocks as skips."""
+
     def __init__(self, c: VAEConfig):
         super().__init__()
         widths, n = c.block_out_channels, len(c.block_out_channels)
@@ -154,6 +163,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents [B, C, h, w] -> pictures [B, 3, H, W]."""
+
     def __init__(self, c: VAEConfig):
         super().__init__()
         widths, n = c.block_out_channels[::-1], len(c.block_out_channels)

@@ -677,6 +677,7 @@ def read_pkl(path: pathlib.Path, expected: str = "a checkpoint of img2img-turbo"
 
 
 def find_checkpoint(name: str) -> pathlib.Path:
+    """A file, a run's folder, a Hub id, or a released name of the table, which is downloaded once."""
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         path = path / "model.safetensors"
@@ -799,8 +800,7 @@ def has_judge(name: str) -> bool:
 def load_judge(name: str, device: str = "cpu") -> Judge:
     """"lpips", "clip", "dino" or "inception", in float32."""
     files = judge_files(name)
-    read = [safetensors.torch.load_file(path) if path.suffix == ".safetensors" else read_pkl(path, f"{name}'s weights")
-            for path in files]
+    read = [read_tensors(path, f"{name}'s weights")[0] for path in files]
     module = dict(lpips=lpips, clip=clip, dino=dino, inception=inception)[name]
     with reading(files[0], f"the weights of {name}"):
         network = module.from_state_dict(*read).float().to(device)
