@@ -6,14 +6,25 @@ A paired data set is a folder (the layout of img2img-turbo, github.com/GaParmar/
     train_A/  train_B/  train_prompts.json      inputs, targets of the same name (or stem), {"file name": "caption"}
     test_A/   test_B/   test_prompts.json       without the json: a .txt beside a picture, else no caption
 
-An unpaired one has the same four folders, names at will, and fixed_prompt_a.txt, fixed_prompt_b.txt. To look at either,
-and to estimate a prior (sample.py --prior) from the pictures of one folder:
+An unpaired one has the same four folders, names at will, and fixed_prompt_a.txt, fixed_prompt_b.txt. For YOSO's
+training, pictures with captions are the targets of a paired set, or any of
+
+    FOLDER                      pictures, with metadata.jsonl ({"file_name": ..., "text": ...}) or a .txt beside each
+    FILE.zip                    pictures, with dataset.json ({"labels": [["name", class], ...]}: the layout of EDM)
+    FILE.txt                    captions alone, one a line: a --teacher draws the pictures
+    CACHE                       what `data.py cache` made of one of these
+
+of which every tenth item is for the test, unless FOLDER has train/ and test/. Commands:
 
     python data.py check FOLDER                 counts, sizes, captions, problems, and a contact sheet
-    python data.py prior FOLDER --base B --size S --output F    mean and deviation of its latents
+    python data.py cache DATA --base B --output CACHE           latents and text contexts, computed once
+    python data.py prior FOLDER --base B --size S --output F    mean and deviation of a folder's latents
 """
 
 import argparse
+import contextlib
+import hashlib
+import io
 import json
 import math
 import re
@@ -21,31 +32,37 @@ import signal
 import sys
 import textwrap
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: half a gigabyte as RGB
+CACHE = "one-step-diffusion cache 1"
 DRAWN = ("circles", "scenes")  # tiny/NAME.py, reached as drawn:NAME
 
 
 # -------------------- One picture
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path | BinaryIO, name: str | Path | None = None) -> Image.Image:
     """Any picture file as 8-bit RGB, upright: EXIF rotation applied, transparency over white, 16 bits rounded to 8
-    (grey; of 16-bit colour Pillow itself keeps the upper 8 bits), the first frame of an animation.
+    (grey; of 16-bit colour Pillow itself keeps the upper 8 bits), the first frame of an animation. Of an open file
+    `name` is what errors call it.
 
     ValueError, one sentence naming the file: missing, not a picture, damaged or cut short, no pixel or more than
     MAX_PIXELS, floating-point or 32-bit values."""
+    name = name or path
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that are allowed here
@@ -59,10 +76,10 @@ def open_picture(path: str | Path) -> Image.Image:
                     picture = file.copy()
             return _as_rgb(picture)
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture of a known format: save it as PNG, JPEG, WebP or TIFF") from None
+        raise ValueError(f"{name} is not a picture of a known format: save it as PNG, JPEG, WebP or TIFF") from None
     except Exception as error:  # Pillow's decoders let out OSError, SyntaxError, ValueError, struct.error, ...
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not a readable picture ({reason}): replace or remove it") from None
+        raise ValueError(f"{name} is not a readable picture ({reason}): replace or remove it") from None
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
@@ -113,7 +130,8 @@ def _arrange(pictures: Sequence[Image.Image], rng: np.random.Generator | None = 
              stretch: int = 0, crop: int = 0, random: bool = False, flip: bool = False) -> list[Image.Image]:
     """Scale (short side to `short`, or to a square of `stretch`), crop to a square, flip: one draw for all pictures."""
     prepared = []
-    corner = rng.integers(0, stretch - crop + 1, size=2).tolist() if random and rng is not None else None
+    where = rng.random(2) if short and random and rng is not None else None
+    corner = rng.integers(0, stretch - crop + 1, size=2).tolist() if stretch and random and rng is not None else None
     flip = flip and rng is not None and rng.random() < 0.5
     for picture in pictures:
         width, height = picture.size
@@ -125,6 +143,8 @@ def _arrange(pictures: Sequence[Image.Image], rng: np.random.Generator | None = 
         if stretch:
             picture = picture.resize((stretch, stretch), Image.Resampling.LANCZOS)
         if crop:  # round half to even, as torchvision's CenterCrop
+            if where is not None:
+                corner = [int(u * (side - crop + 1)) for u, side in zip(where, picture.size)]
             left, top = corner or (round((side - crop) / 2) for side in picture.size)
             picture = picture.crop((left, top, left + crop, top + crop))
         prepared.append(ImageOps.mirror(picture) if flip else picture)
@@ -137,14 +157,15 @@ def prepare(name: str) -> Callable[..., list[Image.Image]]:
     central and nothing is flipped. All scaling is Lanczos. ValueError on an unknown name."""
     if name == "no_resize":
         return _arrange
-    if match := re.fullmatch(r"resized_crop_([1-9]\d*)", name):
-        return partial(_arrange, short=int(match[1]), crop=int(match[1]))
+    if match := re.fullmatch(r"resized_(random)?crop_([1-9]\d*)(_hflip)?", name):
+        return partial(_arrange, short=int(match[2]), crop=int(match[2]), random=bool(match[1]), flip=bool(match[3]))
     if match := re.fullmatch(r"resize_([1-9]\d*)(x\1)?", name):
         return partial(_arrange, stretch=int(match[1]))
     if match := re.fullmatch(r"resize_([1-9]\d*)_randomcrop_([1-9]\d*)x\2(_hflip)?", name):
         if int(match[1]) >= int(match[2]):
             return partial(_arrange, stretch=int(match[1]), crop=int(match[2]), random=True, flip=bool(match[3]))
-    raise ValueError(f"unknown preparation '{name}': expected resized_crop_N, resize_N, resize_NxN, "
+    raise ValueError(f"unknown preparation '{name}': expected resized_crop_N, resized_randomcrop_N (or with _hflip), "
+                     "resize_N, resize_NxN, "
                      "resize_M_randomcrop_NxN or resize_M_randomcrop_NxN_hflip (M at least N), or no_resize")
 
 
@@ -351,6 +372,140 @@ def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: 
     raise ValueError(f"there are no drawings '{name}': known are {', '.join(f'drawn:{known}' for known in DRAWN)}")
 
 
+class Captioned(Dataset):
+    """Pictures with captions, of one of the places that this file's first lines name; item i, or (i, key) with key the
+    integers from which crop and flip are drawn: target [3, H, W] in [-1, 1], caption, name. Captions alone have no
+    target.
+
+    ValueError, one sentence: at construction on what is none of these or has no items, at an item on an unreadable
+    picture."""
+
+    def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
+        self.source, self.prepare, self.archive = Path(source), prepare(prep), None
+        folders = all((self.source / name).is_dir() for name in ("train", "test"))
+        self.folder = self.source / split if folders else self.source
+        if self.source.suffix == ".zip" and self.source.is_file():
+            items = self._in_zip()
+        elif self.source.suffix == ".txt" and self.source.is_file():
+            lines = [" ".join(line.split()) for line in _read_text(self.source).splitlines()]
+            items = [(None, line) for line in lines if line]
+        elif self.folder.is_dir():
+            items = self._in_folder(column)
+        else:
+            raise ValueError(f"{source} is no data: expected a folder of pictures, a .zip in the layout of EDM, a .txt"
+                             " of captions, a cache of data.py, or drawn:scenes")
+        test = split == "test"
+        self.items = items if folders else [item for i, item in enumerate(items) if (i % 10 == 9) == test]
+        if not self.items:
+            raise ValueError(f"{self.folder} holds {len(items)} pictures or captions; expected ten or more, of which"
+                             " every tenth is for the test")
+        self.captions = [caption for _, caption in self.items]
+
+    def _in_zip(self) -> list[tuple[str, str]]:
+        try:
+            names = sorted(n for n in self._archive().namelist() if Path(n).suffix.lower() in SUFFIXES)
+            labels = json.loads(self._archive().read("dataset.json"))["labels"] or []
+            classes = {name: f"class {int(label)}" for name, label in labels}
+        except Exception as error:  # of zipfile, zlib, json, and what a foreign dataset.json makes Python raise
+            raise ValueError(f"{self.source} cannot be used ({' '.join(str(error).split())}); expected a zip of"
+                             " pictures with a dataset.json, as EDM's dataset_tool.py writes it") from None
+        finally:
+            self.archive = None  # each process that loads pictures opens its own
+        return [(name, classes.get(name, "")) for name in names]
+
+    def _archive(self) -> zipfile.ZipFile:
+        self.archive = self.archive or zipfile.ZipFile(self.source)
+        return self.archive
+
+    def _in_folder(self, column: str) -> list[tuple[str, str]]:
+        names, table = pictures_in(self.folder), self.folder / "metadata.jsonl"
+        if not table.is_file():
+            return [(name, _caption(self.folder / name, self.folder / name, None) or "") for name in names]
+        captions = {}
+        for number, line in enumerate(_read_text(table).splitlines(), start=1):
+            try:
+                row = json.loads(line or "null")
+                captions |= {row["file_name"]: str(row[column])} if row else {}
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{table} line {number}: expected an object with file_name and {column}"
+                                 " (--caption_column)") from None
+        if missing := [name for name in names if name not in captions]:
+            raise ValueError(f"{table} has no caption for '{missing[0]}' ({len(missing)} of {len(names)} have none)")
+        return [(name, captions[name]) for name in names]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
+        index, key = item if isinstance(item, tuple) else (item, None)
+        file, caption = self.items[index]
+        if file is None:
+            return dict(caption=caption, name=f"caption {index}")
+        path = self.folder / file
+        if self.source.suffix == ".zip":
+            picture = open_picture(io.BytesIO(self._archive().read(file)), path)
+        else:
+            picture = open_picture(path)
+        picture, = self.prepare([picture], None if key is None else np.random.default_rng(key))
+        return dict(target=to_tensor(picture) * 2 - 1, caption=caption, name=file)
+
+
+class Cached(Dataset):
+    """What `cache` wrote: mean and std [4, h, w] of the scaled latent (not of captions alone), context_0 [N, C] and
+    context_1 [N] (a mask) of the caption, caption, name. A shard's bytes are hashed when it is first opened."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder, self.opened = Path(folder), {}
+        index = read_cache_index(self.folder)
+        self.facts, self.shards = index["facts"], index["shards"][split]
+        self.items = [(i, row) for i, shard in enumerate(self.shards) for row in range(len(shard["captions"]))]
+        self.captions = [caption for shard in self.shards for caption in shard["captions"]]
+        if len(self.items) < index["items"][split] or not self.items:
+            raise ValueError(f"{folder} holds {len(self.items)} of {index['items'][split]} {split} items; run python"
+                             " data.py cache again, which goes on where it stood")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
+        i, row = self.items[item[0] if isinstance(item, tuple) else item]
+        if i not in self.opened:
+            check_shard(self.folder, self.shards[i])
+            self.opened[i] = safe_open(self.folder / self.shards[i]["file"], framework="pt")
+        file = self.opened[i]
+        return {name: file.get_slice(name)[row] for name in file.keys()} | dict(
+            caption=self.shards[i]["captions"][row], name=self.shards[i]["names"][row])
+
+
+def read_cache_index(folder: Path) -> dict:
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        if index["format"] != CACHE:
+            raise ValueError(f"its format is {index['format']!r}")
+        return index
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'index.json'} is no index of a cache ({error}): expected what python data.py cache"
+                         " wrote") from None
+
+
+def check_shard(folder: Path, shard: dict) -> None:
+    path = folder / shard["file"]
+    with contextlib.suppress(OSError):
+        if hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]:
+            return
+    raise ValueError(f"{path} is missing or not what was written: run python data.py cache again, which makes it anew")
+
+
+def open_captioned(source: str | Path, split: str, prep: str, seed: int = 0, size: int = 64, column: str = "text"
+                   ) -> Dataset:
+    """Pictures with captions from any place that this file's first lines name."""
+    if (Path(source) / "index.json").is_file():
+        return Cached(source, split)
+    if str(source).startswith("drawn:") or (Path(source) / "train_B").is_dir():
+        return open_paired(source, split, prep, seed, size)
+    return Captioned(source, split, prep, column)
+
+
 # -------------------- The order of training
 
 def _steps(length: int, batch: int, seed: int, start: int, end: int | None, rows: Sequence[int]) -> Iterator[list]:
@@ -365,9 +520,10 @@ def _steps(length: int, batch: int, seed: int, start: int, end: int | None, rows
 
 
 def _collate(items: list[dict]) -> dict:
-    picture, name = ("input", "name") if "input" in items[0] else ("a", "name_a")
+    picture, name = next(((p, n) for p, n in (("input", "name"), ("a", "name_a"), ("target", "name")) if p in items[0]),
+                         (None, None))
     for item in items:
-        if item[picture].shape != items[0][picture].shape:
+        if picture and item[picture].shape != items[0][picture].shape:
             raise ValueError(f"'{items[0][name]}' and '{item[name]}' differ in size, expected one size a batch: "
                              "choose a preparation that makes them equal, or a batch size of 1")
     return default_collate(items)
@@ -501,6 +657,58 @@ def check(folder: str | Path, output: str | Path | None = None) -> list[str]:
     return problems
 
 
+def cache(source: str, base_name: str, output: Path, prep: str, size: int, column: str, seed: int, batch: int,
+          device: str, dtype: str, shard_items: int = 256) -> None:
+    """Writes latents and text contexts of a data set, a shard at a time: no more is in memory. Shards that are there
+    and whole are kept, so a stopped run goes on. Without pictures, contexts alone."""
+    from models import weights
+    parts = weights.parts_of(base_name)
+    base = weights.load_base(base_name, tuple(p for p in parts if p in ("vae", "text_encoder", "tokenizer")),
+                             getattr(torch, dtype), device)
+    facts = dict(base=base_name, prep=prep, vae=weights.fingerprint(base.vae), seed=seed,
+                 text_encoder=weights.fingerprint(base.text_encoder), data=str(source))
+    sets = {split: open_captioned(source, split, prep, seed, size, column) for split in ("train", "test")}
+    index = dict(format=CACHE, facts=facts, items={k: len(v) for k, v in sets.items()}, shards=dict(train=[], test=[]))
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / "index.json").exists():
+        old = read_cache_index(output)
+        if old["facts"] != facts or old["items"] != index["items"]:
+            raise ValueError(f"{output} is a cache of {old['facts']}, and this one would be of {facts}: choose another"
+                             " --output")
+        index = old
+    elif any(output.iterdir()):
+        raise ValueError(f"{output} is not empty and no cache: choose another --output")
+
+    @torch.inference_mode()
+    def encoded(items: list[dict]) -> dict[str, torch.Tensor]:
+        found = {f"context_{i}": c.cpu() for i, c in enumerate(base.encode([item["caption"] for item in items]))}
+        if "target" in items[0]:
+            x = torch.stack([item["target"] for item in items]).to(device, getattr(torch, dtype))
+            mean, logvar, _ = base.vae.encode(x)
+            scale = base.vae.config.scaling_factor
+            found |= dict(mean=mean.cpu() * scale, std=(0.5 * logvar).exp().cpu() * scale)
+        return found
+
+    for split, items in sets.items():
+        starts = range(0, len(items), shard_items)
+        for number, start in enumerate(tqdm(starts, split, unit=" shards")):
+            if number < len(index["shards"][split]):
+                with contextlib.suppress(ValueError):
+                    check_shard(output, index["shards"][split][number])
+                    continue
+            rows = [items[(i, (seed, 0, i))] for i in range(start, min(start + shard_items, len(items)))]
+            made = [encoded(rows[i:i + batch]) for i in range(0, len(rows), batch)]
+            shard = dict(file=f"{split}-{number:05d}.safetensors", captions=[row["caption"] for row in rows],
+                         names=[row["name"] for row in rows])
+            weights.save_tensors(output / shard["file"], {k: torch.cat([m[k] for m in made]) for k in made[0]}, {})
+            shard["sha256"] = hashlib.sha256((output / shard["file"]).read_bytes()).hexdigest()
+            index["shards"][split][number:number + 1] = [shard]
+            temporary = output / "index.json.tmp"
+            temporary.write_text(json.dumps(index))
+            temporary.replace(output / "index.json")
+    print(output)
+
+
 def prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
     """Writes mean and deviation of the scaled latents of a folder's pictures, cropped to size x size."""
     from models import diffusion, weights
@@ -523,7 +731,7 @@ def prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="data.py", description="Looks at a folder of pictures.")
+    parser = argparse.ArgumentParser(prog="data.py", description="Looks at pictures, and prepares them.")
     commands = parser.add_subparsers(dest="command", metavar="command")
     command = commands.add_parser("check", help="print counts, sizes, captions and problems, write a contact sheet")
     command.add_argument("folder", help="holds train_A, train_B and so on")
@@ -533,6 +741,17 @@ def main() -> int:
     command.add_argument("--base", default="sd-turbo", help="whose VAE [sd-turbo]")
     command.add_argument("--size", type=int, default=512, help="of the pictures to be drawn [512]")
     command.add_argument("--output", default="prior.safetensors")
+    command = commands.add_parser("cache", help="compute latents and text contexts of a data set once")
+    command.add_argument("data", help="a folder, a .zip, a .txt of captions, or drawn:scenes")
+    command.add_argument("--base", default="sd15", help="whose VAE and text encoder [sd15]")
+    command.add_argument("--output", type=Path, required=True, help="a folder; one that was stopped goes on")
+    command.add_argument("--prep", help="the preparation of the pictures [resized_crop_SIZE]")
+    command.add_argument("--size", type=int, default=512, help="[512]")
+    command.add_argument("--caption_column", default="text", help="of metadata.jsonl [text]")
+    command.add_argument("--seed", type=int, default=42, help="of random crops and flips, drawn once [42]")
+    command.add_argument("--batch", type=int, default=8, help="items at a time [8]")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     args = parser.parse_args()
     if args.command is None:
         parser.print_help(sys.stderr)
@@ -540,6 +759,10 @@ def main() -> int:
     try:
         if args.command == "prior":
             prior(args.folder, args.base, args.size, args.output)
+            return 0
+        if args.command == "cache":
+            cache(args.data, args.base, args.output, args.prep or f"resized_crop_{args.size}", args.size,
+                  args.caption_column, args.seed, args.batch, args.device, args.dtype)
             return 0
         return 2 if check(args.folder, args.output) else 0
     except (ValueError, OSError) as error:

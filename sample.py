@@ -7,6 +7,7 @@
     python sample.py "a cat on a sofa" --base model.safetensors --lora FILE:0.8 --sampler lcm --steps 2 --guidance 1.5
     python sample.py "a cat on a sofa" --base sd15 --controlnet lllyasviel/sd-controlnet-canny --control_image edges.png
     python sample.py "a cat on a sofa" --input photo.jpg --strength 0.6
+    python sample.py "a cat on a sofa" --checkpoint runs/YOSO
     python sample.py --checkpoint runs/NAME --input picture.png "a cat"
     python sample.py --checkpoint edge_to_image --input photo.jpg --preprocess canny "a cat" --output cat.png
     python sample.py --checkpoint day_to_night --input photo.jpg --output night.png
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import data
 import training
-from models import controlnet, diffusion, t5, weights
+from models import controlnet, diffusion, weights
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16,
           "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
@@ -57,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--control_scale", type=float, default=1.0, help="how much of the ControlNet is added [1]")
     add("--prior", type=pathlib.Path, help="begin at noised latents of these statistics (python data.py prior)")
     add("--save", type=pathlib.Path, help="also write the base with its LoRA as a folder in the diffusers layout")
-    add("--checkpoint", help="a trained translator: model.safetensors, a run's folder, an official .pkl or its name: "
+    add("--checkpoint", help="what a trainer made: model.safetensors, a run's folder; or an official .pkl or its name: "
         + ", ".join(weights.CHECKPOINTS))
     add("--input", type=pathlib.Path, help="a picture or a folder of pictures to translate or, without a checkpoint,"
         " to edit")
@@ -82,27 +83,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--dtype", choices=DTYPES, default="float32", help="of the networks")
     args = training.parse_args(parser, argv)
-    if (args.checkpoint and not args.input) or (args.input and not args.checkpoint and args.prompt is None):
-        raise ValueError("--checkpoint and --input belong together; expected a translator and what it translates, or a"
-                         " prompt to edit the input by")
-    if args.checkpoint is None and args.prompt is None and args.save is None:
+    args.translator = bool(args.checkpoint) and weights.kind_of(args.checkpoint) != "yoso"
+    if (args.translator and not args.input) or (args.input and not args.translator and args.prompt is None):
+        raise ValueError("a translator (--checkpoint) and --input belong together; expected both, or a prompt to edit"
+                         " the input by")
+    if not args.translator and args.prompt is None and args.save is None:
         raise ValueError('nothing to draw: expected a prompt, as in python sample.py "a cat on a sofa"')
     if (args.controlnet is None) != (args.control_image is None):
         raise ValueError("--controlnet and --control_image belong together; expected both")
     if args.base and args.merge:
         raise ValueError("--merge names its bases; leave --base out")
-    unused = {"with --checkpoint": OF_A_PROMPT if args.checkpoint else (),
-              "without --checkpoint": () if args.checkpoint else OF_A_CHECKPOINT,
-              "without --input or --control_image": () if args.input or args.control_image else OF_A_PICTURE,
-              "without --checkpoint or --control_image": () if args.checkpoint or args.control_image else
+    unused = {"with a translator": OF_A_PROMPT if args.translator else (),
+              "without a translator": () if args.translator else OF_A_CHECKPOINT,
+              "with --checkpoint": ("merge", "prior", "prediction_type") if args.checkpoint else (),
+              "without a translator or --control_image": () if args.translator or args.control_image else
               OF_A_PICTURE[1:],
               "with --input": ("n", "size", "prior") if args.input else (),
-              "without --input": () if args.input else ("strength",)}
+              "without --input or --checkpoint": () if args.input or args.checkpoint else ("strength",)}
     for where, names in unused.items():
         for name in names:
             if getattr(args, name) != parser.get_default(name):
                 raise ValueError(f"--{name} has no meaning {where}; leave it out")
-    if args.checkpoint is None and not 0 < args.strength <= 1:
+    if not args.checkpoint and not 0 < args.strength <= 1:
         raise ValueError(f"--strength {args.strength}: expected a number above 0, up to 1")
     for name, low in [("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)]:
         if getattr(args, name) < low:
@@ -128,7 +130,7 @@ def save(picture: Tensor, path: pathlib.Path, args: argparse.Namespace, **facts)
         version = metadata.version("one-step-diffusion")
     except metadata.PackageNotFoundError:
         version = "source"
-    names = OF_A_CHECKPOINT if args.checkpoint else OF_A_PROMPT
+    names = OF_A_CHECKPOINT if args.translator else OF_A_PROMPT
     names += OF_A_PICTURE if args.input or args.control_image else ()
     facts |= {name: getattr(args, name) for name in names}
     text = PngImagePlugin.PngInfo()
@@ -150,16 +152,6 @@ def draw_noise(seeds: list[int], shape: tuple[int, ...]) -> tuple[Tensor, list[t
     return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]), generators
 
 
-@torch.inference_mode()
-def encode(base: weights.Base, texts: list[str]) -> tuple[Tensor, Tensor | None]:
-    """Contexts [n, N, C] and, of PixArt's T5, the mask of their tokens [n, N]."""
-    device = next(base.denoiser.parameters()).device
-    if base.transformer is None:
-        return base.text_encoder(base.tokenizer(texts).to(device)), None
-    ids, mask = (x.to(device) for x in base.tokenizer([t5.clean(text) for text in texts]))
-    return base.text_encoder(ids, mask), mask
-
-
 @dataclass
 class Control:
     """A ControlNet and its condition [1, 3, H, W] in [0, 1], as large as the picture."""
@@ -168,22 +160,22 @@ class Control:
     scale: float = 1.0
 
 
-def bind(base: weights.Base, contexts: tuple[Tensor, Tensor | None], guidance: float, control: Control | None
+def bind(base: weights.Base, contexts: tuple[Tensor, ...], guidance: float, control: Control | None
          ) -> diffusion.Model:
     """The network as the samplers call it: all but the latent and the timestep is bound. The contexts are of what is
     wanted and, for guidance above 1, of what is not."""
-    n, (context, mask) = 2 if guidance > 1 else 1, contexts
+    n = 2 if guidance > 1 else 1
 
     def predict(x: Tensor, t: int) -> Tensor:
         h, w = x.shape[-2:]
-        each = context[:n].repeat_interleave(len(x), dim=0)
+        each = [context[:n].repeat_interleave(len(x), dim=0) for context in contexts]
         x = x.repeat(n, 1, 1, 1)
         if base.transformer:
             size = torch.tensor([[h, w]], device=x.device).expand(len(x), 2) * base.vae.factor
-            return base.transformer(x, t, each, mask[:n].repeat_interleave(len(x) // n, dim=0), size,
-                                    size[:, :1] / size[:, 1:])
-        residuals = control and control.network(x, t, each, control.condition.expand(len(x), -1, -1, -1), control.scale)
-        return base.unet(x, t, each, residuals)
+            return base.transformer(x, t, *each, size, size[:, :1] / size[:, 1:])
+        condition = control and control.condition.expand(len(x), -1, -1, -1)
+        residuals = control and control.network(x, t, *each, condition, control.scale)
+        return base.unet(x, t, *each, residuals)
 
     def guided(x: Tensor, t: int) -> Tensor:
         if n == 1:
@@ -198,12 +190,12 @@ def bind(base: weights.Base, contexts: tuple[Tensor, Tensor | None], guidance: f
 def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple[int, int], steps: int = 1,
                   sampler: str = "ddim", guidance: float = 1.0, negative: str = "", *, control: Control | None = None,
                   prior: tuple[Tensor, Tensor] | None = None, pictures: Tensor | None = None, strength: float = 1.0,
-                  contexts: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
+                  contexts: tuple[Tensor, ...] | None = None) -> Tensor:
     """Pictures [len(seeds), 3, H, W] in [-1, 1] of one prompt; size is (width, height). `pictures`, as many in [0, 1]
-    and of that size, are edited: noised to the level `strength`. `contexts`: `encode([prompt, negative])`, if it is
+    and of that size, are edited: noised to the level `strength`. `contexts`: `base.encode([prompt, negative])`, if
     known."""
     like, schedule, factor = next(base.denoiser.parameters()), base.schedule, base.vae.factor
-    model = bind(base, contexts or encode(base, [prompt, negative]), guidance, control)
+    model = bind(base, contexts or base.encode([prompt, negative]), guidance, control)
     shape = (base.denoiser.config.in_channels, size[1] // factor, size[0] // factor)
     noise, generators = draw_noise(seeds, shape)
 
@@ -227,11 +219,19 @@ def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple
 
 
 def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
-    """The base, merged, with its LoRA, as the flags say; written where --save says. Fills in --sampler."""
+    """The base, merged, with its LoRA, or a one-step generator, as the flags say; written where --save says. Fills in
+    --sampler and the generator's prior."""
     how = dict(dtype=DTYPES[args.dtype], device=str(device))
     name = args.base or "sd-turbo"
-    base = weights.load_merged(args.merge, **how) if args.merge else \
-        weights.load_base(name, weights.parts_of(name), **how)
+    if args.checkpoint:
+        strength = 1.0 if args.input else args.strength  # of an edit it is the noise
+        base, args.own_prior = weights.load_yoso(weights.find_checkpoint(args.checkpoint), args.base, **how,
+                                                 strength=strength)
+        args.sampler = args.sampler or "lcm"
+    elif args.merge:
+        base = weights.load_merged(args.merge, **how)
+    else:
+        base = weights.load_base(name, weights.parts_of(name), **how)
     if args.prediction_type:
         base.schedule = diffusion.Schedule.from_config(base.schedule.config | {"prediction_type": args.prediction_type})
     for spec in args.lora or []:
@@ -284,14 +284,21 @@ def draw(args: argparse.Namespace, device: torch.device) -> None:
     W, H = size if args.size or control is None else picture.size
     shape = (base.denoiser.config.in_channels, size[1] // base.vae.factor, size[0] // base.vae.factor)
     prior = weights.load_prior(args.prior, shape) if args.prior else None
-    contexts = encode(base, [args.prompt, args.negative])
+    if args.checkpoint and base.schedule.alpha[-1] > 0:  # else one step begins at pure noise, of any size
+        prior = args.own_prior
+        if prior[0].shape != shape:
+            h, w = (base.vae.factor * side for side in prior[0].shape[1:])
+            raise ValueError(f"--size {args.size}: {args.checkpoint} was trained to begin at pictures of {w}x{h};"
+                             " expected that size")
+    contexts = base.encode([args.prompt, args.negative])
     base.text_encoder = None  # T5 is larger than all the rest
     for first in tqdm(range(0, args.n, args.batch), disable=not several, unit="batch"):
         seeds = [args.seed + i for i in range(first, min(first + args.batch, args.n))]
         made = text_to_image(base, args.prompt, seeds, size, args.steps, args.sampler, args.guidance, args.negative,
                              control=control, prior=prior, contexts=contexts)
         for picture, seed in zip(made[:, :, :H, :W], seeds):
-            save(picture, output if one else output / f"{seed}.png", args, seed=seed, base=base.name)
+            save(picture, output if one else output / f"{seed}.png", args, seed=seed, base=base.name,
+                 checkpoint=args.checkpoint)
 
 
 def edit(args: argparse.Namespace, device: torch.device) -> None:
@@ -299,7 +306,7 @@ def edit(args: argparse.Namespace, device: torch.device) -> None:
     targets, problems = plan(args), []
     base = load(args, device)
     control = load_control(args, base, None)
-    contexts = encode(base, [args.prompt, args.negative])
+    contexts = base.encode([args.prompt, args.negative])
     base.text_encoder = None
     for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1):
         x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]), base.multiple)
@@ -334,7 +341,7 @@ def read_batches(paths: list[pathlib.Path], args: argparse.Namespace, problems: 
         except ValueError as error:
             problems.append(str(error))
             continue
-        picture = preprocess(picture, args) if args.checkpoint else picture
+        picture = preprocess(picture, args) if args.translator else picture
         if group and (len(group) == args.batch or picture.size != group[0][1].size):
             yield tuple(map(list, zip(*group)))
             group = []
@@ -408,7 +415,7 @@ def translate(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     args = parse()
     device = training.pick_device(args.device)
-    (translate if args.checkpoint else edit if args.input else draw)(args, device)
+    (translate if args.translator else edit if args.input else draw)(args, device)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def learning_rate(step: int, config: Config, last: int) -> float:
 
 
 def main() -> None:
-    cfg = training.parse(Config, TINY, ALIASES, __doc__)
+    cfg = training.parse(Config, dict(tiny=TINY), ALIASES, __doc__)
     rank, world, device = training.start_ranks(cfg.device)
     dtype = getattr(torch, cfg.dtype)
     half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]

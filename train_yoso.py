@@ -2,15 +2,16 @@
 
     python train_yoso.py --base gaussians                 # points in the plane, CPU, three minutes
     python train_yoso.py                                  # drawn scenes, tiny base from random weights, CPU
+    python train_yoso.py --base pixels --train_data_dir cifar10.zip       # raw pictures and classes, from scratch
     python train_yoso.py --base sd15 --train_data_dir DATA --mixed_precision bf16
-    python train_yoso.py --base BASE --train all --stage adapt_v ...; then --base runs/NAME/base --stage adapt_zsnr ...
+    python train_yoso.py --base sd15 --train_data_dir captions.txt --teacher sd-turbo --mixed_precision bf16
+    python train_yoso.py --base pixart512 --train all --stage adapt_v ...; then --base runs/NAME/base --stage adapt_zsnr
     torchrun --nproc_per_node=4 train_yoso.py --base sd15 --train_data_dir DATA ...
     python train_yoso.py --resume runs/NAME
 
-DATA is a folder as for train_pix2pix_turbo.py, of which the targets (train_B, test_B) and captions are taken. The run's
-folder is that of train_pix2pix_turbo.py too. A LoRA also goes to lora.safetensors and lora_kohya.safetensors, the prior
-to prior.safetensors: `python sample.py "PROMPT" --base BASE --sampler lcm --lora runs/NAME --prior THAT`. Where all was
-trained, the whole model at last goes to runs/NAME/base: a base for sample.py --sampler lcm and for the next stage.
+DATA: see data.py. The run's folder is that of train_pix2pix_turbo.py; `python sample.py "PROMPT" --checkpoint
+runs/NAME` draws with it. A LoRA also goes to lora.safetensors (for diffusers) and lora_kohya.safetensors, the prior to
+prior.safetensors. Where all was trained, the whole model at last goes to runs/NAME/base: the base of the next stage.
 
 Paper: Luo et al. 2024, "You Only Sample Once: Taming One-Step Text-to-Image Synthesis by Self-Cooperative Diffusion
 GANs". One generator G(x_t, t) predicts x0, x_t = alpha_t x0 + sigma_t eps, for every t:
@@ -21,16 +22,17 @@ first; and what the discriminator takes for real is G too, c_skip and c_out incl
 
 import copy
 import functools
-import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate as collate
 from tqdm import tqdm
 
 import data
@@ -49,18 +51,24 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
 @dataclass
 class Config:
     # data
-    train_data_dir: str = "drawn:scenes"  # a folder as of train_pix2pix_turbo.py, drawn:scenes or drawn:circles
+    train_data_dir: str = "drawn:scenes"  # a folder, .zip, .txt of captions or cache (see data.py), or drawn:scenes
     train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
     test_image_prep: str | None = None  # the same for the test pictures
-    resolution: int = 512  # N of the default preparation, resized_crop_N
+    resolution: int = 512  # N of the default preparation, resized_randomcrop_N
+    center_crop: bool = False  # the default preparation is resized_crop_N
+    random_flip: bool = False  # and mirrors every other picture
+    caption_column: str = "text"  # of metadata.jsonl
+    unconditional: bool = False  # leave the captions out
+    teacher: str | None = None  # a one-step base that draws the pictures of captions alone: sd-turbo
     dataloader_num_workers: int = 0  # processes that prepare pictures
     # model
-    base: str = "tiny"  # a folder, a Hub id or a name: gaussians, tiny, sd15, sd21
+    base: str = "tiny"  # a folder, a Hub id or a name: gaussians, pixels, tiny, sd15, sd21, pixart512
+    disc_base: str = "sd15"  # whose U-Net looks at latents where the base is PixArt
     stage: Literal["yoso", "adapt_v", "adapt_zsnr"] = "yoso"  # or first: predict v; then: begin at pure noise
-    train: Literal["lora", "all"] = "lora"  # LoRA, or every weight of the U-Net
-    lora_rank: int = 64  # rank of the U-Net's LoRA
+    train: Literal["lora", "all"] = "lora"  # LoRA, or every weight of the denoiser
+    lora_rank: int = 64
     prediction_type: str | None = None  # epsilon or v_prediction, where the base's scheduler does not say so
-    prior_pictures: int = 1000  # whose latents' mean and deviation sampling begins from (section 4.2)
+    prior_pictures: int = 1000  # whose latents' statistics one step begins from (section 4.2); 0: from noise alone
     # losses
     lambda_gan: float = 1.0  # weight of the adversarial loss; 0 trains no discriminator
     lambda_kl: float = 0.5  # weight of the distance to the data
@@ -70,6 +78,7 @@ class Config:
     snr_gamma: float = 5.0  # the largest weight of a noise level
     coop_steps: int = 250  # how much earlier the better guess is
     con_steps: int = 25  # how much earlier the consistent one
+    noise_offset: float = 0.0  # of a noise of one value a channel, added to the noise
     # optimisation
     learning_rate: float = 2e-5  # of the generator
     disc_lr_ratio: float = 1.0  # the discriminator's learning rate over the generator's
@@ -97,6 +106,7 @@ class Config:
     viz_freq: int = 100  # steps between sample grids
     eval_freq: int = 500  # steps between validations
     num_samples_eval: int = 100  # pictures of a validation
+    validation_prompts: str | None = None  # captions of the sample grid, with | between them; else the test's
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
     report_to: str = "none"  # none, tensorboard, wandb
@@ -104,6 +114,9 @@ class Config:
 
 
 # Where the base is tiny every weight trains, on small pictures, faster; the points are more so.
+PIXELS = dict(train="all", train_data_dir="cifar10.zip", resolution=32, learning_rate=4e-4, lr_warmup_steps=200,
+              adam_weight_decay=0.0, adam_beta1=0.5, adam_beta2=0.99, train_batch_size=32, max_train_steps=2000,
+              consistency="mse", viz_freq=200, checkpointing_steps=200)
 TINY = dict(train="all", resolution=32, learning_rate=2e-4, disc_lr_ratio=0.5, lr_warmup_steps=200, adam_beta2=0.99,
             train_batch_size=16, max_train_steps=2000, prior_pictures=200, checkpointing_steps=200)
 GAUSSIANS = dict(train="all", learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=100, adam_weight_decay=0.0,
@@ -185,12 +198,13 @@ def learning_rate(step: int, config: Config, last: int) -> float:
 def open_data(cfg: Config, split: str, prep: str | None):
     if cfg.base == "gaussians":
         return gaussians.Points(split, cfg.seed)
-    prep = prep or f"resized_crop_{cfg.resolution}"
-    return data.open_paired(cfg.train_data_dir, split, prep, cfg.seed, cfg.resolution)
+    random = split == "train" and not cfg.center_crop
+    prep = prep or f"resized_{'random' * random}crop_{cfg.resolution}{'_hflip' * cfg.random_flip}"
+    return data.open_captioned(cfg.train_data_dir, split, prep, cfg.seed, cfg.resolution, cfg.caption_column)
 
 
-def check_stage(cfg: Config, schedule: Schedule) -> None:
-    """Refuses a stage that the base has behind it, or that is not its turn."""
+def check(cfg: Config, schedule: Schedule, item: dict) -> None:
+    """Refuses a stage that the base has behind it, or that is not its turn, and what has nothing to learn from."""
     v, zero = schedule.prediction_type == "v_prediction", schedule.alpha[-1] == 0
     if cfg.stage == "adapt_v" and v:
         raise ValueError(f"--stage adapt_v: {cfg.base} predicts v already; go on with --stage adapt_zsnr or yoso")
@@ -200,13 +214,17 @@ def check_stage(cfg: Config, schedule: Schedule) -> None:
             "predicts epsilon, which says nothing of the picture in pure noise; run --stage adapt_v first"))
     if not (cfg.lambda_gan or cfg.lambda_kl or cfg.lambda_con):
         raise ValueError("--lambda_gan, --lambda_kl and --lambda_con are 0; expected a loss to learn from")
-    if cfg.base == "gaussians" and (cfg.train == "lora" or cfg.consistency == "perceptual"):
-        raise ValueError("the base gaussians has no U-Net; expected --train all --consistency mse")
+    if cfg.base in ("gaussians", "pixels") and (cfg.train == "lora" or cfg.consistency == "perceptual"):
+        raise ValueError(f"the base {cfg.base} has no trained U-Net; expected --train all --consistency mse")
+    if not {"target", "mean"} & item.keys() and not cfg.teacher:
+        raise ValueError(f"{cfg.train_data_dir} holds captions alone; expected --teacher, a one-step base that draws"
+                         " their pictures (sd-turbo), or pictures")
+    if {"target", "mean"} & item.keys() and cfg.teacher:
+        raise ValueError(f"{cfg.train_data_dir} holds pictures; leave --teacher out")
 
 
 def main() -> None:
-    table = GAUSSIANS if {"gaussians", "--base=gaussians"} & {*sys.argv} else TINY  # before --base is read
-    cfg = training.parse(Config, table, ALIASES, __doc__)
+    cfg = training.parse(Config, dict(tiny=TINY, pixels=PIXELS, gaussians=GAUSSIANS), ALIASES, __doc__)
     rank, world, device = training.start_ranks(cfg.device)
     dtype, points = getattr(torch, cfg.dtype), cfg.base == "gaussians"
     half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
@@ -222,33 +240,50 @@ def main() -> None:
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
-    base = gaussians.load_base(base_seed, dtype, device) if points else \
-        weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
+    if points:
+        base = gaussians.load_base(base_seed, dtype, device)
+    else:  # cached contexts need no text encoder: T5 is larger than all the rest
+        cached = isinstance(train_set, data.Cached)
+        parts = [p for p in weights.parts_of(cfg.base) if not (cached and p in ("text_encoder", "tokenizer"))]
+        base = weights.load_base(cfg.base, parts, dtype, str(device), base_seed)
+        if cached and train_set.facts["vae"] != weights.fingerprint(base.vae):
+            raise ValueError(f"{cfg.train_data_dir} holds latents of {train_set.facts['base']}, whose VAE is not that"
+                             f" of {cfg.base} in {cfg.dtype}; make a cache of this base, in this type")
     if cfg.prediction_type:
         base.schedule = Schedule.from_config(base.schedule.config | {"prediction_type": cfg.prediction_type})
-    check_stage(cfg, base.schedule)
-    generator, old, teacher, judge, inception, discriminator = base.unet, base.schedule, *[None] * 4
+    first = train_set[0]
+    check(cfg, base.schedule, first)
+    generator, old, frozen_one, judge, inception, discriminator = base.denoiser, base.schedule, *[None] * 4
+    critic = weights.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), dtype, str(device)) if \
+        base.transformer else base  # whose U-Net sees latents
+    painter = weights.load_base(cfg.teacher, weights.parts_of(cfg.teacher), dtype, str(device)) if cfg.teacher else None
     if cfg.stage != "yoso":
-        teacher = copy.deepcopy(generator, {id(p): p for p in generator.parameters() if cfg.train == "lora"})
+        frozen_one = copy.deepcopy(generator, {id(p): p for p in generator.parameters() if cfg.train == "lora"})
         base.schedule = Schedule.from_config(old.config | {"prediction_type": "v_prediction"} | (
             {"rescale_betas_zero_snr": True} if cfg.stage == "adapt_zsnr" else {}))
     elif cfg.lambda_con and cfg.consistency == "perceptual":
-        judge = lower_half(generator, share=cfg.train == "lora")
+        judge = lower_half(critic.unet, share=cfg.train == "lora")
     if cfg.stage == "yoso" and cfg.lambda_gan:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
-        discriminator = (gaussians.MLP(1) if points else LatentDiscriminator(generator)).to(device, dtype)
+        discriminator = (gaussians.MLP(1) if points else LatentDiscriminator(critic.unet)).to(device, dtype)
         discriminator.requires_grad_(True)
     schedule, T, scaling = base.schedule, len(base.schedule.alpha), base.vae.config.scaling_factor
+    sides = first["target"].shape[1:] if "target" in first else 2 * [cfg.resolution]
+    shape = first["mean"].shape if "mean" in first else (2,) if points else \
+        (generator.config.in_channels, *(side // base.vae.factor for side in sides))  # of a latent
     if cfg.train == "lora":
         add_lora(generator, TARGETS, cfg.lora_rank, 8.0, training.rng(cfg.seed, 0, "lora"))  # peft's default alpha
     for name, p in generator.named_parameters():
         p.requires_grad_(cfg.train == "all" or ".lora_" in name)
-    parts = nn.ModuleDict(dict(unet=generator, vae=base.vae, text_encoder=base.text_encoder))
+    part = "transformer" if base.transformer else "unet"
+    parts = nn.ModuleDict({part: generator, "vae": base.vae} | (
+        {"text_encoder": base.text_encoder} if base.text_encoder else {}))
     trained = {n: p for n, p in parts.named_parameters() if p.requires_grad}
     ema = {n: p.detach().clone() for n, p in trained.items() if cfg.use_ema}
     frozen = weights.fingerprint(parts, trained.keys())
-    for network in filter(None, (parts, teacher, judge) if half else ()):
-        weights.cast_frozen(network, half)
+    for network in (parts, frozen_one, judge, painter and painter.denoiser, base is not critic and critic.text_encoder):
+        if half and network:
+            weights.cast_frozen(network, half)
     for network in filter(None, (generator, getattr(discriminator, "unet", None))):
         network.checkpointing = cfg.gradient_checkpointing
     if cfg.track_val_fid:
@@ -256,20 +291,40 @@ def main() -> None:
 
     # ---- captions and latents: what encodes them is frozen
     @functools.lru_cache(maxsize=2000)
-    def encoded(caption: str) -> Tensor:
+    def encoded(caption: str, critics: bool) -> list[Tensor]:
         with torch.no_grad(), autocast:
-            return base.text_encoder(base.tokenizer(caption).to(device))[0].to("cpu", dtype)
+            return [c[0].to("cpu", dtype) for c in (critic if critics else base).encode([caption])]
 
-    def encode(captions: list[str]) -> Tensor:  # -> [B, 77, C]
-        return torch.stack([encoded(c) for c in captions]).to(device)
+    def encode(captions: list[str], critics: bool = False) -> list[Tensor]:
+        """What the denoiser, or the critic's U-Net, takes after x and t: contexts [B, N, C], of T5 also masks."""
+        each = [encoded("" if cfg.unconditional else c, critics) for c in captions]
+        return [torch.stack(c).to(device) for c in zip(*each)]
 
-    def to_latent(x: Tensor, noise: Tensor | float = 0.0) -> Tensor:
+    def read(batch: dict, rows: slice, noise: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Latents, contexts, and the critic's context: of pictures, of a cache, or of captions and a teacher."""
+        captions, cached = batch["caption"][rows], "context_0" in batch
+        context = [batch[k][rows].to(device, dtype) for k in ("context_0", "context_1") if k in batch] if cached else \
+            encode(captions)
+        seen = context[0] if critic is base else encode(captions, True)[0]
+        if "mean" in batch:
+            return batch["mean"][rows].to(device, dtype) + batch["std"][rows].to(device, dtype) * noise, context, seen
         with torch.no_grad(), autocast:
-            mean, logvar, _ = base.vae.encode(x)
-            return (mean.to(dtype) + (0.5 * logvar.to(dtype)).exp() * noise) * scaling
+            if painter:
+                x, words = diffusion.start(noise, T - 1, painter.schedule), painter.encode(captions)
+                x0 = predict_x0(painter.denoiser(x, T - 1, *words), x, T - 1, painter.schedule,
+                                painter.schedule.prediction_type)
+                return x0.to(dtype), context, seen
+            mean, logvar, _ = base.vae.encode(batch["target"][rows].to(device, dtype))
+            return (mean.to(dtype) + (0.5 * logvar.to(dtype)).exp() * noise) * scaling, context, seen
 
-    def G(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        return generated(generator(x, t.to(device), context), x, t, schedule)
+    def G(x: Tensor, t: Tensor, context: list[Tensor]) -> Tensor:
+        return generated(generator(x, t.to(device), *context), x, t, schedule)
+
+    def seeded(seeds: Iterable[int], draws: int = 1) -> Tensor:
+        """The `draws`-th noise [B, *shape] of each seed's own generator."""
+        rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+        each = [torch.stack([torch.randn(shape, generator=g) for g in rngs]) for _ in range(draws)]
+        return each[-1].to(device, dtype)
 
     # ---- optimizers
     adam = dict(eps=cfg.adam_epsilon, weight_decay=cfg.adam_weight_decay, fused=device.type == "cuda")
@@ -294,9 +349,12 @@ def main() -> None:
         if discriminator:
             discriminator.load_state_dict(state["discriminator"])
             optimizer_d.load_state_dict(state["optimizer_d"])
-    else:  # mean and deviation of the latents: where one step begins (section 4.2)
+    elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
         chosen = tqdm(range(min(cfg.prior_pictures, len(train_set))), "prior", disable=rank != 0)
-        prior = diffusion.mean_and_std(to_latent(train_set[i]["target"][None].to(device, dtype))[0] for i in chosen)
+        prior = diffusion.mean_and_std(read(collate([train_set[i]]), slice(1), bool(painter) * seeded([i]))[0][0]
+                                       for i in chosen)  # of encoded pictures the mean is taken
+    else:
+        prior = torch.zeros(2, *shape, dtype=torch.float64).unbind()
 
     def swap() -> None:
         """EMA and weights change places: what is shown, measured and written is the EMA."""
@@ -315,37 +373,31 @@ def main() -> None:
         for name, kohya in (("lora.safetensors", False), ("lora_kohya.safetensors", True)):
             if cfg.train == "lora":
                 training.write_file(folder / name, lambda path, kohya=kohya: weights.save_tensors(
-                    path, write_lora(generator, "unet", kohya), {"format": "pt"}))
+                    path, write_lora(generator, part, kohya), {"format": "pt"}))
         swap()
 
     def export(name: str) -> None:
-        config = dict(train=cfg.train, stage=cfg.stage, lora_rank=cfg.lora_rank, lora_alpha=8.0, targets=TARGETS)
-        if cfg.train == "all" and not points:
-            config |= {part: asdict(network.config) for part, network in parts.items()}
-            config |= dict(schedule=schedule.config, tokenizer=base.tokenizer.to_json())
-        tensors = {**(parts.state_dict() if cfg.train == "all" else trained), "prior.mean": prior[0],
-                   "prior.std": prior[1]}
-        training.write_file(folder / name, lambda path: weights.save_tensors(path, tensors, dict(
-            format=weights.FORMAT, kind="yoso", base=cfg.base, config=json.dumps(config), prompts="[]")))
+        training.write_file(folder / name, lambda path: weights.save_yoso(
+            path, base, cfg.base, trained, prior, cfg.train == "lora" and cfg.lora_rank))
 
     @torch.inference_mode()
-    def drawn(items: list[dict]) -> Tensor:
-        """One-step samples of the items' captions, item i from the noise of seed i: pictures [N, 3, H, W] or points."""
+    def drawn(items: list[dict]) -> tuple[Tensor, Tensor]:
+        """The items' own pictures (of captions alone, the teacher's) and one-step samples of their captions, item i
+        from the noise of seed i: each [N, 3, H, W], or points."""
         made = []
-        for first in range(0, len(items), cfg.train_batch_size):
-            some = items[first:first + cfg.train_batch_size]
-            rngs = [torch.Generator().manual_seed(first + i) for i in range(len(some))]
-            noise, n = (torch.stack([torch.randn(prior[0].shape, generator=g) for g in rngs]).to(device, dtype)
-                        for _ in range(2))
-            x, t = diffusion.start_from_prior(noise, n, *prior, T - 1, schedule), torch.full((len(some),), T - 1)
-            context = encode([item["caption"] for item in some])
+        for i in range(0, len(items), cfg.train_batch_size):
+            some = collate(items[i:i + cfg.train_batch_size])
+            n = len(some["caption"])
+            noise, again = (seeded(range(i, i + n), draws) for draws in (1, 2))
+            x, t = diffusion.start_from_prior(noise, again, *prior, T - 1, schedule), torch.full((n,), T - 1)
+            x0, context, _ = read(some, slice(n), noise)
             with autocast:
-                made.append(base.vae.decode(G(x, t, context) / scaling).float())
-        return torch.cat(made).cpu()
+                fake = base.vae.decode(G(x, t, context) / scaling)
+                made.append((some.get("target", base.vae.decode(x0 / scaling)).float().cpu(), fake.float().cpu()))
+        return tuple(map(torch.cat, zip(*made)))
 
     def validate() -> dict[str, float]:
-        items = [test_set[i] for i in range(min(cfg.num_samples_eval, len(test_set)))]
-        fakes, real = drawn(items), torch.stack([item["target"] for item in items])
+        real, fakes = drawn([test_set[i] for i in range(min(cfg.num_samples_eval, len(test_set)))])
         values = {"val_spread": (fakes.std(0).mean() / real.std(0).mean()).item()}  # less than 1: too much the same
         if inception:
             made, true = (evaluate.statistics(torch.cat([evaluate.features(inception, x[None].to(device)) for x in xs]))
@@ -362,6 +414,8 @@ def main() -> None:
     log = training.open_log(folder, start) if rank == 0 else None
     report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
     shown = [test_set[i] for i in range(min(cfg.num_samples_eval if points else 16, len(test_set)))]
+    if cfg.validation_prompts:
+        shown = [item | {"caption": caption} for item, caption in zip(shown, cfg.validation_prompts.split("|"))]
     stop, clock = training.catch_stop(), time.monotonic()
     batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)
@@ -373,20 +427,20 @@ def main() -> None:
                 group["lr"] = ratio * learning_rate(step, cfg, last_step)
         times = torch.randint(T, (global_batch,), generator=training.rng(cfg.seed, step, "t"))
 
-        def draw(what: str, rows: list[int], step: int = step) -> Tensor:
-            every = torch.randn(global_batch, *prior[0].shape, generator=training.rng(cfg.seed, step, what))
+        def draw(what: str, rows: list[int], shape: tuple[int, ...] = shape, step: int = step) -> Tensor:
+            every = torch.randn(global_batch, *shape, generator=training.rng(cfg.seed, step, what))
             return every[rows].to(device, dtype)
 
-        def judged(sample: Tensor, t: Tensor, context: Tensor, rows: list[int], what: str) -> Tensor:
+        def judged(sample: Tensor, t: Tensor, seen: Tensor, rows: list[int], what: str) -> Tensor:
             """The discriminator's logits, of the sample at its t; or noised again, to a lower level, as in UFOGen."""
             if cfg.adversarial == "noisy":
                 t = earlier(t, cfg.coop_steps)
                 sample = add_noise(sample, draw(f"again {what}", rows), t, schedule)
-            return discriminator(sample, t.to(device), context)
+            return discriminator(sample, t.to(device), seen)
 
         # Generator: past the discriminator, to the data, in agreement with itself. The discriminator only passes the
         # gradient on. G runs with a gradient first: autocast would reuse the weights cast in a pass without.
-        losses, sides = {}, []
+        losses, pairs = {}, []
 
         def add(name: str, value: float, losses: dict[str, float] = losses) -> None:
             losses[name] = losses.get(name, 0.0) + value / len(slices)
@@ -395,15 +449,17 @@ def main() -> None:
             discriminator.requires_grad_(False)
         for i, rows in enumerate(slices):
             mine, t = slice(i * len(rows), (i + 1) * len(rows)), times[rows]
-            context, target = encode(batch["caption"][mine]), batch["target"][mine].to(device, dtype)
-            x0, eps = to_latent(target, draw("latent", rows)), draw("noise", rows)
+            x0, context, seen = read(batch, mine, draw("latent", rows))
+            eps = draw("noise", rows)
+            if cfg.noise_offset:
+                eps = eps + cfg.noise_offset * draw("offset", rows, (shape[0], *[1] * (len(shape) - 1)))
             x, terms = add_noise(x0, eps, t, schedule), {}
             with autocast:
-                if teacher:
-                    v, x_old = generator(x, t.to(device), context), add_noise(x0, eps, t, old)
+                if frozen_one:
+                    v, x_old = generator(x, t.to(device), *context), add_noise(x0, eps, t, old)
                     fake = predict_x0(v, x, t, schedule, "v_prediction")
                     with torch.no_grad():
-                        told = teacher(x_old, t.to(device), context)
+                        told = frozen_one(x_old, t.to(device), *context)
                     terms["adapt"] = adapt_v_loss(v, told, x, t, old) if cfg.stage == "adapt_v" else \
                         adapt_zsnr_loss(v, told, x_old, x, t, old, schedule)
                 else:
@@ -412,16 +468,16 @@ def main() -> None:
                     with torch.no_grad():
                         k = earlier(t, cfg.coop_steps)
                         real = G(add_noise(x0, eps, k, schedule), k, context) if cfg.adversarial == "coop" else x0
-                    terms["gan"] = cfg.lambda_gan * generator_gan_loss(judged(fake, t, context, rows, "fake"))
-                    sides.append((real, fake.detach(), t, context))
-                if cfg.lambda_kl and not teacher:
+                    terms["gan"] = cfg.lambda_gan * generator_gan_loss(judged(fake, t, seen, rows, "fake"))
+                    pairs.append((real, fake.detach(), t, seen))
+                if cfg.lambda_kl and not frozen_one:
                     terms["kl"] = cfg.lambda_kl * kl_loss(fake, x0, t, schedule, cfg.snr_gamma)
-                if cfg.lambda_con and not teacher:
+                if cfg.lambda_con and not frozen_one:
                     with torch.no_grad():
                         s = earlier(t, cfg.con_steps)
                         goal = G(add_noise(x0, eps, s, schedule), s, context)
-                    seen, goal = (judge.features(y, 0, context) if judge else y for y in (fake, goal))
-                    terms["con"] = cfg.lambda_con * consistency_loss(seen, goal, t, s, schedule, cfg.snr_gamma)
+                    mine, goal = (judge.features(y, 0, seen) if judge else y for y in (fake, goal))
+                    terms["con"] = cfg.lambda_con * consistency_loss(mine, goal, t, s, schedule, cfg.snr_gamma)
             scaler.scale(sum(terms.values()) / len(slices)).backward()
             for name, value in terms.items():
                 add(name, value.item())
@@ -439,10 +495,10 @@ def main() -> None:
         # Discriminator: better guesses, or the data, against what was made of more noise. Not clipped.
         if discriminator:
             discriminator.requires_grad_(True)
-            for (real, fake, t, context), rows in zip(sides, slices):
+            for (real, fake, t, seen), rows in zip(pairs, slices):
                 with autocast:
-                    logits_real = judged(real, t, context, rows, "real")
-                    logits_fake = judged(fake, t, context, rows, "fake")
+                    logits_real = judged(real, t, seen, rows, "real")
+                    logits_fake = judged(fake, t, seen, rows, "fake")
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
                 scaler.scale(loss / len(slices)).backward()
                 add("disc", loss.item())  # 2 ln 2 = 1.386 is chance
@@ -469,7 +525,7 @@ def main() -> None:
                     best = value
                     export("best.safetensors")
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
-                columns = [torch.stack([item["target"] for item in shown]), drawn(shown)]
+                columns = drawn(shown)
                 columns = [gaussians.scatter(c)[None] for c in columns] if points else columns
                 training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
             swap()
@@ -489,7 +545,7 @@ def main() -> None:
     if rank == 0:
         if cfg.train == "all" and not points:
             swap()
-            weights.save_folder(folder / "base", base)
+            weights.save_folder(folder / "base", base, rest=cfg.base)
         print(folder / "model.safetensors")
 
 

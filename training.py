@@ -29,10 +29,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "resume", "output_dir"}
-AT_LEAST = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0}  # other whole numbers: 1
+AT_LEAST = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0, "prior_pictures": 0}  # other whole numbers: 1
 REFUSED = {
     "--enable_xformers_memory_efficient_attention": "attention is always fused here (scaled_dot_product_attention)",
     "--allow_tf32": "TF32 is always allowed for float32 matrix products on CUDA",
+    "--checkpoints_total_limit": "one state.pt is kept, and replaced only by a whole one",
     "--set_grads_to_none": "gradients are always set to None",
     "--revision": "name a local folder to choose a version",
     "--variant": "the files that are there are taken, full precision first",
@@ -43,11 +44,12 @@ REFUSED = {
 # -------------------------------------------------------------------------------------------------------------- flags
 
 
-def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv: list[str] | None = None):
+def parse(cls: type, tables: dict[str, dict], aliases: dict[str, str], description: str,
+          argv: list[str] | None = None):
     """A settings dataclass filled from the command line: one flag a field, its comment as help.
 
-    Values come from, in this order: the flag, `tiny` (where the base is a tiny one), the dataclass. With --resume O
-    they are those of O's config.json, and of the flags only `MAY_CHANGE` may differ."""
+    Values come from, in this order: the flag, the table of the base (whose name begins with the table's), the
+    dataclass. With --resume O they are those of O's config.json, and of the flags only `MAY_CHANGE` may differ."""
     comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,7 +74,8 @@ def parse(cls: type, tiny: dict, aliases: dict[str, str], description: str, argv
     if "resume" in given:
         return resumed(cls, given)
     base = given.get("base") or next(f.default for f in fields(cls) if f.name == "base")
-    small = {k: v for k, v in tiny.items() if k not in given} if str(base).startswith(("tiny", "gaussians")) else {}
+    table = next((table for name, table in tables.items() if str(base).startswith(name)), {})
+    small = {k: v for k, v in table.items() if k not in given}
     if small and int(os.environ.get("RANK", 0)) == 0:
         print(f"defaults of the base {base}: " + " ".join(f"--{k} {v}" for k, v in small.items()), file=sys.stderr)
     return cls(**{**small, **given})

@@ -268,6 +268,8 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
+    """Module names are those of `diffusers`' `UNet2DConditionModel`."""
+
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = c = config

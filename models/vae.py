@@ -189,6 +189,8 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
+    """Module names are those of `diffusers`' `AutoencoderKL`."""
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
@@ -214,6 +216,28 @@ class VAE(nn.Module):
         """Latent [B, 4, h, w], already divided by `config.scaling_factor` -> picture [B, 3, H, W] around [-1, 1], not
         clamped. `skips`, one an up block in their order, already convolved to its width, are added to its input."""
         return self.decoder(self.post_quant_conv(z), skips)
+
+
+@dataclass
+class IdentityConfig:
+    scaling_factor: float = 1.0
+    sample_size: int = 32
+
+
+class Identity(nn.Module):
+    """In place of a VAE where a model works on pictures, or points, themselves: the latent is x."""
+
+    factor = 1
+
+    def __init__(self, config: IdentityConfig):
+        super().__init__()
+        self.config = config
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return x, torch.full_like(x, -torch.inf), []
+
+    def decode(self, z: Tensor, skips: None = None) -> Tensor:
+        return z
 
 
 # ---------------------------------------------------------------------------------------- the layout of one-file models

@@ -34,6 +34,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Names for --base: folders of this project and ids of the Hugging Face Hub.
 BASES = {
     "tiny": str(ROOT / "tiny" / "tiny"),
+    "tiny-sd": str(ROOT / "tiny" / "tiny-sd"),
+    "tiny-turbo": str(ROOT / "tiny" / "tiny-turbo"),
+    "pixels": str(ROOT / "tiny" / "pixels"),
     "sd-turbo": "stabilityai/sd-turbo",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
@@ -76,6 +79,7 @@ PARTS = {
     "transformer": (pixart.PixArt, pixart.PixArtConfig, pixart.FIXED, "diffusion_pytorch_model",
                     ("diffusers", "PixArtTransformer2DModel")),
 }
+IDENTITY = (vae.Identity, vae.IdentityConfig, {}, "diffusion_pytorch_model", ("models.vae", "Identity"))  # of pixels
 T5 = (t5.T5Encoder, t5.T5Config, t5.FIXED, "model", ("transformers", "T5EncoderModel"))  # the text_encoder of PixArt
 STABLE_DIFFUSION = ("vae", "unet", "text_encoder", "tokenizer", "schedule")
 PIXART = ("vae", "transformer", "text_encoder", "tokenizer", "schedule")
@@ -355,6 +359,7 @@ class Base:
     text_encoder: clip.TextEncoder | t5.T5Encoder | None = None
     tokenizer: clip.Tokenizer | t5.T5Tokenizer | None = None
     schedule: Schedule | None = None
+    random: bool = False  # whether its networks were drawn from a seed
 
     @property
     def denoiser(self) -> unet.UNet | pixart.PixArt:
@@ -364,6 +369,15 @@ class Base:
     def multiple(self) -> int:
         """What the sides of a picture are multiples of."""
         return self.vae.factor * (self.transformer.config.patch_size if self.transformer else 1)
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> tuple[Tensor, ...]:
+        """What the denoiser takes after x and t: contexts [n, N, C] and, of T5, the mask of their tokens [n, N]."""
+        device = next(self.text_encoder.parameters()).device
+        if isinstance(self.tokenizer, t5.T5Tokenizer):
+            ids, mask = (x.to(device) for x in self.tokenizer([t5.clean(text) for text in texts]))
+            return self.text_encoder(ids, mask), mask
+        return (self.text_encoder(self.tokenizer(texts).to(device)),)
 
 
 def is_file(name: str) -> bool:
@@ -391,13 +405,16 @@ def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch
               device: str = "cpu", seed: int = 0) -> Base:
     """The parts of a base, frozen, in the file's type where `dtype` is None. `name`: a one-file model, or see `find`.
     A base whose `model_index.json` says `"initialise": "random"` has no weights: they are drawn from `seed`. The parts
-    that a lone transformer lacks are PixArt's."""
+    that a lone transformer lacks are PixArt's; those that a folder lacks, of the base that its index calls "rest"."""
     if is_file(name):
         return load_one_file(name, parts, dtype, device)
     index, alone = read_index(name)
-    home, is_pixart = "pixart512" if alone else name, alone or "transformer" in index
-    base = Base(name)
+    is_pixart, base = alone or "transformer" in index, Base(name, random=index.get("initialise") == "random")
     for part in parts:
+        mark = dict(tokenizer="tokenizer/tokenizer_config.json", schedule="scheduler/scheduler_config.json").get(
+            part, f"{part}/config.json")
+        known = "rest" not in index or find(name, [mark])
+        home = "pixart512" if alone else name if known else index["rest"]
         if part == "tokenizer":
             base.tokenizer = load_t5_tokenizer(home) if is_pixart else load_tokenizer(home)
         elif part == "schedule":
@@ -406,11 +423,12 @@ def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch
             with reading(path, "a scheduler of Stable Diffusion or PixArt"):
                 base.schedule = Schedule.from_config(values)
         else:
-            cls, config_cls, fixed, stem, _ = T5 if is_pixart and part == "text_encoder" else PARTS[part]
             owner, folder = (name, "") if alone and part == "transformer" else (home, f"{part}/")
             path = find(owner, [f"{folder}config.json"], LAYOUT)
+            cls, config_cls, fixed, stem, _ = T5 if is_pixart and part == "text_encoder" else IDENTITY if \
+                part == "vae" and read_json(path).get("_class_name") == "Identity" else PARTS[part]
             config = read_config(config_cls, fixed, path)
-            if index.get("initialise") == "random":
+            if base.random:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
                     network = cls(config).requires_grad_(False).to(device=device, dtype=dtype)
@@ -599,9 +617,15 @@ def save_tensors(path: pathlib.Path, tensors: dict[str, Tensor], metadata: dict[
     path.chmod(mode)
 
 
-def save_folder(folder: pathlib.Path, base: Base, dtype: torch.dtype | None = None) -> None:
-    """Writes what there is of a base back in the Stable Diffusion layout, which `diffusers` reads too."""
-    index = dict(_class_name="PixArtAlphaPipeline") if base.transformer else dict(
+def save_folder(folder: pathlib.Path, base: Base, dtype: torch.dtype | None = None, rest: str | None = None) -> None:
+    """Writes what there is of a base back in the Stable Diffusion layout, which `diffusers` reads too. With the name of
+    the base that the `rest` is of, no more than denoiser and schedule are written, unless that has no weights."""
+    if rest and not base.random:
+        base = Base(base.name, unet=base.unet, transformer=base.transformer, schedule=base.schedule)
+        rest = str(pathlib.Path(rest).resolve()) if rest not in BASES and pathlib.Path(rest).is_dir() else rest
+        rest = read_index(rest)[0].get("rest", rest)
+    index = dict(rest=rest) if rest and not base.random else {}
+    index |= dict(_class_name="PixArtAlphaPipeline") if base.transformer else dict(
         _class_name="StableDiffusionPipeline", feature_extractor=(None, None), safety_checker=(None, None),
         requires_safety_checker=False)
 
@@ -612,7 +636,7 @@ def save_folder(folder: pathlib.Path, base: Base, dtype: torch.dtype | None = No
     for part, row in PARTS.items():
         if network := getattr(base, part):
             own = isinstance(network, t5.T5Encoder)
-            _, _, fixed, stem, peer = T5 if own else row
+            _, _, fixed, stem, peer = T5 if own else IDENTITY if isinstance(network, vae.Identity) else row
             index[part] = peer
             write(f"{part}/config.json", {"_class_name": peer[1], **asdict(network.config), **(fixed if own else {})})
             save_tensors(folder / part / f"{stem}.safetensors",
@@ -667,6 +691,56 @@ def save_generator(path: pathlib.Path, generator: nn.Module, kind: str, base: st
                                      prompts=json.dumps(prompts)))
 
 
+def save_yoso(path: pathlib.Path, base: Base, base_name: str, trained: dict[str, Tensor],
+              prior: tuple[Tensor, Tensor], lora_rank: int | None) -> None:
+    """Writes what was trained of a one-step generator ("unet.NAME": its LoRA, or all), its prior and its schedule. A
+    base without weights goes into the file too: then that opens no base."""
+    tensors = {**trained, "prior.mean": prior[0], "prior.std": prior[1]}
+    config = dict(schedule=base.schedule.config, lora_rank=lora_rank or None, lora_alpha=8.0)
+    if getattr(base, "random", False) and not lora_rank:
+        networks = {part: network for part in PARTS if (network := getattr(base, part))}
+        config |= {part: asdict(network.config) for part, network in networks.items()}
+        config |= dict(tokenizer=base.tokenizer.to_json())
+        tensors |= nn.ModuleDict(networks).state_dict()
+    save_tensors(path, tensors, dict(format=FORMAT, kind="yoso", base=base_name, config=json.dumps(config),
+                                     prompts="[]"))
+
+
+def load_yoso(path: pathlib.Path, base: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
+              strength: float = 1.0) -> tuple[Base, tuple[Tensor, Tensor]]:
+    """What `save_yoso` wrote: the base with the trained change added `strength` times, and the prior."""
+    expected = f"a one-step generator of train_yoso.py ({FORMAT})"
+    metadata, tensors = read_header(path)[1], safetensors.torch.load_file(path)
+    with reading(path, expected):
+        name, config = base or metadata["base"], json.loads(metadata["config"])
+        prior = tensors.pop("prior.mean"), tensors.pop("prior.std")
+        schedule = Schedule.from_config(config["schedule"])
+        if name == "gaussians":
+            raise ValueError("it draws points in the plane, not pictures")
+        whole = "tokenizer" in config
+        found = Base(name, tokenizer=clip.Tokenizer.from_json(config["tokenizer"])) if whole else None
+        for part in (part for part in PARTS if whole and part in config):
+            cls, config_cls, *_ = IDENTITY if part == "vae" and "latent_channels" not in config[part] else PARTS[part]
+            setattr(found, part, build(cls, from_json(config_cls, config[part]), path).requires_grad_(True))
+    found = found or load_base(name, parts_of(name), dtype, device)
+    found.schedule = schedule
+    with reading(path, f"{expected} for the base {name}"):
+        if config["lora_rank"]:
+            scale = strength * config["lora_alpha"] / config["lora_rank"]
+            pairs, unknown = read_lora(tensors, None, {"transformer" if found.transformer else "unet": found.denoiser})
+            if unknown or not pairs:
+                raise ValueError(f"{(unknown or ['no tensor'])[0]} belongs to a layer of it")
+            for own in pairs.values():
+                apply_lora(found.denoiser, {layer: (A, B, scale) for layer, (A, B, _) in own.items()}, 1.0)
+        else:
+            found.denoiser.requires_grad_(True)
+            parts = nn.ModuleDict({part: network for part in PARTS if (network := getattr(found, part))})
+            assign(parts, tensors, path, strength)
+    for network in filter(None, (getattr(found, part) for part in PARTS)):
+        network.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return found, prior
+
+
 def read_pkl(path: pathlib.Path, expected: str = "a checkpoint of img2img-turbo") -> dict:
     """A file of torch.save: tensors, numbers, names; one that would run code is refused."""
     try:
@@ -691,6 +765,12 @@ def find_checkpoint(name: str) -> pathlib.Path:
         raise ValueError(f"there is no checkpoint {path}; expected a file, a run's folder, a Hub id or one of"
                          f" {', '.join(CHECKPOINTS)}")
     return path
+
+
+def kind_of(checkpoint: str) -> str | None:
+    """"pix2pix_turbo", "cyclegan_turbo", "yoso", or None for a file that is not of a trainer here."""
+    path = None if checkpoint in CHECKPOINTS else find_checkpoint(checkpoint)
+    return read_header(path)[1].get("kind") if path and path.suffix == ".safetensors" else None
 
 
 def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu",

@@ -43,8 +43,8 @@ def test_the_scatter_shows_samples_where_they_are_and_survives_any():
 def test_networks_take_points_and_times_like_the_large_ones():
     base = gaussians.load_base(0, torch.float64, torch.device("cpu"))
     x = torch.randn(5, 2, dtype=torch.float64)
-    one, each = base.unet(x, 7, None), base.unet(x, torch.full((5,), 7))
-    assert one.shape == (5, 2) and torch.equal(one, each) and not torch.equal(one, base.unet(x, 8))
+    one, each = base.denoiser(x, 7, None), base.denoiser(x, torch.full((5,), 7))
+    assert one.shape == (5, 2) and torch.equal(one, each) and not torch.equal(one, base.denoiser(x, 8))
     assert gaussians.MLP(1)(x.float(), 0).shape == (5, 1)
     again = gaussians.load_base(0, torch.float64, torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(base.unet.parameters(), again.unet.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(base.denoiser.parameters(), again.denoiser.parameters()))

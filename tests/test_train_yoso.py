@@ -211,7 +211,7 @@ def test_the_discriminators_real_side_is_what_the_flag_says(monkeypatch, tmp_pat
 
     def G(u):
         x = diffusion.add_noise(x0, draw("noise"), u, base.schedule)
-        return trainer.generated(base.unet(x, u), x, u, base.schedule)
+        return trainer.generated(base.denoiser(x, u), x, u, base.schedule)
 
     wanted = G(s) if kind == "coop" else x0
     if kind == "noisy":
@@ -340,7 +340,7 @@ def assert_same(a, b, bound):
 
 BAD = {  # what is wrong: the flags, words of the one line
     "no such base": (["--base", "/nowhere"], ["/nowhere", "expected a folder"]),
-    "no such folder": (["--train_data_dir", "/nowhere"], ["/nowhere", "train_A"]),
+    "no such data": (["--train_data_dir", "/nowhere"], ["/nowhere", "a folder of pictures"]),
     "no such drawing": (["--train_data_dir", "drawn:cats"], ["cats", "drawn:circles"]),
     "a stage that is over": (["--stage", "adapt_v"], ["adapt_v", "predicts v already"]),
     "a stage too early": (["--stage", "adapt_zsnr", "--prediction_type", "epsilon"], ["--stage adapt_v first"]),
@@ -349,7 +349,7 @@ BAD = {  # what is wrong: the flags, words of the one line
     "no layer for LoRA": (["--base", "gaussians", "--train", "lora"], ["--train all"]),
     "unknown adversary": (["--adversarial", "teacher"], ["--adversarial", "coop"]),
     "no loss": (["--lambda_gan", "0", "--lambda_kl", "0", "--lambda_con", "0"], ["--lambda_kl"]),
-    "no prior": (["--prior_pictures", "0"], ["--prior_pictures", "1 or more"]),
+    "no prior of fewer than none": (["--prior_pictures", "-1"], ["--prior_pictures", "0 or more"]),
     "the paired trainer's flag": (["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
     "run in the way": (["--output_dir", "{taken}"], ["holds a run already", "--resume"]),
 }

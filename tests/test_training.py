@@ -29,7 +29,7 @@ TINY = dict(learning_rate=1e-2, seed=7)
 
 
 def parse(*argv):
-    return training.parse(Config, TINY, dict(old_name="base"), "doc", list(argv))
+    return training.parse(Config, dict(tiny=TINY), dict(old_name="base"), "doc", list(argv))
 
 
 def test_flags_fill_the_dataclass_with_its_types():

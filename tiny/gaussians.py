@@ -8,7 +8,6 @@ the few places that it draws are right.
 """
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset
 
 from models.diffusion import Schedule
 from models.unet import timestep_embedding
+from models.vae import Identity, IdentityConfig
 
 AXIS = (-4.0, -2.0, 0.0, 2.0, 4.0)
 CENTRES = torch.tensor([(x, y) for x in AXIS for y in AXIS])  # [25, 2]
@@ -74,41 +74,23 @@ class MLP(nn.Module):
         return self.conv_out(F.silu(h))
 
 
-class Same(nn.Module):
-    """In place of the VAE: the latent is the point, scaled."""
-
-    config = SimpleNamespace(scaling_factor=SCALING)
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, list]:
-        return x, torch.full_like(x, -torch.inf), []
-
-    def decode(self, z: Tensor) -> Tensor:
-        return z
-
-
-class Nothing(nn.Module):
-    """In place of the text encoder: no caption, no context."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return torch.zeros(len(ids), 0)
-
-
 @dataclass
 class Base:
-    """What `weights.load_base` gives of the others."""
-    unet: MLP
+    """What a trainer needs of a `weights.Base`. There is no caption, and so no context."""
+    denoiser: MLP
     schedule: Schedule
-    vae: Same
-    text_encoder: Nothing
+    vae: Identity
+    text_encoder = tokenizer = transformer = None
 
     @staticmethod
-    def tokenizer(text: str) -> Tensor:
-        return torch.zeros(1, 0)
+    def encode(texts: list[str]) -> tuple[Tensor]:
+        return (torch.zeros(len(texts), 0),)
 
 
 def load_base(seed: int, dtype: torch.dtype, device: torch.device) -> Base:
     torch.manual_seed(seed)
-    return Base(MLP(2).requires_grad_(False).to(device, dtype), Schedule.from_config(SCHEDULE), Same(), Nothing())
+    network = MLP(2).requires_grad_(False).to(device, dtype)
+    return Base(network, Schedule.from_config(SCHEDULE), Identity(IdentityConfig(SCALING)))
 
 
 def measure(samples: Tensor) -> dict[str, float]:

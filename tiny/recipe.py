@@ -1,16 +1,41 @@
-"""How the tiny bases were made: `python -m tiny.recipe tokenizer` writes the vocabulary.
+"""How the tiny bases were made, stage by stage, each from what the ones before it wrote:
+
+    python -m tiny.recipe tokenizer        the vocabulary: seconds
+    python -m tiny.recipe vae              the autoencoder of drawn scenes
+    python -m tiny.recipe sd               tiny-sd, an ordinary diffusion model: text encoder and U-Net, epsilon
+
+A stage that is stopped goes on where it stood; its logs and pictures are in runs/recipe/STAGE. Minutes, machine and
+figures of the committed weights: tiny/README.md.
 
 The tokenizer is CLIP's format at a hundredth of its size: all bytes, so every text has ids, and merges that make one
 piece of each word below; other words fall into letters."""
 
 import argparse
 import json
+import math
+import multiprocessing
 import pathlib
+import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from tokenizers import pre_tokenizers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import training
+from models import clip, diffusion, unet, vae, weights
+from tiny import scenes
 
 HERE = pathlib.Path(__file__).parent
+RUNS = pathlib.Path("runs/recipe")
+SEED, SIZE, DRAWINGS = 0, 64, 30_000
+VAE = vae.VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=SIZE,
+                    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
 WORDS = """
 red green blue yellow orange purple pink brown cyan gray grey white black navy olive lime maroon gold silver teal
 violet crimson beige turquoise magenta dark light pale bright deep soft warm cold circle square triangle star line
@@ -57,8 +82,184 @@ def write_tokenizer(folder: pathlib.Path) -> None:
              pad_token=specials[1], unk_token=specials[1], do_lower_case=True), indent=1))
 
 
+# -------------------- Drawings, and one loop for what is trained on them
+
+
+UNET = unet.UNetConfig(block_out_channels=(48, 96), layers_per_block=1, attention_head_dim=4, cross_attention_dim=64,
+                       use_linear_projection=True, norm_num_groups=8, sample_size=SIZE // 4,
+                       down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                       up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+SCHEDULE = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_schedule="scaled_linear",
+                beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", timestep_spacing="trailing",
+                steps_offset=0, set_alpha_to_one=True, clip_sample=False)
+
+
+def drawing(index: int, split: str = "train") -> np.ndarray:
+    return np.asarray(scenes.draw(scenes.nth_scene(split, SEED, index), SIZE))
+
+
+def drawings() -> Tensor:
+    """The first DRAWINGS scenes of the training split, uint8 [N, H, W, 3], drawn once."""
+    path = RUNS / "drawings.npy"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            drawn = list(tqdm(pool.imap(drawing, range(DRAWINGS), 100), "drawing", DRAWINGS))
+        np.save(path, np.stack(drawn))
+    return torch.from_numpy(np.load(path, mmap_mode="r"))
+
+
+def pictures(levels: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1]."""
+    return levels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train(stage: str, network: nn.Module, loss: Callable[[int], Tensor], look: Callable[[int], dict], steps: int,
+          rate: float, look_every: int = 500) -> None:
+    """AdamW at `rate`, with 200 steps of warm-up and a cosine to zero; `network` ends as the running mean of its
+    weights. `look` measures and draws with that mean. State is saved with every look."""
+    folder, start = RUNS / stage, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = dict(network.requires_grad_(True).named_parameters())
+    mean = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99), weight_decay=1e-2)
+    if (folder / "state.pt").is_file():
+        state = training.load_state(folder, stage)
+        start, mean = state["step"], state["mean"]
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+    log, clock = training.open_log(folder, start), time.monotonic()
+    for step in tqdm(range(start, steps), stage, steps, initial=start):
+        fall = max(0.0, (step - 200) / (steps - 200))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * fall))
+        value = loss(step)
+        training.check_finite({stage: value.item()}, step, ["the drawings"])
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        values = {"loss": value.item(), "grad_norm": nn.utils.clip_grad_norm_(trained.values(), 1.0).item()}
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in trained.items():
+                mean[name].lerp_(p, max(0.002, 9 / (step + 10)))
+        done = step + 1
+        if done % look_every == 0 or done == steps:
+            now = {name: p.detach().clone() for name, p in trained.items()}
+            network.load_state_dict(mean, strict=False)
+            values |= look(done) | {"minutes": (time.monotonic() - clock) / 60}
+            print({k: round(v, 4) for k, v in values.items()}, file=sys.stderr)
+            network.load_state_dict(now, strict=False)
+            training.save_state(folder / "state.pt", dict(
+                base=stage, step=done, network=network.state_dict(), mean=mean, optimizer=optimizer.state_dict()))
+        training.append_log(log, done, values)
+    training.plot_losses(log, folder / "losses.png")
+    network.load_state_dict(mean, strict=False)
+
+
+# -------------------- The autoencoder
+
+
+def vae_loss(made: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """|y - x| + 2 (y - x)^2, the absolute difference of slopes (rain, snow and stars are slopes), and a little KL."""
+    slopes = sum((made.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return F.l1_loss(made, x) + 2 * F.mse_loss(made, x) + 0.5 * slopes + 1e-4 * kl
+
+
+def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
+    torch.manual_seed(SEED)
+    network, drawn = vae.VAE(VAE).to(device), drawings()
+    held_out = pictures(torch.from_numpy(np.stack([drawing(i, "test") for i in range(64)]))).to(device)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16)
+
+    def loss(step: int) -> Tensor:
+        rng = training.rng(SEED, step, "vae")
+        x = pictures(drawn[torch.randint(len(drawn), (batch,), generator=rng)]).to(device)
+        with autocast():
+            mean, logvar, _ = network.encode(x)
+            noise = torch.randn(mean.shape, generator=rng).to(device)
+            made = network.decode(mean + (0.5 * logvar.float()).exp() * noise)
+        return vae_loss(made.float(), x, mean.float(), logvar.float())
+
+    @torch.no_grad()
+    def look(step: int) -> dict:
+        made = network.decode(network.encode(held_out)[0]).clamp(-1, 1)
+        training.save_grid(RUNS / "vae" / f"{step:06d}.png", [held_out[:24], made[:24]], at_least=128)
+        return {"psnr": (-10 * ((made - held_out) / 2).square().mean((1, 2, 3)).log10()).mean().item()}
+
+    train("vae", network, loss, look, steps, rate=2e-3)
+    with torch.no_grad():
+        spread = torch.cat([network.encode(pictures(drawn[i:i + 100]).to(device))[0] for i in range(0, 2000, 100)])
+    network.config.scaling_factor = round(1 / spread.std().item(), 4)
+    weights.save_folder(HERE / "tiny-turbo", weights.Base("tiny-turbo", vae=network), torch.float16)
+
+
+# -------------------- tiny-sd: a diffusion model of its latents
+
+
+def latents(network: vae.VAE, drawn: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Means and deviations [N, 4, h, w] of all drawings, scaled."""
+    found = []
+    with torch.inference_mode():
+        for levels in tqdm(drawn.split(200), "latents"):
+            mean, logvar, _ = network.encode(pictures(levels).to(device))
+            found.append(torch.stack([mean, (0.5 * logvar).exp()]).cpu() * network.config.scaling_factor)
+    return tuple(torch.cat(found, dim=1))
+
+
+def train_sd(device: torch.device, steps: int = 12_000, batch: int = 64) -> None:
+    """Noise is predicted at every level alike; a tenth of the captions is left out, for guidance."""
+    base = weights.load_base("tiny-turbo", ("vae",), torch.float32, str(device))
+    mean, std = latents(base.vae, drawings(), device)
+    base.tokenizer, base.schedule = weights.load_tokenizer("tiny"), diffusion.Schedule.from_config(SCHEDULE)
+    torch.manual_seed(SEED)
+    config = weights.read_config(clip.TextConfig, clip.FIXED, HERE / "tiny" / "text_encoder" / "config.json")
+    base.text_encoder, base.unet = clip.TextEncoder(config).to(device), unet.UNet(UNET).to(device)
+    scenery = [scenes.nth_scene("train", SEED, i) for i in range(DRAWINGS)]
+    ids, nothing = base.tokenizer([scenes.caption(scene) for scene in scenery]), base.tokenizer([""])
+    held_out = [scenes.nth_scene("test", SEED, i) for i in range(24)]
+    truth = pictures(torch.from_numpy(np.stack([drawing(i, "test") for i in range(24)])))
+    asked = base.tokenizer([scenes.caption(scene) for scene in held_out])
+
+    def loss(step: int) -> Tensor:
+        rng = training.rng(SEED, step, "sd")
+        rows, t = (torch.randint(n, (batch,), generator=rng) for n in (DRAWINGS, 1000))
+        noise, eps = torch.randn(2, batch, *mean.shape[1:], generator=rng)
+        words = torch.where(torch.rand(batch, 1, generator=rng) < 0.1, nothing, ids[rows])
+        x = diffusion.add_noise(mean[rows] + std[rows] * noise, eps, t, base.schedule)
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = base.unet(x.to(device), t.to(device), base.text_encoder(words.to(device)))
+        return F.mse_loss(predicted.float(), eps.to(device))
+
+    @torch.no_grad()
+    def look(step: int) -> dict:
+        contexts, columns = [base.text_encoder(words.to(device)) for words in (asked, nothing)], [truth]
+        start = torch.randn(len(asked), *mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+        for guidance in (1.0, 3.0):
+            def model(x: Tensor, t: int, guidance: float = guidance) -> Tensor:
+                wanted = base.unet(x, t, contexts[0])
+                unwanted = base.unet(x, t, contexts[1].expand(len(x), -1, -1)) if guidance > 1 else wanted
+                return unwanted + guidance * (wanted - unwanted)
+            z = diffusion.ddim(model, start, diffusion.timesteps(base.schedule, 25), base.schedule)
+            columns.append(base.vae.decode(z / base.vae.config.scaling_factor).cpu())
+        training.save_grid(RUNS / "sd" / f"{step:06d}.png", columns, at_least=128)
+        return {}
+
+    train("sd", nn.ModuleDict(dict(unet=base.unet, text_encoder=base.text_encoder)), loss, look, steps, rate=1e-3,
+          look_every=1000)
+    weights.save_folder(HERE / "tiny-sd", base, torch.float16)
+
+
+def main() -> None:
+    stages = dict(tokenizer=lambda device: write_tokenizer(HERE / "tiny" / "tokenizer"), vae=train_vae, sd=train_sd)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
+    args = training.parse_args(parser)
+    stages[args.stage](training.pick_device(args.device))
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["tokenizer"])
-    parser.parse_args()
-    write_tokenizer(HERE / "tiny" / "tokenizer")
+    training.run(main)
