@@ -423,7 +423,6 @@ REFUSED = {
     "strength of a prompt": (["--base", "B", "--strength", "0.5"], ["--strength has no meaning without --input"]),
     "many edits of one picture": (["--base", "B", "--input", "in.png", "--n", "2"], [
         "--n has no meaning with --input"]),
-        "--lora has no meaning with --checkpoint"]),
     "another prediction": (["--base", "B", "--prediction_type", "x0"], ["--prediction_type", "v_prediction"]),
 }
 
