@@ -398,7 +398,8 @@ def main() -> None:
 
     def validate() -> dict[str, float]:
         real, fakes = drawn([test_set[i] for i in range(min(cfg.num_samples_eval, len(test_set)))])
-        values = {"val_spread": (fakes.std(0).mean() / real.std(0).mean()).item()}  # less than 1: too much the same
+        spreads = [pictures.std(0, correction=0).mean() for pictures in (fakes, real)]
+        values = {"val_spread": (spreads[0] / spreads[1]).item()}  # less than 1: too much the same
         if inception:
             made, true = (evaluate.statistics(torch.cat([evaluate.features(inception, x[None].to(device)) for x in xs]))
                           for xs in (fakes.clamp(-1, 1), real))

@@ -55,6 +55,79 @@ def refused(function, *arguments, match: str, **named) -> None:
     assert "\n" not in str(caught.value)
 
 
+# -------------------- pictures with captions, of every layout
+
+def test_captions_come_from_metadata_or_text_files_and_every_tenth_item_is_for_the_test(tmp_path):
+    for i in range(20):
+        noise(6, 8, i).save(tmp_path / f"{i:02d}.png")
+        (tmp_path / f"{i:02d}.txt").write_text(f" noise \n{i}")
+    train, test = (data.open_captioned(tmp_path, split, "no_resize") for split in ("train", "test"))
+    assert (len(train), len(test)) == (18, 2) and test[1]["name"] == "19.png" and train[3]["caption"] == "noise 3"
+    assert np.array_equal(pixels(data.to_picture(train[3]["target"])), pixels(noise(6, 8, 3)))
+    rows = [json.dumps(dict(file_name=f"{i:02d}.png", text=f"text {i}", other=f"other {i}")) for i in range(20)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*rows, ""]))
+    assert data.open_captioned(tmp_path, "train", "no_resize")[3]["caption"] == "text 3"
+    assert data.open_captioned(tmp_path, "test", "no_resize", column="other")[0]["caption"] == "other 9"
+    refused(data.open_captioned, tmp_path, "train", "no_resize", column="caption", match="--caption_column")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows[:-1]))
+    refused(data.open_captioned, tmp_path, "train", "no_resize", match="no caption for '19.png'")
+    for split in ("train", "test"):
+        (tmp_path / "whole" / split).mkdir(parents=True)
+        noise(6, 8).save(tmp_path / "whole" / split / f"{split}.png")
+    assert data.open_captioned(tmp_path / "whole", "test", "no_resize")[0] | {"target": 0} == dict(
+        target=0, caption="", name="test.png")
+
+
+def test_a_zip_of_edm_gives_its_classes_as_captions(shared):
+    train, test = (data.open_captioned(shared / "cifar10.zip", split, "no_resize") for split in ("train", "test"))
+    assert (len(train), len(test)) == (18_000, 2_000) and train[0]["target"].shape == (3, 32, 32)
+    assert set(train.captions) == {f"class {i}" for i in range(10)}
+    batch = next(data.batches(train, 4, 0, num_workers=1))  # a worker opens the file for itself
+    assert batch["target"].shape == (4, 3, 32, 32) and len(batch["caption"]) == 4
+
+
+def test_random_crops_stay_inside_follow_their_key_and_are_central_without_one():
+    picture, prepare = coordinates(20, 40), data.prepare("resized_randomcrop_20_hflip")
+    crops = [pixels(prepare([picture], np.random.default_rng(i))[0]) for i in range(40)]
+    lefts = {min(crop[0, 0, 0], crop[0, -1, 0]) for crop in crops}
+    assert min(lefts) == 0 and max(lefts) == 20 and len(lefts) > 10
+    assert {crop[0, 0, 0] < crop[0, -1, 0] for crop in crops} == {True, False}
+    assert all(np.ptp(crop[..., 0]) == np.ptp(crop[..., 1]) == 19 for crop in crops)
+    assert np.array_equal(crops[7], pixels(prepare([picture], np.random.default_rng(7))[0]))
+    assert np.array_equal(pixels(prepare([picture])[0]), pixels(data.prepare("resized_crop_20")([picture])[0]))
+
+
+def test_a_stopped_cache_goes_on_and_a_damaged_one_is_noticed_and_mended(tmp_path, monkeypatch):
+    for i in range(20):
+        noise(12, 12, i).save(tmp_path / f"{i:02d}.png")
+    arguments = (str(tmp_path), "tiny", tmp_path / "cache", "resized_crop_8", 8, "text", 0, 4, "cpu", "float32", 5)
+    count, item = [], data.Captioned.__getitem__
+    def stopped(self, index):
+        count.append(index)
+        if len(count) == 12:
+            raise KeyboardInterrupt
+        return item(self, index)
+    monkeypatch.setattr(data.Captioned, "__getitem__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        data.cache(*arguments)
+    refused(data.open_captioned, tmp_path / "cache", "train", "", match="10 of 18")
+    data.cache(*arguments)
+    assert len(count) == 12 + 8 + 2  # the two whole shards were not made again
+    cached = data.open_captioned(tmp_path / "cache", "train", "")
+    assert len(cached) == 18 and cached[7]["name"] == "07.png" and cached[17]["name"] == "18.png"
+    whole = cached[7]
+    shard = tmp_path / "cache" / "train-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    refused(lambda: data.open_captioned(tmp_path / "cache", "train", "")[7], match="train-00001.safetensors")
+    data.cache(*arguments)
+    assert torch.equal(data.open_captioned(tmp_path / "cache", "train", "")[7]["mean"], whole["mean"])
+    refused(data.cache, *arguments[:6], 1, *arguments[7:], match="choose another --output")
+    (tmp_path / "cache" / "index.json").write_text("[]")
+    refused(data.open_captioned, tmp_path / "cache", "train", "", match="no index of a cache")
+
+
 # -------------------- one picture
 
 def test_grey_and_one_bit_pictures_become_three_equal_channels(tmp_path):

@@ -4,14 +4,18 @@ import json
 import math
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
 from conftest import normal, relative
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_bases import dit, sd  # noqa: F401 (fixtures)
 from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, pairs  # noqa: F401
 
+import sample
 import train_yoso as trainer
 import training
 from models import diffusion, weights
@@ -275,6 +279,98 @@ def test_the_checkpoint_is_the_mean_of_the_weights_and_carries_the_prior(monkeyp
     assert len(load_file(tmp_path / "run" / "lora_kohya.safetensors")) == 1.5 * len(lora)
 
 
+def text_file(folder):
+    (folder / "captions.txt").write_text("a cat\na dog by a lake\nrain\na boat\nfog\nsnow\na car\na tree\nnight\nday")
+    return folder / "captions.txt"
+
+
+def test_pixart_goes_the_whole_way_and_the_critic_is_stable_diffusions(monkeypatch, tmp_path, pairs, dit, sd):  # noqa: F811
+    """Its bases hold the transformer alone, and take all else from where they began; then a LoRA of it."""
+    common = ["--disc_base", sd, "--train_data_dir", pairs, *SMALL[:-4], "--resolution", 32, "--device", "cpu",
+              "--max_train_steps", 2, "--learning_rate", 1e-4]
+    base = dit["512"]
+    for stage in ("adapt_v", "adapt_zsnr", "yoso"):
+        train(monkeypatch, "--base", base, "--train", "all", "--stage", stage, "--output_dir", tmp_path / stage,
+              *common)
+        base = tmp_path / stage / "base"
+        assert sorted(p.name for p in base.iterdir()) == ["model_index.json", "scheduler", "transformer"]
+    made, began = (weights.load_base(str(name), weights.PIXART) for name in (base, dit["512"]))
+    assert made.schedule.alpha[-1] == 0 and made.schedule.prediction_type == "v_prediction"
+    assert not torch.equal(made.transformer.proj_out.weight, began.transformer.proj_out.weight)
+    assert torch.equal(made.vae.decoder.conv_in.weight, began.vae.decoder.conv_in.weight)
+    train(monkeypatch, "--base", base, "--train", "lora", "--lora_rank", 4, "--output_dir", tmp_path / "lora", *common)
+    drawn, _ = weights.load_yoso(tmp_path / "lora" / "model.safetensors")
+    weights.load_lora(str(tmp_path / "lora"), made)
+    for name, p in made.transformer.state_dict().items():
+        assert relative(p + 1, drawn.transformer.state_dict()[name] + 1) < 1e-6, name
+
+
+def test_a_teacher_draws_the_pictures_of_captions_alone(monkeypatch, tmp_path, sd):  # noqa: F811
+    captions = text_file(tmp_path)
+    train(monkeypatch, "--train_data_dir", captions, "--teacher", sd, "--dtype", "float64", "--train_batch_size", 3,
+          "--max_train_steps", 1, "--resolution", 32, "--prior_pictures", 2, "--num_samples_eval", 1, "--lambda_gan", 0,
+          "--lambda_con", 0, "--device", "cpu", "--output_dir", tmp_path / "run")
+    log = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    teacher, base = (weights.load_base(str(name), dtype=torch.float64, seed=42) for name in (sd, "tiny"))
+    texts = next(trainer.data.batches(trainer.data.Captioned(captions, "train", "no_resize"), 3, 42))["caption"]
+
+    def draw(what):
+        side = 32 // base.vae.factor
+        return torch.randn(3, 4, side, side, generator=training.rng(42, 0, what)).double()
+
+    x = diffusion.start(draw("latent"), 999, teacher.schedule)
+    x0 = diffusion.predict_x0(teacher.unet(x, 999, *teacher.encode(texts)), x, 999, teacher.schedule,
+                              teacher.schedule.prediction_type)
+    t = torch.randint(1000, (3,), generator=training.rng(42, 0, "t"))
+    x_t = diffusion.add_noise(x0, draw("noise"), t, base.schedule)
+    fake = trainer.generated(base.unet(x_t, t, *base.encode(texts)), x_t, t, base.schedule)
+    assert log["kl"] == pytest.approx(0.5 * trainer.kl_loss(fake, x0, t, base.schedule, 5.0).item(), rel=1e-9)
+
+
+def test_a_cache_trains_what_its_pictures_train(monkeypatch, tmp_path, pairs):  # noqa: F811
+    trainer.data.cache(str(pairs), "tiny", tmp_path / "cache", "resized_crop_24", 24, "text", 42, 4, "cpu", "float32",
+                       shard_items=4)
+    for name, where in (("pictures", pairs), ("cached", tmp_path / "cache")):
+        train(monkeypatch, "--train", "lora", "--train_data_dir", where, "--center_crop", *SMALL,
+              "--max_train_steps", 3, "--output_dir", tmp_path / name)
+    a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("pictures", "cached"))
+    for part in ("prior", "trained", "ema"):
+        assert_same(a[part], b[part], 1e-3)
+
+
+def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(monkeypatch, tmp_path):
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        names = [f"00000/img{i:08d}.png" for i in range(20)]
+        for i, name in enumerate(names):
+            Image.new("RGB", (16, 16), (10 * i, 100, 0)).save(tmp_path / "one.png")
+            archive.write(tmp_path / "one.png", name)
+        archive.writestr("dataset.json", json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]}))
+    train(monkeypatch, "--base", "pixels", "--train_data_dir", tmp_path / "set.zip", "--train_batch_size", 2,
+          "--resolution", 16, "--max_train_steps", 2, "--num_samples_eval", 2, "--device", "cpu", "--output_dir",
+          tmp_path / "run")
+    base, prior = weights.load_yoso(tmp_path / "run" / "model.safetensors")
+    assert base.schedule.alpha[-1] == 0 and prior[0].shape == (3, 16, 16)
+    made = sample.text_to_image(base, "class 2", [5], (16, 16), sampler="lcm")
+    noise, t = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5)), torch.tensor([999])
+    x0 = trainer.generated(base.unet(noise, t, *base.encode(["class 2"])), noise, t, base.schedule)
+    assert relative(made, (x0 / 2).clamp(-1, 1)) < 1e-5
+    other = sample.text_to_image(base, "class 1", [5], (16, 16), sampler="lcm")
+    assert not torch.equal(made, other)  # it hears its class
+
+
+@pytest.mark.parametrize("way", ["lora", "all"])
+def test_a_checkpoint_draws_what_the_grid_showed(monkeypatch, tmp_path, pairs, way):  # noqa: F811
+    seen, save = [], training.save_grid
+    monkeypatch.setattr(training, "save_grid", lambda path, columns: (seen.append(columns), save(path, columns)))
+    train(monkeypatch, "--train", way, "--train_data_dir", pairs, *SMALL, "--max_train_steps", 2,
+          "--learning_rate", 1e-2, "--output_dir", tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "noise", "--checkpoint", str(tmp_path / "run"), "--seed", "0",
+                                      "--size", "24", "--output", str(tmp_path / "out.png")])
+    sample.main()
+    made = trainer.data.to_tensor(trainer.data.open_picture(tmp_path / "out.png")) * 2 - 1
+    assert (made - seen[-1][1][0].clamp(-1, 1)).abs().max() < 1.5 / 127.5
+
+
 def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path, pairs):  # noqa: F811
     """In float16's smaller brother; a pass without gradient must not leave its cast weights to one with."""
     seen, average = [], training.average_gradients
@@ -349,6 +445,10 @@ BAD = {  # what is wrong: the flags, words of the one line
     "no layer for LoRA": (["--base", "gaussians", "--train", "lora"], ["--train all"]),
     "unknown adversary": (["--adversarial", "teacher"], ["--adversarial", "coop"]),
     "no loss": (["--lambda_gan", "0", "--lambda_kl", "0", "--lambda_con", "0"], ["--lambda_kl"]),
+    "captions and no teacher": (["--train_data_dir", "{captions}"], ["captions.txt", "--teacher"]),
+    "a teacher of pictures": (["--teacher", "tiny"], ["leave --teacher out"]),
+    "a zip that is none": (["--train_data_dir", "{taken}/a.zip"], ["a.zip", "dataset.json"]),
+    "pixels through a U-Net": (["--base", "pixels", "--consistency", "perceptual"], ["--consistency mse"]),
     "no prior of fewer than none": (["--prior_pictures", "-1"], ["--prior_pictures", "0 or more"]),
     "the paired trainer's flag": (["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
     "run in the way": (["--output_dir", "{taken}"], ["holds a run already", "--resume"]),
@@ -360,9 +460,10 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(monkeypatch, caps
     flags, words = BAD[case]
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "config.json").write_text("{}")
+    (tmp_path / "taken" / "a.zip").write_text("no zip")
     with pytest.raises(SystemExit) as caught:
         train(monkeypatch, "--train_data_dir", "drawn:circles", *SMALL, "--output_dir", tmp_path / "run",
-              *(flag.format(taken=tmp_path / "taken") for flag in flags))
+              *(flag.format(taken=tmp_path / "taken", captions=text_file(tmp_path)) for flag in flags))
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line or "Traceback" in line]
     assert caught.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
     assert not list(tmp_path.glob("**/*.tmp")) and not list(tmp_path.glob("**/*.safetensors"))
