@@ -18,7 +18,7 @@ from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, pairs  # noqa:
 import sample
 import train_yoso as trainer
 import training
-from models import diffusion, weights
+from models import clip, diffusion, pixart, t5, unet, vae, weights
 from models.diffusion import Schedule, zero_terminal_snr
 
 torch.set_num_threads(1)
@@ -382,6 +382,50 @@ def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path
     assert len(seen) == 4 and all(t.dtype == torch.float32 for t in state["trained"].values())
     moved = [k for k, t in state["trained"].items() if k.endswith("lora_B.weight") and t.abs().max() == 0]
     assert not moved, moved
+
+
+# ------------------------------------------------------------------------------------------------------- full size
+
+
+def peak_of(*argv):
+    """Peak memory of one run of the trainer, in GB, and its log."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); " \
+           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    threads = {k: v for k, v in ENV.items() if "THREADS" not in k}
+    out = subprocess.run([sys.executable, "-c", code, *command(*argv)], env=threads, check=True, capture_output=True,
+                         text=True).stdout
+    return int(out.split()[-1]) / 1e6
+
+
+@pytest.mark.slow
+def test_a_step_at_full_size_runs_on_this_machine(tmp_path, pairs):  # noqa: F811
+    """A LoRA step on SD 1.5 in its published sizes at 256 px; and one on PixArt with all its 28 blocks, whose T5 is of
+    full width and of two layers of its 24, before the cache. Random weights; prints peak memory (pytest -s)."""
+    schedule = Schedule.from_config(dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
+    clip_l = clip.TextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                             hidden_act="quick_gelu")
+    words = clip.Tokenizer(weights.load_tokenizer("tiny").pieces)
+    weights.save_folder(tmp_path / "sd15", weights.Base(
+        "", vae.VAE(vae.VAEConfig()), unet.UNet(unet.UNetConfig()), text_encoder=clip.TextEncoder(clip_l),
+        tokenizer=words, schedule=schedule), torch.float16)
+    one = ["--train_batch_size", 1, "--max_train_steps", 1, "--prior_pictures", 1, "--num_samples_eval", 1,
+           "--resolution", 256, "--gradient_checkpointing", "--device", "cpu"]
+    peak = peak_of("--base", tmp_path / "sd15", "--train_data_dir", pairs, *one, "--output_dir", tmp_path / "one")
+    print(f"SD 1.5, LoRA of rank 64, 256 px, batch 1, float32: {peak:.1f} GB")
+    pieces = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁", -2.0], *([c, -3.0] for c in "abcdefghinopst")]
+    letters = t5.pieces_from_json(json.dumps(dict(model=dict(type="Unigram", vocab=pieces, unk_id=2))))
+    weights.save_folder(tmp_path / "dit", weights.Base(
+        "", vae.VAE(vae.VAEConfig()), transformer=pixart.PixArt(pixart.PixArtConfig(sample_size=64)),
+        text_encoder=t5.T5Encoder(t5.T5Config(d_model=4096, d_ff=10240, num_heads=64, num_layers=2)),
+        tokenizer=t5.T5Tokenizer(letters), schedule=schedule), torch.float16)
+    trainer.data.cache(str(pairs), str(tmp_path / "dit"), tmp_path / "cache", "resized_crop_256", 256, "text", 42, 1,
+                       "cpu", "float32")
+    peak = peak_of("--base", tmp_path / "dit", "--disc_base", tmp_path / "sd15", "--train_data_dir", tmp_path / "cache",
+                   *one, "--output_dir", tmp_path / "two")
+    print(f"PixArt, LoRA of rank 64, 256 px, batch 1, float32, cached contexts: {peak:.1f} GB")
+    for run in ("one", "two"):
+        log = json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0])
+        assert all(math.isfinite(log[k]) for k in ("gan", "kl", "con", "disc", "grad_norm"))
 
 
 # ------------------------------------------------------------------------------------- the same computation, otherwise
