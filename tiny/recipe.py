@@ -2,6 +2,7 @@
 
     python -m tiny.recipe tokenizer        the vocabulary: seconds
     python -m tiny.recipe vae              the autoencoder of drawn scenes
+    python -m tiny.recipe judge            what reads attributes from pictures, for measuring
     python -m tiny.recipe sd               tiny-sd, an ordinary diffusion model: text encoder and U-Net, epsilon
 
 A stage that is stopped goes on where it stood; its logs and pictures are in runs/recipe/STAGE. Minutes, machine and
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import training
 from models import clip, diffusion, unet, vae, weights
-from tiny import scenes
+from tiny import measure, scenes
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/recipe")
@@ -85,7 +86,7 @@ def write_tokenizer(folder: pathlib.Path) -> None:
 # -------------------- Drawings, and one loop for what is trained on them
 
 
-UNET = unet.UNetConfig(block_out_channels=(48, 96), layers_per_block=1, attention_head_dim=4, cross_attention_dim=64,
+UNET = unet.UNetConfig(block_out_channels=(48, 88), layers_per_block=1, attention_head_dim=2, cross_attention_dim=64,
                        use_linear_projection=True, norm_num_groups=8, sample_size=SIZE // 4,
                        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
@@ -196,6 +197,37 @@ def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
     weights.save_folder(HERE / "tiny-turbo", weights.Base("tiny-turbo", vae=network), torch.float16)
 
 
+# -------------------- The judge
+
+
+def train_judge(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
+    """On drawings of all combinations, those of the test too (of other seeds); blurred and noised at random, so that it
+    reads what made pictures show and not what gives them away."""
+    torch.manual_seed(SEED)
+    network, drawn, others = measure.Judge().to(device), drawings(), range(1000, 4000)  # the first are for measuring
+    more = torch.from_numpy(np.stack([drawing(i, "test") for i in tqdm(others, "drawing")]))
+    scenery = [*(scenes.nth_scene("train", SEED, i) for i in range(DRAWINGS)),
+               *(scenes.nth_scene("test", SEED, i) for i in others)]
+    fields, things = map(torch.tensor, zip(*map(measure.attributes, scenery)))
+    held_out = [scenes.nth_scene("test", SEED, i) for i in range(200)]
+    pictured = pictures(torch.from_numpy(np.stack([drawing(i, "test") for i in range(200)]))).to(device)
+
+    def loss(step: int) -> Tensor:
+        rng = training.rng(SEED, step, "judge")
+        rows = torch.cat([torch.randint(DRAWINGS, (batch // 2,), generator=rng),
+                          torch.randint(DRAWINGS, len(scenery), (batch // 2,), generator=rng)])
+        x = pictures(torch.stack([drawn[i] if i < DRAWINGS else more[i - DRAWINGS] for i in rows.tolist()]))
+        blur = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        x = torch.lerp(x, blur, torch.rand(batch, 1, 1, 1, generator=rng))
+        x = x + 0.1 * torch.rand(batch, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = network(x.to(device))
+        return measure.judge_loss([row.float() for row in logits], fields[rows].to(device), things[rows].to(device))
+
+    train("judge", network, loss, lambda step: measure.obeyed(network, pictured, held_out), steps, rate=3e-3)
+    weights.save_tensors(HERE / "judge.safetensors", {k: t.half() for k, t in network.state_dict().items()}, {})
+
+
 # -------------------- tiny-sd: a diffusion model of its latents
 
 
@@ -253,7 +285,8 @@ def train_sd(device: torch.device, steps: int = 12_000, batch: int = 64) -> None
 
 
 def main() -> None:
-    stages = dict(tokenizer=lambda device: write_tokenizer(HERE / "tiny" / "tokenizer"), vae=train_vae, sd=train_sd)
+    stages = dict(tokenizer=lambda device: write_tokenizer(HERE / "tiny" / "tokenizer"), vae=train_vae,
+                  judge=train_judge, sd=train_sd)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
