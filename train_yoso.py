@@ -249,6 +249,9 @@ def main() -> None:
         if cached and train_set.facts["vae"] != weights.fingerprint(base.vae):
             raise ValueError(f"{cfg.train_data_dir} holds latents of {train_set.facts['base']}, whose VAE is not that"
                              f" of {cfg.base} in {cfg.dtype}; make a cache of this base, in this type")
+        if cached and (cfg.validation_prompts or cfg.unconditional):
+            raise ValueError(f"{cfg.train_data_dir} holds captions that are encoded already; leave --validation_prompts"
+                             " and --unconditional out")
     if cfg.prediction_type:
         base.schedule = Schedule.from_config(base.schedule.config | {"prediction_type": cfg.prediction_type})
     first = train_set[0]
@@ -262,7 +265,7 @@ def main() -> None:
         base.schedule = Schedule.from_config(old.config | {"prediction_type": "v_prediction"} | (
             {"rescale_betas_zero_snr": True} if cfg.stage == "adapt_zsnr" else {}))
     elif cfg.lambda_con and cfg.consistency == "perceptual":
-        judge = lower_half(critic.unet, share=cfg.train == "lora")
+        judge = lower_half(critic.unet, share=cfg.train == "lora" or critic is not base)
     if cfg.stage == "yoso" and cfg.lambda_gan:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
         discriminator = (gaussians.MLP(1) if points else LatentDiscriminator(critic.unet)).to(device, dtype)

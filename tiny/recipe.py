@@ -4,6 +4,7 @@
     python -m tiny.recipe vae              the autoencoder of drawn scenes
     python -m tiny.recipe judge            what reads attributes from pictures, for measuring
     python -m tiny.recipe sd               tiny-sd, an ordinary diffusion model: text encoder and U-Net, epsilon
+    python -m tiny.recipe turbo            tiny-turbo, its one-step model: train_yoso.py, in three stages
 
 A stage that is stopped goes on where it stood; its logs and pictures are in runs/recipe/STAGE. Minutes, machine and
 figures of the committed weights: tiny/README.md.
@@ -16,6 +17,8 @@ import json
 import math
 import multiprocessing
 import pathlib
+import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -284,9 +287,40 @@ def train_sd(device: torch.device, steps: int = 12_000, batch: int = 64) -> None
     weights.save_folder(HERE / "tiny-sd", base, torch.float16)
 
 
+# -------------------- tiny-turbo: one step instead of 25
+
+STAGES = {  # of train_yoso.py: v instead of epsilon, then pure noise at the end, then one step
+    "adapt_v": dict(max_train_steps=800, learning_rate=3e-4, lr_scheduler="cosine"),
+    "adapt_zsnr": dict(max_train_steps=800, learning_rate=3e-4, lr_scheduler="cosine"),
+    "yoso": dict(max_train_steps=3000, learning_rate=2e-4, disc_lr_ratio=2.0, lr_scheduler="cosine"),
+}
+COMMON = dict(train="all", train_batch_size=32, resolution=SIZE, lr_warmup_steps=100, adam_beta2=0.99, prior_pictures=0,
+              ema_decay=0.998, viz_freq=500, eval_freq=500, checkpointing_steps=250, seed=SEED)
+
+
+def train_turbo(device: torch.device) -> None:
+    def run(script: str, *argv: object) -> None:
+        subprocess.run([sys.executable, HERE.parent / script, *map(str, argv)], check=True)
+
+    cache, base = RUNS / "cache", "tiny-sd"
+    run("data.py", "cache", "drawn:scenes", "--base", base, "--size", SIZE, "--output", cache, "--batch", 64)
+    for stage, own in STAGES.items():
+        folder, flags = RUNS / stage, {**COMMON, **own}
+        if (folder / "state.pt").is_file():
+            run("train_yoso.py", "--resume", folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            run("train_yoso.py", "--base", base, "--stage", stage, "--train_data_dir", cache, "--device", device,
+                "--output_dir", folder, *(word for name, value in flags.items() for word in (f"--{name}", value)))
+        base = folder / "base"
+    made = weights.load_base(str(base), dtype=torch.float32)
+    made.schedule = diffusion.Schedule.from_config(made.schedule.config | dict(_class_name="LCMScheduler"))
+    weights.save_folder(HERE / "tiny-turbo", made, torch.float16)
+
+
 def main() -> None:
     stages = dict(tokenizer=lambda device: write_tokenizer(HERE / "tiny" / "tokenizer"), vae=train_vae,
-                  judge=train_judge, sd=train_sd)
+                  judge=train_judge, sd=train_sd, turbo=train_turbo)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
