@@ -353,9 +353,11 @@ def main() -> None:
             discriminator.load_state_dict(state["discriminator"])
             optimizer_d.load_state_dict(state["optimizer_d"])
     elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
-        chosen = tqdm(range(min(cfg.prior_pictures, len(train_set))), "prior", disable=rank != 0)
-        prior = diffusion.mean_and_std(read(collate([train_set[i]]), slice(1), bool(painter) * seeded([i]))[0][0]
-                                       for i in chosen)  # of encoded pictures the mean is taken
+        chosen = range(min(cfg.prior_pictures, len(train_set)))
+        groups = [chosen[i:i + cfg.train_batch_size] for i in chosen[::cfg.train_batch_size]]
+        prior = diffusion.mean_and_std(
+            z for group in tqdm(groups, "prior", disable=rank != 0)  # of pictures each latent's mean, without noise
+            for z in read(collate([train_set[i] for i in group]), slice(None), bool(painter) * seeded(group))[0])
     else:
         prior = torch.zeros(2, *shape, dtype=torch.float64).unbind()
 
