@@ -9,7 +9,7 @@ import torch
 
 import data
 from models import weights
-from tiny import circles, recipe
+from tiny import circles, measure, recipe
 
 
 def test_held_out_combinations_are_never_drawn_in_training():
@@ -82,3 +82,28 @@ def test_an_untrained_tiny_base_hears_its_caption():
 @pytest.mark.parametrize("name", ["drawn:circles"])
 def test_drawn_worlds_are_reached_by_name(name):
     assert len(data.open_paired(name, "test", "no_resize")) > 0
+
+
+# -------------------- what the trained weights can do
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return measure.load_judge()
+
+
+def test_the_judge_reads_real_drawings_and_not_what_is_not_there(judge):
+    described, truth = measure.held_out(60)
+    assert min(measure.obeyed(judge, truth, described).values()) > 0.97
+    others = described[1:] + described[:1]
+    assert measure.obeyed(judge, truth, others)["colour"] < 0.3
+
+
+def test_the_autoencoder_keeps_drawings_with_their_rain_snow_and_stars(judge):
+    described, truth = measure.held_out(60)
+    network = weights.load_base("tiny-turbo", ("vae",), torch.float32).vae
+    made = network.decode(network.encode(truth)[0]).clamp(-1, 1)
+    assert measure.psnr(made, truth).mean() > 30
+    assert measure.obeyed(judge, made, described)["weather"] > 0.97
+    z = network.encode(truth)[0] * network.config.scaling_factor
+    assert 0.9 < z.std() < 1.1
