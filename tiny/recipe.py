@@ -246,7 +246,7 @@ def latents(network: vae.VAE, drawn: Tensor, device: torch.device) -> tuple[Tens
     return tuple(torch.from_numpy(np.load(path)))
 
 
-def train_sd(device: torch.device, steps: int = 4500, batch: int = 64) -> None:
+def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
     """Noise is predicted at every level alike; a tenth of the captions is left out, for guidance."""
     base = weights.load_base("tiny-turbo", ("vae",), torch.float32, str(device))
     mean, std = latents(base.vae, drawings(), device)
