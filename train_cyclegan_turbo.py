@@ -351,6 +351,8 @@ def main() -> None:
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
         losses["grad_norm"] = nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
+        if not scaler.is_enabled():  # which itself leaves out a step whose gradient overflows
+            training.check_finite(losses, step, [*batch["name_a"], *batch["name_b"]])
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
@@ -370,7 +372,7 @@ def main() -> None:
                     add("disc_right_on_fake", share_right(logits_fake, False) / 2)
                     drift = (fakes[domain][i].mean((0, 2, 3)) - real.mean((0, 2, 3))).abs().mean()
                     add(f"drift_{domain}", drift.item())  # of the mean colour
-            training.check_finite(losses, step, [*batch["name_a"], *batch["name_b"]])
+            training.check_finite({"disc": losses["disc"]}, step, [*batch["name_a"], *batch["name_b"]])
             training.average_gradients(discriminators.parameters())
             scaler.unscale_(optimizer_d)
             nn.utils.clip_grad_norm_(discriminators.parameters(), cfg.max_grad_norm)

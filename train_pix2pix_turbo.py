@@ -326,6 +326,8 @@ def main() -> None:
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
         losses["grad_norm"] = nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
+        if not scaler.is_enabled():  # which itself leaves out a step whose gradient overflows
+            training.check_finite(losses, step, batch["name"])
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
@@ -343,7 +345,7 @@ def main() -> None:
                 add("disc", loss.item())
                 add("disc_right_on_real", share_right(logits_real, True))
                 add("disc_right_on_fake", share_right(logits_fake, False))
-            training.check_finite(losses, step, batch["name"])
+            training.check_finite({"disc": losses["disc"]}, step, batch["name"])
             training.average_gradients(discriminator.parameters())
             scaler.unscale_(optimizer_d)
             nn.utils.clip_grad_norm_(discriminator.parameters(), cfg.max_grad_norm)

@@ -490,6 +490,8 @@ def main() -> None:
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
         losses["grad_norm"] = nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
+        if not scaler.is_enabled():  # which itself leaves out a step whose gradient overflows
+            training.check_finite(losses, step, batch["name"])
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         keep = min(cfg.ema_decay, (1 + step) / (10 + step))  # at first the mean forgets faster
@@ -509,7 +511,7 @@ def main() -> None:
                 add("disc_right_on_real", share_right([logits_real], True))
                 add("disc_right_on_fake", share_right([logits_fake], False))
                 add("logit_gap", (logits_real - logits_fake).mean().item())  # 0 for long: it sees nothing
-            training.check_finite(losses, step, batch["name"])
+            training.check_finite({"disc": losses["disc"]}, step, batch["name"])
             training.average_gradients(discriminator.parameters())
             scaler.unscale_(optimizer_d)
             scaler.step(optimizer_d)

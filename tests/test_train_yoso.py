@@ -371,17 +371,39 @@ def test_a_checkpoint_draws_what_the_grid_showed(monkeypatch, tmp_path, pairs, w
     assert (made - seen[-1][1][0].clamp(-1, 1)).abs().max() < 1.5 / 127.5
 
 
-def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path, pairs):  # noqa: F811
-    """In float16's smaller brother; a pass without gradient must not leave its cast weights to one with."""
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path, pairs, half):  # noqa: F811
+    """A pass without gradient must not leave its cast weights to one with; a gradient beyond float16 is a step left
+    out, not the end."""
     seen, average = [], training.average_gradients
     monkeypatch.setattr(training, "average_gradients", lambda ps: average(seen.append(ps := [*ps]) or [
         p for p in ps if p.grad.abs().sum() >= 0]))
-    train(monkeypatch, "--train", "lora", "--mixed_precision", "bf16", "--gradient_checkpointing", "--train_data_dir",
-          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 2, "--learning_rate", 1e-3)
+    train(monkeypatch, "--train", "lora", "--mixed_precision", half, "--gradient_checkpointing", "--train_data_dir",
+          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 3, "--learning_rate", 1e-3)
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert len(seen) == 4 and all(t.dtype == torch.float32 for t in state["trained"].values())
+    assert len(seen) == 6 and all(t.dtype == torch.float32 for t in state["trained"].values())
     moved = [k for k, t in state["trained"].items() if k.endswith("lora_B.weight") and t.abs().max() == 0]
     assert not moved, moved
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert math.isfinite(first["grad_norm"]) == (half == "bf16")
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(monkeypatch, capsys, tmp_path):
+    calls = []
+
+    def spoil(parameters):
+        parameters = list(parameters)
+        calls.append(parameters)
+        if len(calls) == 3:
+            parameters[0].grad[0] = math.nan
+
+    monkeypatch.setattr(training, "average_gradients", spoil)
+    with pytest.raises(SystemExit):
+        train(monkeypatch, *POINTS, "--lambda_gan", 0, "--max_train_steps", 5, "--checkpointing_steps", 1,
+              "--output_dir", tmp_path / "run")
+    assert "step 2: the loss became {'grad_norm': nan}" in capsys.readouterr().err
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and all(p.isfinite().all() for p in calls[0])
 
 
 # ------------------------------------------------------------------------------------------------------- full size
