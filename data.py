@@ -27,6 +27,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -372,6 +373,12 @@ def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: 
     raise ValueError(f"there are no drawings '{name}': known are {', '.join(f'drawn:{known}' for known in DRAWN)}")
 
 
+@lru_cache(maxsize=8)
+def _open_zip(path: Path, process: int) -> zipfile.ZipFile:
+    """Each process that loads pictures opens its own: one that was forked would share its place in the file."""
+    return zipfile.ZipFile(path)
+
+
 class Captioned(Dataset):
     """Pictures with captions, of one of the places that this file's first lines name; item i, or (i, key) with key the
     integers from which crop and flip are drawn: target [3, H, W] in [-1, 1], caption, name. Captions alone have no
@@ -381,7 +388,7 @@ class Captioned(Dataset):
     picture."""
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
-        self.source, self.prepare, self.archive = Path(source), prepare(prep), None
+        self.source, self.prepare = Path(source), prepare(prep)
         folders = all((self.source / name).is_dir() for name in ("train", "test"))
         self.folder = self.source / split if folders else self.source
         if self.source.suffix == ".zip" and self.source.is_file():
@@ -403,19 +410,14 @@ class Captioned(Dataset):
 
     def _in_zip(self) -> list[tuple[str, str]]:
         try:
-            names = sorted(n for n in self._archive().namelist() if Path(n).suffix.lower() in SUFFIXES)
-            labels = json.loads(self._archive().read("dataset.json"))["labels"] or []
+            archive = zipfile.ZipFile(self.source)
+            names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
+            labels = json.loads(archive.read("dataset.json"))["labels"] or []
             classes = {name: f"class {int(label)}" for name, label in labels}
         except Exception as error:  # of zipfile, zlib, json, and what a foreign dataset.json makes Python raise
             raise ValueError(f"{self.source} cannot be used ({' '.join(str(error).split())}); expected a zip of"
                              " pictures with a dataset.json, as EDM's dataset_tool.py writes it") from None
-        finally:
-            self.archive = None  # each process that loads pictures opens its own
         return [(name, classes.get(name, "")) for name in names]
-
-    def _archive(self) -> zipfile.ZipFile:
-        self.archive = self.archive or zipfile.ZipFile(self.source)
-        return self.archive
 
     def _in_folder(self, column: str) -> list[tuple[str, str]]:
         names, table = pictures_in(self.folder), self.folder / "metadata.jsonl"
@@ -443,7 +445,7 @@ class Captioned(Dataset):
             return dict(caption=caption, name=f"caption {index}")
         path = self.folder / file
         if self.source.suffix == ".zip":
-            picture = open_picture(io.BytesIO(self._archive().read(file)), path)
+            picture = open_picture(io.BytesIO(_open_zip(self.source, os.getpid()).read(file)), path)
         else:
             picture = open_picture(path)
         picture, = self.prepare([picture], None if key is None else np.random.default_rng(key))
@@ -463,6 +465,9 @@ class Cached(Dataset):
         if len(self.items) < index["items"][split] or not self.items:
             raise ValueError(f"{folder} holds {len(self.items)} of {index['items'][split]} {split} items; run python"
                              " data.py cache again, which goes on where it stood")
+
+    def __getstate__(self) -> dict:  # a worker that is not forked opens the shards itself
+        return self.__dict__ | {"opened": {}}
 
     def __len__(self) -> int:
         return len(self.items)

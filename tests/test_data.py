@@ -3,10 +3,12 @@
 import itertools
 import json
 import os
+import pickle
 import signal
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -84,6 +86,26 @@ def test_a_zip_of_edm_gives_its_classes_as_captions(shared):
     assert set(train.captions) == {f"class {i}" for i in range(10)}
     batch = next(data.batches(train, 4, 0, num_workers=1))  # a worker opens the file for itself
     assert batch["target"].shape == (4, 3, 32, 32) and len(batch["caption"]) == 4
+
+
+def test_workers_open_a_zip_and_a_cache_for_themselves(tmp_path):
+    """Forked, they would share the place in a file that was open before; where processes do not fork, none can be
+    sent to them."""
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for i in range(60):
+            noise(40, 40, i).save(tmp_path / "one.png")
+            archive.write(tmp_path / "one.png", f"{i:02d}.png")
+        archive.writestr("dataset.json", '{"labels": null}')
+    data.cache(str(tmp_path / "set.zip"), "tiny", tmp_path / "cache", "resized_crop_8", 8, "text", 0, 4, "cpu",
+               "float32")
+    for source in ("set.zip", "cache"):
+        pictures = data.open_captioned(tmp_path / source, "train", "no_resize")
+        first = pictures[0]
+        again = pickle.loads(pickle.dumps(pictures))[0]
+        assert all(torch.equal(first[k], again[k]) for k in first if isinstance(first[k], torch.Tensor))
+        one, several = (data.batches(pictures, 4, 0, end_step=60, num_workers=n) for n in (0, 2))
+        assert all(a["name"] == b["name"] and torch.equal(a[k], b[k]) for a, b in zip(one, several, strict=True)
+                   for k in {"target", "mean"} & a.keys())
 
 
 def test_random_crops_stay_inside_follow_their_key_and_are_central_without_one():
