@@ -524,7 +524,7 @@ def _steps(length: int, batch: int, seed: int, start: int, end: int | None, rows
         yield [(int(order(epoch)[place]), (seed, step, row)) for row, (epoch, place) in places]
 
 
-def _collate(items: list[dict]) -> dict:
+def collate(items: list[dict]) -> dict:
     picture, name = next(((p, n) for p, n in (("input", "name"), ("a", "name_a"), ("target", "name")) if p in items[0]),
                          (None, None))
     for item in items:
@@ -547,7 +547,7 @@ def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_st
     dropped, a run may begin at any step, and N processes with a part of the rows each are one with all of them.
     ValueError, one sentence, also when a worker met the picture."""
     steps = _steps(len(dataset), batch, seed, start_step, end_step, range(batch) if rows is None else rows)
-    loader = DataLoader(dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=_collate,
+    loader = DataLoader(dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=collate,
                         pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_ctrl_c_to_the_trainer,
                         generator=torch.Generator())  # its own: a loader draws a number from the global one otherwise
     try:

@@ -32,7 +32,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import default_collate as collate
 from tqdm import tqdm
 
 import data
@@ -53,7 +52,7 @@ class Config:
     # data
     train_data_dir: str = "drawn:scenes"  # a folder, .zip, .txt of captions or cache (see data.py), or drawn:scenes
     train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
-    test_image_prep: str | None = None  # the same for the test pictures
+    test_image_prep: str | None = None  # of the test pictures, to the same size [the training's, without chance]
     resolution: int = 512  # N of the default preparation, resized_randomcrop_N
     center_crop: bool = False  # the default preparation is resized_crop_N
     random_flip: bool = False  # and mirrors every other picture
@@ -231,7 +230,8 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
 
     # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
-    train_set, test_set = open_data(cfg, "train", cfg.train_image_prep), open_data(cfg, "test", cfg.test_image_prep)
+    train_set = open_data(cfg, "train", cfg.train_image_prep)
+    test_set = open_data(cfg, "test", cfg.test_image_prep or cfg.train_image_prep)  # crops are central there
     global_batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
     slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
     last_step = cfg.max_train_steps
@@ -272,6 +272,9 @@ def main() -> None:
         discriminator.requires_grad_(True)
     schedule, T, scaling = base.schedule, len(base.schedule.alpha), base.vae.config.scaling_factor
     sides = first["target"].shape[1:] if "target" in first else 2 * [cfg.resolution]
+    if "mean" not in first and any(side % base.vae.factor for side in sides):
+        raise ValueError(f"pictures of {sides[1]}x{sides[0]} pixels; expected sides that are multiples of"
+                         f" {base.vae.factor}: choose another --resolution or --train_image_prep")
     shape = first["mean"].shape if "mean" in first else (2,) if points else \
         (generator.config.in_channels, *(side // base.vae.factor for side in sides))  # of a latent
     if cfg.train == "lora":
@@ -317,7 +320,11 @@ def main() -> None:
                 x0 = predict_x0(painter.denoiser(x, T - 1, *words), x, T - 1, painter.schedule,
                                 painter.schedule.prediction_type)
                 return x0.to(dtype), context, seen
-            mean, logvar, _ = base.vae.encode(batch["target"][rows].to(device, dtype))
+            pictures = batch["target"][rows].to(device, dtype)
+            if pictures.shape[2:] != sides:
+                raise ValueError(f"'{batch['name'][rows][0]}' is not of the size of the first training picture,"
+                                 " expected one size for all: choose --train_image_prep and --test_image_prep that make it")
+            mean, logvar, _ = base.vae.encode(pictures)
             return (mean.to(dtype) + (0.5 * logvar.to(dtype)).exp() * noise) * scaling, context, seen
 
     def G(x: Tensor, t: Tensor, context: list[Tensor]) -> Tensor:
@@ -354,7 +361,7 @@ def main() -> None:
             optimizer_d.load_state_dict(state["optimizer_d"])
     elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
         chosen = tqdm(range(min(cfg.prior_pictures, len(train_set))), "prior", disable=rank != 0)
-        prior = diffusion.mean_and_std(read(collate([train_set[i]]), slice(1), bool(painter) * seeded([i]))[0][0]
+        prior = diffusion.mean_and_std(read(data.collate([train_set[i]]), slice(1), bool(painter) * seeded([i]))[0][0]
                                        for i in chosen)  # of encoded pictures the mean is taken
     else:
         prior = torch.zeros(2, *shape, dtype=torch.float64).unbind()
@@ -389,7 +396,7 @@ def main() -> None:
         from the noise of seed i: each [N, 3, H, W], or points."""
         made = []
         for i in range(0, len(items), cfg.train_batch_size):
-            some = collate(items[i:i + cfg.train_batch_size])
+            some = data.collate(items[i:i + cfg.train_batch_size])
             n = len(some["caption"])
             noise, again = (seeded(range(i, i + n), draws) for draws in (1, 2))
             x, t = diffusion.start_from_prior(noise, again, *prior, T - 1, schedule), torch.full((n,), T - 1)

@@ -510,6 +510,7 @@ BAD = {  # what is wrong: the flags, words of the one line
     "no U-Net to look through": (["--base", "gaussians", "--consistency", "perceptual"], ["--consistency mse"]),
     "no layer for LoRA": (["--base", "gaussians", "--train", "lora"], ["--train all"]),
     "unknown adversary": (["--adversarial", "teacher"], ["--adversarial", "coop"]),
+    "no whole latents": (["--resolution", "30"], ["30x30", "multiples of 4"]),
     "no loss": (["--lambda_gan", "0", "--lambda_kl", "0", "--lambda_con", "0"], ["--lambda_kl"]),
     "captions and no teacher": (["--train_data_dir", "{captions}"], ["captions.txt", "--teacher"]),
     "a teacher of pictures": (["--teacher", "tiny"], ["leave --teacher out"]),
@@ -519,6 +520,20 @@ BAD = {  # what is wrong: the flags, words of the one line
     "the paired trainer's flag": (["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
     "run in the way": (["--output_dir", "{taken}"], ["holds a run already", "--resume"]),
 }
+
+
+def test_pictures_are_of_one_size_in_training_and_in_the_grid(monkeypatch, capsys, tmp_path, pairs):  # noqa: F811
+    flags = ["--train_data_dir", pairs, *SMALL[:-4], "--device", "cpu", "--max_train_steps", 1]
+    train(monkeypatch, *flags, "--train_image_prep", "resized_crop_24", "--output_dir", tmp_path / "one")
+    Image.new("RGB", (20, 24)).save(tmp_path / "00.png")
+    for i in range(1, 10):
+        Image.new("RGB", (24, 20)).save(tmp_path / f"{i:02d}.png")
+    for i, (preps, name) in enumerate({
+            ("--train_image_prep", "resized_crop_24", "--test_image_prep", "resize_16"): "0.png",
+            ("--train_image_prep", "no_resize", "--train_data_dir", str(tmp_path)): "01.png"}.items()):
+        with pytest.raises(SystemExit):
+            train(monkeypatch, *flags, *preps, "--output_dir", tmp_path / f"bad{i}")
+        assert f"'{name}' is not of the size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", BAD)
