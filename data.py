@@ -668,11 +668,14 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
     and whole are kept, so a stopped run goes on. Without pictures, contexts alone."""
     from models import weights
     parts = weights.parts_of(base_name)
-    base = weights.load_base(base_name, tuple(p for p in parts if p in ("vae", "text_encoder", "tokenizer")),
+    base = weights.load_base(base_name, tuple(p for p in parts if p in ("text_encoder", "tokenizer")),
                              getattr(torch, dtype), device)
-    facts = dict(base=base_name, prep=prep, vae=weights.fingerprint(base.vae), seed=seed,
+    base.vae = weights.load_base(base_name, ("vae",), torch.float32, device).vae  # as in training, which compares it
+    facts = dict(base=base_name, prep=prep, size=size, column=column, vae=weights.fingerprint(base.vae), seed=seed,
                  text_encoder=weights.fingerprint(base.text_encoder), data=str(source))
     sets = {split: open_captioned(source, split, prep, seed, size, column) for split in ("train", "test")}
+    if isinstance(sets["train"], Cached):
+        raise ValueError(f"{source} is a cache already; expected pictures or captions")
     index = dict(format=CACHE, facts=facts, items={k: len(v) for k, v in sets.items()}, shards=dict(train=[], test=[]))
     output.mkdir(parents=True, exist_ok=True)
     if (output / "index.json").exists():
@@ -684,16 +687,21 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
     elif any(output.iterdir()):
         raise ValueError(f"{output} is not empty and no cache: choose another --output")
 
+    def write_index() -> None:
+        temporary = output / "index.json.tmp"
+        temporary.write_text(json.dumps(index))
+        temporary.replace(output / "index.json")
+
     @torch.inference_mode()
     def encoded(items: list[dict]) -> dict[str, torch.Tensor]:
         found = {f"context_{i}": c.cpu() for i, c in enumerate(base.encode([item["caption"] for item in items]))}
         if "target" in items[0]:
-            x = torch.stack([item["target"] for item in items]).to(device, getattr(torch, dtype))
-            mean, logvar, _ = base.vae.encode(x)
+            mean, logvar, _ = base.vae.encode(collate(items)["target"].to(device))
             scale = base.vae.config.scaling_factor
             found |= dict(mean=mean.cpu() * scale, std=(0.5 * logvar).exp().cpu() * scale)
         return found
 
+    write_index()  # the folder is a cache from now on, wherever the work is stopped
     for split, items in sets.items():
         starts = range(0, len(items), shard_items)
         for number, start in enumerate(tqdm(starts, split, unit=" shards")):
@@ -708,9 +716,7 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
             weights.save_tensors(output / shard["file"], {k: torch.cat([m[k] for m in made]) for k in made[0]}, {})
             shard["sha256"] = hashlib.sha256((output / shard["file"]).read_bytes()).hexdigest()
             index["shards"][split][number:number + 1] = [shard]
-            temporary = output / "index.json.tmp"
-            temporary.write_text(json.dumps(index))
-            temporary.replace(output / "index.json")
+            write_index()
     print(output)
 
 
@@ -756,7 +762,8 @@ def main() -> int:
     command.add_argument("--seed", type=int, default=42, help="of random crops and flips, drawn once [42]")
     command.add_argument("--batch", type=int, default=8, help="items at a time [8]")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+                         help="of the text encoder [float32]")
     args = parser.parse_args()
     if args.command is None:
         parser.print_help(sys.stderr)

@@ -242,13 +242,14 @@ def main() -> None:
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
     if points:
         base = gaussians.load_base(base_seed, dtype, device)
-    else:  # cached contexts need no text encoder: T5 is larger than all the rest
-        cached = isinstance(train_set, data.Cached)
-        parts = [p for p in weights.parts_of(cfg.base) if not (cached and p in ("text_encoder", "tokenizer"))]
+    else:  # cached contexts need no T5, which is larger than all the rest
+        cached, parts = isinstance(train_set, data.Cached), weights.parts_of(cfg.base)
+        if cached and parts is weights.PIXART:
+            parts = ("vae", "transformer", "schedule")
         base = weights.load_base(cfg.base, parts, dtype, str(device), base_seed)
         if cached and train_set.facts["vae"] != weights.fingerprint(base.vae):
             raise ValueError(f"{cfg.train_data_dir} holds latents of {train_set.facts['base']}, whose VAE is not that"
-                             f" of {cfg.base} in {cfg.dtype}; make a cache of this base, in this type")
+                             f" of {cfg.base} here; make a cache of this base")
         if cached and (cfg.validation_prompts or cfg.unconditional):
             raise ValueError(f"{cfg.train_data_dir} holds captions that are encoded already; leave --validation_prompts"
                              " and --unconditional out")
@@ -323,7 +324,7 @@ def main() -> None:
             pictures = batch["target"][rows].to(device, dtype)
             if pictures.shape[2:] != sides:
                 raise ValueError(f"'{batch['name'][rows][0]}' is not of the size of the first training picture,"
-                                 " expected one size for all: choose --train_image_prep and --test_image_prep that make it")
+                                 " expected one size for all: choose --train_image_prep and --test_image_prep for it")
             mean, logvar, _ = base.vae.encode(pictures)
             return (mean.to(dtype) + (0.5 * logvar.to(dtype)).exp() * noise) * scaling, context, seen
 

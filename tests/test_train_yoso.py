@@ -336,6 +336,9 @@ def test_a_cache_trains_what_its_pictures_train(monkeypatch, tmp_path, pairs):  
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("pictures", "cached"))
     for part in ("prior", "trained", "ema"):
         assert_same(a[part], b[part], 1e-3)
+    train(monkeypatch, "--seed", 0, "--train_data_dir", tmp_path / "cache", *SMALL, "--max_train_steps", 1,
+          "--output_dir", tmp_path / "all")
+    assert weights.load_yoso(tmp_path / "all" / "model.safetensors")[0].encode(["noise"])[0].isfinite().all()
 
 
 def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(monkeypatch, tmp_path):
