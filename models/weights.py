@@ -719,6 +719,8 @@ def load_yoso(path: pathlib.Path, base: str | None = None, dtype: torch.dtype | 
         if name == "gaussians":
             raise ValueError("it draws points in the plane, not pictures")
         whole = "tokenizer" in config
+        if whole and strength != 1:
+            raise ValueError("it holds every weight and knows no other; strength works for those on a base")
         found = Base(name, tokenizer=clip.Tokenizer.from_json(config["tokenizer"])) if whole else None
         for part in (part for part in PARTS if whole and part in config):
             cls, config_cls, *_ = IDENTITY if part == "vae" and "latent_channels" not in config[part] else PARTS[part]

@@ -363,15 +363,26 @@ def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(mo
 
 @pytest.mark.parametrize("way", ["lora", "all"])
 def test_a_checkpoint_draws_what_the_grid_showed(monkeypatch, tmp_path, pairs, way):  # noqa: F811
+    """As large as it was trained, with nothing said; and a strength that has no meaning is refused."""
     seen, save = [], training.save_grid
     monkeypatch.setattr(training, "save_grid", lambda path, columns: (seen.append(columns), save(path, columns)))
     train(monkeypatch, "--train", way, "--train_data_dir", pairs, *SMALL, "--max_train_steps", 2,
           "--learning_rate", 1e-2, "--output_dir", tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "noise", "--checkpoint", str(tmp_path / "run"), "--seed", "0",
-                                      "--size", "24", "--output", str(tmp_path / "out.png")])
+    argv = ["sample.py", "noise", "--checkpoint", str(tmp_path / "run"), "--seed", "0", "--output",
+            str(tmp_path / "out.png")]
+    monkeypatch.setattr(sys, "argv", argv)
     sample.main()
     made = trainer.data.to_tensor(trainer.data.open_picture(tmp_path / "out.png")) * 2 - 1
     assert (made - seen[-1][1][0].clamp(-1, 1)).abs().max() < 1.5 / 127.5
+    edit = ["--input", str(pairs / "test_B" / "0.png"), "--strength"]
+    refused = {"above 0": [*edit, "-1"]} | ({"holds every weight": ["--strength", "0.5"]} if way == "all" else {})
+    for words, flags in refused.items():
+        monkeypatch.setattr(sys, "argv", argv + flags)
+        with pytest.raises(ValueError, match=words):
+            sample.main()
+    monkeypatch.setattr(sys, "argv", [*argv, *edit, "0.5"])
+    sample.main()
+    assert Image.open(tmp_path / "out.png").text["checkpoint"] == str(tmp_path / "run")
 
 
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
