@@ -155,7 +155,7 @@ def main() -> None:
     slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
     last_step = cfg.max_train_steps
     if cfg.num_training_epochs:
-        last_step = min(last_step, cfg.num_training_epochs * len(train_set) // global_batch)
+        last_step = min(last_step, math.ceil(cfg.num_training_epochs * len(train_set) / global_batch))
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
@@ -232,12 +232,13 @@ def main() -> None:
             optimizer_d.load_state_dict(state["optimizer_d"])
 
     def save(step: int) -> None:
+        """The state last: what a resumed run takes for done has been written."""
+        export("model.safetensors")
         training.save_state(folder / "state.pt", dict(
             step=step, best=best, base=frozen, trained={n: p.detach() for n, p in trained.items()},
             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
             discriminator=discriminator.state_dict() if discriminator else None,
             optimizer_d=optimizer_d.state_dict() if discriminator else None))
-        export("model.safetensors")
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_generator(

@@ -236,7 +236,7 @@ def main() -> None:
     slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
     last_step = cfg.max_train_steps
     if cfg.num_train_epochs:
-        last_step = min(last_step, cfg.num_train_epochs * len(train_set) // global_batch)
+        last_step = min(last_step, math.ceil(cfg.num_train_epochs * len(train_set) / global_batch))
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
@@ -373,11 +373,7 @@ def main() -> None:
             trained[name].data, ema[name] = mean, trained[name].data
 
     def save(step: int) -> None:
-        training.save_state(folder / "state.pt", dict(
-            step=step, best=best, base=frozen, prior=prior, trained={n: p.detach() for n, p in trained.items()},
-            ema=ema, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            discriminator=discriminator.state_dict() if discriminator else None,
-            optimizer_d=optimizer_d.state_dict() if discriminator else None))
+        """The state last: what a resumed run takes for done has been written."""
         swap()
         export("model.safetensors")
         training.write_file(folder / "prior.safetensors", lambda path: weights.save_prior(path, *prior))
@@ -386,6 +382,11 @@ def main() -> None:
                 training.write_file(folder / name, lambda path, kohya=kohya: weights.save_tensors(
                     path, write_lora(generator, part, kohya), {"format": "pt"}))
         swap()
+        training.save_state(folder / "state.pt", dict(
+            step=step, best=best, base=frozen, prior=prior, trained={n: p.detach() for n, p in trained.items()},
+            ema=ema, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            discriminator=discriminator.state_dict() if discriminator else None,
+            optimizer_d=optimizer_d.state_dict() if discriminator else None))
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_yoso(

@@ -482,6 +482,30 @@ def test_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     assert_same(*(torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "cut")), 0)
 
 
+def test_a_last_save_that_failed_is_made_good_by_resuming(monkeypatch, tmp_path):
+    save, calls = weights.save_yoso, []
+
+    def full(path, *rest):
+        calls.append("model" in path.name)  # not the best
+        if calls[-1] and sum(calls) == 2:
+            raise OSError("disk full")
+        save(path, *rest)
+
+    flags = [*POINTS, "--max_train_steps", 2, "--checkpointing_steps", 1]
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "whole")
+    monkeypatch.setattr(weights, "save_yoso", full)
+    with pytest.raises(SystemExit):
+        train(monkeypatch, *flags, "--output_dir", tmp_path / "cut")
+    train(monkeypatch, "--resume", tmp_path / "cut")
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_epoch_sees_every_item(monkeypatch, tmp_path):
+    train(monkeypatch, *POINTS, "--train_batch_size", 40_000, "--num_train_epochs", 1, "--max_train_steps", 5,
+          "--output_dir", tmp_path / "run")
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2  # of 50,000 points
+
+
 def test_two_processes_and_accumulation_are_one_computation(tmp_path, pairs):  # noqa: F811
     common = ["--train", "lora", "--train_data_dir", pairs, *SMALL[2:], "--dtype", "float64", "--max_train_steps", 5]
     ways = {"one": (["--train_batch_size", 4], 1), "two": (["--train_batch_size", 2], 2),
