@@ -259,7 +259,7 @@ def main() -> None:
     check(cfg, base.schedule, first)
     generator, old, frozen_one, judge, inception, discriminator = base.denoiser, base.schedule, *[None] * 4
     critic = weights.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), dtype, str(device)) if \
-        base.transformer else base  # whose U-Net sees latents
+        base.transformer and cfg.stage == "yoso" else base  # whose U-Net sees latents
     painter = weights.load_base(cfg.teacher, weights.parts_of(cfg.teacher), dtype, str(device)) if cfg.teacher else None
     if cfg.stage != "yoso":
         frozen_one = copy.deepcopy(generator, {id(p): p for p in generator.parameters() if cfg.train == "lora"})
