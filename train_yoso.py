@@ -361,7 +361,8 @@ def main() -> None:
             discriminator.load_state_dict(state["discriminator"])
             optimizer_d.load_state_dict(state["optimizer_d"])
     elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
-        chosen = tqdm(range(min(cfg.prior_pictures, len(train_set))), "prior", disable=rank != 0)
+        chosen = torch.randperm(len(train_set), generator=training.rng(cfg.seed, 0, "prior"))[:cfg.prior_pictures]
+        chosen = tqdm(chosen.tolist(), "prior", disable=rank != 0)  # the first of a sorted folder are much the same
         prior = diffusion.mean_and_std(read(data.collate([train_set[i]]), slice(1), bool(painter) * seeded([i]))[0][0]
                                        for i in chosen)  # of encoded pictures the mean is taken
     else:
