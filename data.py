@@ -27,6 +27,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -372,6 +373,12 @@ def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: 
     raise ValueError(f"there are no drawings '{name}': known are {', '.join(f'drawn:{known}' for known in DRAWN)}")
 
 
+@lru_cache(maxsize=8)
+def _open_zip(path: Path, process: int) -> zipfile.ZipFile:
+    """Each process that loads pictures opens its own: one that was forked would share its place in the file."""
+    return zipfile.ZipFile(path)
+
+
 class Captioned(Dataset):
     """Pictures with captions, of one of the places that this file's first lines name; item i, or (i, key) with key the
     integers from which crop and flip are drawn: target [3, H, W] in [-1, 1], caption, name. Captions alone have no
@@ -381,7 +388,7 @@ class Captioned(Dataset):
     picture."""
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
-        self.source, self.prepare, self.archive = Path(source), prepare(prep), None
+        self.source, self.prepare = Path(source), prepare(prep)
         folders = all((self.source / name).is_dir() for name in ("train", "test"))
         self.folder = self.source / split if folders else self.source
         if self.source.suffix == ".zip" and self.source.is_file():
@@ -403,19 +410,14 @@ class Captioned(Dataset):
 
     def _in_zip(self) -> list[tuple[str, str]]:
         try:
-            names = sorted(n for n in self._archive().namelist() if Path(n).suffix.lower() in SUFFIXES)
-            labels = json.loads(self._archive().read("dataset.json"))["labels"] or []
+            archive = zipfile.ZipFile(self.source)
+            names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
+            labels = json.loads(archive.read("dataset.json"))["labels"] or []
             classes = {name: f"class {int(label)}" for name, label in labels}
         except Exception as error:  # of zipfile, zlib, json, and what a foreign dataset.json makes Python raise
             raise ValueError(f"{self.source} cannot be used ({' '.join(str(error).split())}); expected a zip of"
                              " pictures with a dataset.json, as EDM's dataset_tool.py writes it") from None
-        finally:
-            self.archive = None  # each process that loads pictures opens its own
         return [(name, classes.get(name, "")) for name in names]
-
-    def _archive(self) -> zipfile.ZipFile:
-        self.archive = self.archive or zipfile.ZipFile(self.source)
-        return self.archive
 
     def _in_folder(self, column: str) -> list[tuple[str, str]]:
         names, table = pictures_in(self.folder), self.folder / "metadata.jsonl"
@@ -443,7 +445,7 @@ class Captioned(Dataset):
             return dict(caption=caption, name=f"caption {index}")
         path = self.folder / file
         if self.source.suffix == ".zip":
-            picture = open_picture(io.BytesIO(self._archive().read(file)), path)
+            picture = open_picture(io.BytesIO(_open_zip(self.source, os.getpid()).read(file)), path)
         else:
             picture = open_picture(path)
         picture, = self.prepare([picture], None if key is None else np.random.default_rng(key))
@@ -463,6 +465,9 @@ class Cached(Dataset):
         if len(self.items) < index["items"][split] or not self.items:
             raise ValueError(f"{folder} holds {len(self.items)} of {index['items'][split]} {split} items; run python"
                              " data.py cache again, which goes on where it stood")
+
+    def __getstate__(self) -> dict:  # a worker that is not forked opens the shards itself
+        return self.__dict__ | {"opened": {}}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -519,7 +524,7 @@ def _steps(length: int, batch: int, seed: int, start: int, end: int | None, rows
         yield [(int(order(epoch)[place]), (seed, step, row)) for row, (epoch, place) in places]
 
 
-def _collate(items: list[dict]) -> dict:
+def collate(items: list[dict]) -> dict:
     picture, name = next(((p, n) for p, n in (("input", "name"), ("a", "name_a"), ("target", "name")) if p in items[0]),
                          (None, None))
     for item in items:
@@ -542,7 +547,7 @@ def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_st
     dropped, a run may begin at any step, and N processes with a part of the rows each are one with all of them.
     ValueError, one sentence, also when a worker met the picture."""
     steps = _steps(len(dataset), batch, seed, start_step, end_step, range(batch) if rows is None else rows)
-    loader = DataLoader(dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=_collate,
+    loader = DataLoader(dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=collate,
                         pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_ctrl_c_to_the_trainer,
                         generator=torch.Generator())  # its own: a loader draws a number from the global one otherwise
     try:
@@ -663,11 +668,14 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
     and whole are kept, so a stopped run goes on. Without pictures, contexts alone."""
     from models import weights
     parts = weights.parts_of(base_name)
-    base = weights.load_base(base_name, tuple(p for p in parts if p in ("vae", "text_encoder", "tokenizer")),
+    base = weights.load_base(base_name, tuple(p for p in parts if p in ("text_encoder", "tokenizer")),
                              getattr(torch, dtype), device)
-    facts = dict(base=base_name, prep=prep, vae=weights.fingerprint(base.vae), seed=seed,
+    base.vae = weights.load_base(base_name, ("vae",), torch.float32, device).vae  # as in training, which compares it
+    facts = dict(base=base_name, prep=prep, size=size, column=column, vae=weights.fingerprint(base.vae), seed=seed,
                  text_encoder=weights.fingerprint(base.text_encoder), data=str(source))
     sets = {split: open_captioned(source, split, prep, seed, size, column) for split in ("train", "test")}
+    if isinstance(sets["train"], Cached):
+        raise ValueError(f"{source} is a cache already; expected pictures or captions")
     index = dict(format=CACHE, facts=facts, items={k: len(v) for k, v in sets.items()}, shards=dict(train=[], test=[]))
     output.mkdir(parents=True, exist_ok=True)
     if (output / "index.json").exists():
@@ -679,16 +687,21 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
     elif any(output.iterdir()):
         raise ValueError(f"{output} is not empty and no cache: choose another --output")
 
+    def write_index() -> None:
+        temporary = output / "index.json.tmp"
+        temporary.write_text(json.dumps(index))
+        temporary.replace(output / "index.json")
+
     @torch.inference_mode()
     def encoded(items: list[dict]) -> dict[str, torch.Tensor]:
         found = {f"context_{i}": c.cpu() for i, c in enumerate(base.encode([item["caption"] for item in items]))}
         if "target" in items[0]:
-            x = torch.stack([item["target"] for item in items]).to(device, getattr(torch, dtype))
-            mean, logvar, _ = base.vae.encode(x)
+            mean, logvar, _ = base.vae.encode(collate(items)["target"].to(device))
             scale = base.vae.config.scaling_factor
             found |= dict(mean=mean.cpu() * scale, std=(0.5 * logvar).exp().cpu() * scale)
         return found
 
+    write_index()  # the folder is a cache from now on, wherever the work is stopped
     for split, items in sets.items():
         starts = range(0, len(items), shard_items)
         for number, start in enumerate(tqdm(starts, split, unit=" shards")):
@@ -703,9 +716,7 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
             weights.save_tensors(output / shard["file"], {k: torch.cat([m[k] for m in made]) for k in made[0]}, {})
             shard["sha256"] = hashlib.sha256((output / shard["file"]).read_bytes()).hexdigest()
             index["shards"][split][number:number + 1] = [shard]
-            temporary = output / "index.json.tmp"
-            temporary.write_text(json.dumps(index))
-            temporary.replace(output / "index.json")
+            write_index()
     print(output)
 
 
@@ -751,7 +762,8 @@ def main() -> int:
     command.add_argument("--seed", type=int, default=42, help="of random crops and flips, drawn once [42]")
     command.add_argument("--batch", type=int, default=8, help="items at a time [8]")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
+                         help="of the text encoder [float32]")
     args = parser.parse_args()
     if args.command is None:
         parser.print_help(sys.stderr)

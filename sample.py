@@ -70,7 +70,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prediction_type", choices=diffusion.KINDS, help="what the network predicts [what the base says]")
     add("--guidance", type=float, default=1.0, help="classifier-free guidance; none up to 1 [1]")
     add("--negative", default="", help="what guidance leads away from")
-    add("--size", help="N or WIDTHxHEIGHT of a picture from a prompt [the base's]")
+    add("--size", help="N or WIDTHxHEIGHT of a picture from a prompt [the base's, or that of the"
+        " checkpoint's training]")
     add("--direction", choices=["a2b", "b2a"], help="between two domains [the released file's own, or a2b]")
     add("--r", type=float, help="stochastic translators: 1 follows the input, 0 the noise [0.4]")
     add("--strength", type=float, default=1.0, help="how much of a checkpoint's trained change is"
@@ -104,7 +105,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         for name in names:
             if getattr(args, name) != parser.get_default(name):
                 raise ValueError(f"--{name} has no meaning {where}; leave it out")
-    if not args.checkpoint and not 0 < args.strength <= 1:
+    if not args.translator and (args.input or not args.checkpoint) and not 0 < args.strength <= 1:
         raise ValueError(f"--strength {args.strength}: expected a number above 0, up to 1")
     for name, low in [("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)]:
         if getattr(args, name) < low:
@@ -279,6 +280,9 @@ def draw(args: argparse.Namespace, device: torch.device) -> None:
     base = load(args, device)
     if args.prompt is None:
         return
+    if args.checkpoint and not args.size:  # as large as it was trained
+        h, w = (base.vae.factor * side for side in args.own_prior[0].shape[1:])
+        args.size = f"{w}x{h}"
     control = load_control(args, base, parse_size(args.size, base) if args.size else None)
     size = parse_size(args.size, base) if control is None else tuple(control.condition.shape[:1:-1])
     W, H = size if args.size or control is None else picture.size
@@ -317,7 +321,7 @@ def edit(args: argparse.Namespace, device: torch.device) -> None:
                              args.negative, control=control, pictures=x.to(device),
                              strength=args.strength, contexts=contexts)
         for path, picture in zip(paths, made[:, :, :H, :W]):
-            save(picture, targets[path], args, seed=args.seed, base=base.name)
+            save(picture, targets[path], args, seed=args.seed, base=base.name, checkpoint=args.checkpoint)
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -155,7 +155,7 @@ def main() -> None:
     slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
     last_step = cfg.max_train_steps
     if cfg.num_training_epochs:
-        last_step = min(last_step, cfg.num_training_epochs * len(train_set) // global_batch)
+        last_step = min(last_step, math.ceil(cfg.num_training_epochs * len(train_set) / global_batch))
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
@@ -232,12 +232,13 @@ def main() -> None:
             optimizer_d.load_state_dict(state["optimizer_d"])
 
     def save(step: int) -> None:
+        """The state last: what a resumed run takes for done has been written."""
+        export("model.safetensors")
         training.save_state(folder / "state.pt", dict(
             step=step, best=best, base=frozen, trained={n: p.detach() for n, p in trained.items()},
             optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
             discriminator=discriminator.state_dict() if discriminator else None,
             optimizer_d=optimizer_d.state_dict() if discriminator else None))
-        export("model.safetensors")
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_generator(
@@ -326,6 +327,8 @@ def main() -> None:
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
         losses["grad_norm"] = nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
+        if not scaler.is_enabled():  # which itself leaves out a step whose gradient overflows
+            training.check_finite(losses, step, batch["name"])
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
 
@@ -343,7 +346,7 @@ def main() -> None:
                 add("disc", loss.item())
                 add("disc_right_on_real", share_right(logits_real, True))
                 add("disc_right_on_fake", share_right(logits_fake, False))
-            training.check_finite(losses, step, batch["name"])
+            training.check_finite({"disc": losses["disc"]}, step, batch["name"])
             training.average_gradients(discriminator.parameters())
             scaler.unscale_(optimizer_d)
             nn.utils.clip_grad_norm_(discriminator.parameters(), cfg.max_grad_norm)

@@ -32,7 +32,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import default_collate as collate
 from tqdm import tqdm
 
 import data
@@ -53,7 +52,7 @@ class Config:
     # data
     train_data_dir: str = "drawn:scenes"  # a folder, .zip, .txt of captions or cache (see data.py), or drawn:scenes
     train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
-    test_image_prep: str | None = None  # the same for the test pictures
+    test_image_prep: str | None = None  # of the test pictures, to the same size [the training's, without chance]
     resolution: int = 512  # N of the default preparation, resized_randomcrop_N
     center_crop: bool = False  # the default preparation is resized_crop_N
     random_flip: bool = False  # and mirrors every other picture
@@ -231,24 +230,26 @@ def main() -> None:
     torch.manual_seed(cfg.seed)
 
     # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
-    train_set, test_set = open_data(cfg, "train", cfg.train_image_prep), open_data(cfg, "test", cfg.test_image_prep)
+    train_set = open_data(cfg, "train", cfg.train_image_prep)
+    test_set = open_data(cfg, "test", cfg.test_image_prep or cfg.train_image_prep)  # crops are central there
     global_batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
     slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
     last_step = cfg.max_train_steps
     if cfg.num_train_epochs:
-        last_step = min(last_step, cfg.num_train_epochs * len(train_set) // global_batch)
+        last_step = min(last_step, math.ceil(cfg.num_train_epochs * len(train_set) / global_batch))
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
     if points:
         base = gaussians.load_base(base_seed, dtype, device)
-    else:  # cached contexts need no text encoder: T5 is larger than all the rest
-        cached = isinstance(train_set, data.Cached)
-        parts = [p for p in weights.parts_of(cfg.base) if not (cached and p in ("text_encoder", "tokenizer"))]
+    else:  # cached contexts need no T5, which is larger than all the rest
+        cached, parts = isinstance(train_set, data.Cached), weights.parts_of(cfg.base)
+        if cached and parts is weights.PIXART:
+            parts = ("vae", "transformer", "schedule")
         base = weights.load_base(cfg.base, parts, dtype, str(device), base_seed)
         if cached and train_set.facts["vae"] != weights.fingerprint(base.vae):
             raise ValueError(f"{cfg.train_data_dir} holds latents of {train_set.facts['base']}, whose VAE is not that"
-                             f" of {cfg.base} in {cfg.dtype}; make a cache of this base, in this type")
+                             f" of {cfg.base} here; make a cache of this base")
         if cached and (cfg.validation_prompts or cfg.unconditional):
             raise ValueError(f"{cfg.train_data_dir} holds captions that are encoded already; leave --validation_prompts"
                              " and --unconditional out")
@@ -258,7 +259,7 @@ def main() -> None:
     check(cfg, base.schedule, first)
     generator, old, frozen_one, judge, inception, discriminator = base.denoiser, base.schedule, *[None] * 4
     critic = weights.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), dtype, str(device)) if \
-        base.transformer else base  # whose U-Net sees latents
+        base.transformer and cfg.stage == "yoso" else base  # whose U-Net sees latents
     painter = weights.load_base(cfg.teacher, weights.parts_of(cfg.teacher), dtype, str(device)) if cfg.teacher else None
     if cfg.stage != "yoso":
         frozen_one = copy.deepcopy(generator, {id(p): p for p in generator.parameters() if cfg.train == "lora"})
@@ -272,6 +273,9 @@ def main() -> None:
         discriminator.requires_grad_(True)
     schedule, T, scaling = base.schedule, len(base.schedule.alpha), base.vae.config.scaling_factor
     sides = first["target"].shape[1:] if "target" in first else 2 * [cfg.resolution]
+    if "mean" not in first and any(side % base.vae.factor for side in sides):
+        raise ValueError(f"pictures of {sides[1]}x{sides[0]} pixels; expected sides that are multiples of"
+                         f" {base.vae.factor}: choose another --resolution or --train_image_prep")
     shape = first["mean"].shape if "mean" in first else (2,) if points else \
         (generator.config.in_channels, *(side // base.vae.factor for side in sides))  # of a latent
     if cfg.train == "lora":
@@ -317,7 +321,11 @@ def main() -> None:
                 x0 = predict_x0(painter.denoiser(x, T - 1, *words), x, T - 1, painter.schedule,
                                 painter.schedule.prediction_type)
                 return x0.to(dtype), context, seen
-            mean, logvar, _ = base.vae.encode(batch["target"][rows].to(device, dtype))
+            pictures = batch["target"][rows].to(device, dtype)
+            if pictures.shape[2:] != sides:
+                raise ValueError(f"'{batch['name'][rows][0]}' is not of the size of the first training picture,"
+                                 " expected one size for all: choose --train_image_prep and --test_image_prep for it")
+            mean, logvar, _ = base.vae.encode(pictures)
             return (mean.to(dtype) + (0.5 * logvar.to(dtype)).exp() * noise) * scaling, context, seen
 
     def G(x: Tensor, t: Tensor, context: list[Tensor]) -> Tensor:
@@ -353,11 +361,12 @@ def main() -> None:
             discriminator.load_state_dict(state["discriminator"])
             optimizer_d.load_state_dict(state["optimizer_d"])
     elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
-        chosen = range(min(cfg.prior_pictures, len(train_set)))
-        groups = [chosen[i:i + cfg.train_batch_size] for i in chosen[::cfg.train_batch_size]]
+        order = torch.randperm(len(train_set), generator=training.rng(cfg.seed, 0, "prior"))
+        groups = order[:cfg.prior_pictures].split(cfg.train_batch_size)  # of a sorted folder the first are alike
         prior = diffusion.mean_and_std(
             z for group in tqdm(groups, "prior", disable=rank != 0)  # of pictures each latent's mean, without noise
-            for z in read(collate([train_set[i] for i in group]), slice(None), bool(painter) * seeded(group))[0])
+            for z in read(data.collate([train_set[i] for i in group.tolist()]), slice(None),
+                          bool(painter) * seeded(group.tolist()))[0])
     else:
         prior = torch.zeros(2, *shape, dtype=torch.float64).unbind()
 
@@ -367,11 +376,7 @@ def main() -> None:
             trained[name].data, ema[name] = mean, trained[name].data
 
     def save(step: int) -> None:
-        training.save_state(folder / "state.pt", dict(
-            step=step, best=best, base=frozen, prior=prior, trained={n: p.detach() for n, p in trained.items()},
-            ema=ema, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            discriminator=discriminator.state_dict() if discriminator else None,
-            optimizer_d=optimizer_d.state_dict() if discriminator else None))
+        """The state last: what a resumed run takes for done has been written."""
         swap()
         export("model.safetensors")
         training.write_file(folder / "prior.safetensors", lambda path: weights.save_prior(path, *prior))
@@ -380,6 +385,11 @@ def main() -> None:
                 training.write_file(folder / name, lambda path, kohya=kohya: weights.save_tensors(
                     path, write_lora(generator, part, kohya), {"format": "pt"}))
         swap()
+        training.save_state(folder / "state.pt", dict(
+            step=step, best=best, base=frozen, prior=prior, trained={n: p.detach() for n, p in trained.items()},
+            ema=ema, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            discriminator=discriminator.state_dict() if discriminator else None,
+            optimizer_d=optimizer_d.state_dict() if discriminator else None))
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_yoso(
@@ -391,7 +401,7 @@ def main() -> None:
         from the noise of seed i: each [N, 3, H, W], or points."""
         made = []
         for i in range(0, len(items), cfg.train_batch_size):
-            some = collate(items[i:i + cfg.train_batch_size])
+            some = data.collate(items[i:i + cfg.train_batch_size])
             n = len(some["caption"])
             noise, again = (seeded(range(i, i + n), draws) for draws in (1, 2))
             x, t = diffusion.start_from_prior(noise, again, *prior, T - 1, schedule), torch.full((n,), T - 1)
@@ -492,6 +502,8 @@ def main() -> None:
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
         losses["grad_norm"] = nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
+        if not scaler.is_enabled():  # which itself leaves out a step whose gradient overflows
+            training.check_finite(losses, step, batch["name"])
         scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
         keep = min(cfg.ema_decay, (1 + step) / (10 + step))  # at first the mean forgets faster
@@ -511,7 +523,7 @@ def main() -> None:
                 add("disc_right_on_real", share_right([logits_real], True))
                 add("disc_right_on_fake", share_right([logits_fake], False))
                 add("logit_gap", (logits_real - logits_fake).mean().item())  # 0 for long: it sees nothing
-            training.check_finite(losses, step, batch["name"])
+            training.check_finite({"disc": losses["disc"]}, step, batch["name"])
             training.average_gradients(discriminator.parameters())
             scaler.unscale_(optimizer_d)
             scaler.step(optimizer_d)

@@ -413,9 +413,10 @@ def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch
     for part in parts:
         mark = dict(tokenizer="tokenizer/tokenizer_config.json", schedule="scheduler/scheduler_config.json").get(
             part, f"{part}/config.json")
-        known = "rest" not in index or find(name, [mark])
-        home = "pixart512" if alone else name if known else index["rest"]
-        if part == "tokenizer":
+        home = "pixart512" if alone else name
+        if "rest" in index and not find(name, [mark]):
+            setattr(base, part, getattr(load_base(index["rest"], (part,), dtype, device, seed), part))
+        elif part == "tokenizer":
             base.tokenizer = load_t5_tokenizer(home) if is_pixart else load_tokenizer(home)
         elif part == "schedule":
             values = read_json(path := find(home, ["scheduler/scheduler_config.json"], LAYOUT))
@@ -622,8 +623,8 @@ def save_folder(folder: pathlib.Path, base: Base, dtype: torch.dtype | None = No
     the base that the `rest` is of, no more than denoiser and schedule are written, unless that has no weights."""
     if rest and not base.random:
         base = Base(base.name, unet=base.unet, transformer=base.transformer, schedule=base.schedule)
-        rest = str(pathlib.Path(rest).resolve()) if rest not in BASES and pathlib.Path(rest).is_dir() else rest
-        rest = read_index(rest)[0].get("rest", rest)
+        rest = str(pathlib.Path(rest).resolve()) if rest not in BASES and pathlib.Path(rest).exists() else rest
+        rest = rest if is_file(rest) else read_index(rest)[0].get("rest", rest)
     index = dict(rest=rest) if rest and not base.random else {}
     index |= dict(_class_name="PixArtAlphaPipeline") if base.transformer else dict(
         _class_name="StableDiffusionPipeline", feature_extractor=(None, None), safety_checker=(None, None),
@@ -718,6 +719,8 @@ def load_yoso(path: pathlib.Path, base: str | None = None, dtype: torch.dtype | 
         if name == "gaussians":
             raise ValueError("it draws points in the plane, not pictures")
         whole = "tokenizer" in config
+        if whole and strength != 1:
+            raise ValueError("it holds every weight and knows no other; strength works for those on a base")
         found = Base(name, tokenizer=clip.Tokenizer.from_json(config["tokenizer"])) if whole else None
         for part in (part for part in PARTS if whole and part in config):
             cls, config_cls, *_ = IDENTITY if part == "vae" and "latent_channels" not in config[part] else PARTS[part]

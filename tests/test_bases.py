@@ -140,7 +140,9 @@ def test_a_transformer_alone_is_a_base_with_pixarts_other_parts(dit, tmp_path, m
     shutil.copytree(dit["tuned"] / "transformer", tmp_path / "alone")
     monkeypatch.setitem(weights.BASES, "pixart512", str(dit["512"]))
     monkeypatch.setitem(weights.BASES, "yoso512", str(tmp_path / "alone"))
-    for name, kind in [("yoso512", "v_prediction"), (str(tmp_path / "alone"), "v_prediction")]:
+    weights.save_folder(tmp_path / "stage", weights.load_base("yoso512", weights.PIXART), rest="yoso512")
+    for name, kind in [("yoso512", "v_prediction"), (str(tmp_path / "alone"), "v_prediction"),
+                       (str(tmp_path / "stage"), "v_prediction")]:
         base = weights.load_base(name, weights.parts_of(name))
         assert base.schedule.prediction_type == kind
     tuned, plain = (weights.load_base(str(dit[name]), weights.PIXART) for name in ("tuned", "512"))
@@ -306,8 +308,10 @@ def test_a_one_file_model_is_the_folder_it_was_made_from(tmp_path, monkeypatch, 
             ours, theirs = getattr(base, part), getattr(folder, part)
             assert ours.state_dict().keys() == theirs.state_dict().keys()
             assert all(torch.equal(t, theirs.state_dict()[key]) for key, t in ours.state_dict().items())
-        made, same = (sample.text_to_image(b, PROMPT, [1], (16, 16), 2, guidance=2.0) for b in (base, folder))
-        assert torch.equal(made, same)
+        weights.save_folder(tmp_path / name.replace(".", "-"), base, rest=str(tmp_path / name))  # as a stage's result
+        stage = weights.load_base(str(tmp_path / name.replace(".", "-")))
+        made = [sample.text_to_image(b, PROMPT, [1], (16, 16), 2, guidance=2.0) for b in (base, folder, stage)]
+        assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
 
 # -------------------------------------------------------------------------------------------------- editing and priors

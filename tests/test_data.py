@@ -3,10 +3,12 @@
 import itertools
 import json
 import os
+import pickle
 import signal
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+from models import weights
 
 
 @pytest.fixture
@@ -86,6 +89,39 @@ def test_a_zip_of_edm_gives_its_classes_as_captions(shared):
     assert batch["target"].shape == (4, 3, 32, 32) and len(batch["caption"]) == 4
 
 
+def test_a_cache_with_half_its_text_encoder_has_the_latents_of_a_whole_one(tmp_path):
+    for i in range(10):
+        noise(12, 12, i).save(tmp_path / f"{i}.png")
+    made = []
+    for dtype in ("float32", "bfloat16"):
+        data.cache(str(tmp_path), "tiny", tmp_path / dtype, "resized_crop_8", 8, "text", 0, 4, "cpu", dtype)
+        made.append(data.Cached(tmp_path / dtype, "train"))
+    assert made[0].facts["vae"] == made[1].facts["vae"]  # which a trainer asks for
+    a, b = (pictures[3] for pictures in made)
+    assert torch.equal(a["mean"], b["mean"]) and torch.equal(a["std"], b["std"])
+    assert (a["context_0"] - b["context_0"]).abs().max() < 0.1 < a["context_0"].abs().max()
+
+
+def test_workers_open_a_zip_and_a_cache_for_themselves(tmp_path):
+    """Forked, they would share the place in a file that was open before; where processes do not fork, none can be
+    sent to them."""
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for i in range(60):
+            noise(40, 40, i).save(tmp_path / "one.png")
+            archive.write(tmp_path / "one.png", f"{i:02d}.png")
+        archive.writestr("dataset.json", '{"labels": null}')
+    data.cache(str(tmp_path / "set.zip"), "tiny", tmp_path / "cache", "resized_crop_8", 8, "text", 0, 4, "cpu",
+               "float32")
+    for source in ("set.zip", "cache"):
+        pictures = data.open_captioned(tmp_path / source, "train", "no_resize")
+        first = pictures[0]
+        again = pickle.loads(pickle.dumps(pictures))[0]
+        assert all(torch.equal(first[k], again[k]) for k in first if isinstance(first[k], torch.Tensor))
+        one, several = (data.batches(pictures, 4, 0, end_step=60, num_workers=n) for n in (0, 2))
+        assert all(a["name"] == b["name"] and torch.equal(a[k], b[k]) for a, b in zip(one, several, strict=True)
+                   for k in {"target", "mean"} & a.keys())
+
+
 def test_random_crops_stay_inside_follow_their_key_and_are_central_without_one():
     picture, prepare = coordinates(20, 40), data.prepare("resized_randomcrop_20_hflip")
     crops = [pixels(prepare([picture], np.random.default_rng(i))[0]) for i in range(40)]
@@ -107,6 +143,14 @@ def test_a_stopped_cache_goes_on_and_a_damaged_one_is_noticed_and_mended(tmp_pat
         if len(count) == 12:
             raise KeyboardInterrupt
         return item(self, index)
+    save = weights.save_tensors
+    def cut(path, *_):
+        path.write_bytes(b"half of")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(weights, "save_tensors", cut)
+    with pytest.raises(KeyboardInterrupt):
+        data.cache(*arguments)
+    monkeypatch.setattr(weights, "save_tensors", save)
     monkeypatch.setattr(data.Captioned, "__getitem__", stopped)
     with pytest.raises(KeyboardInterrupt):
         data.cache(*arguments)
@@ -124,6 +168,8 @@ def test_a_stopped_cache_goes_on_and_a_damaged_one_is_noticed_and_mended(tmp_pat
     data.cache(*arguments)
     assert torch.equal(data.open_captioned(tmp_path / "cache", "train", "")[7]["mean"], whole["mean"])
     refused(data.cache, *arguments[:6], 1, *arguments[7:], match="choose another --output")
+    refused(data.cache, *arguments[:5], "caption", *arguments[6:], match="choose another --output")
+    refused(data.cache, str(tmp_path / "cache"), "tiny", tmp_path / "second", *arguments[3:], match="a cache already")
     (tmp_path / "cache" / "index.json").write_text("[]")
     refused(data.open_captioned, tmp_path / "cache", "train", "", match="no index of a cache")
 

@@ -265,7 +265,8 @@ def test_the_checkpoint_is_the_mean_of_the_weights_and_carries_the_prior(monkeyp
     assert torch.equal(saved[name], state["ema"][name]) and not torch.equal(saved[name], state["trained"][name])
     base = weights.load_base("tiny", dtype=torch.float64)
     pictures = trainer.data.open_paired(pairs, "train", "resized_crop_24")
-    z = torch.stack([base.vae.encode(pictures[i]["target"][None].double())[0][0] for i in range(3)])
+    chosen = torch.randperm(6, generator=training.rng(42, 0, "prior"))[:3].tolist()
+    z = torch.stack([base.vae.encode(pictures[i]["target"][None].double())[0][0] for i in chosen])
     assert relative(saved["prior.mean"], z.mean(0)) < 1e-9 and relative(saved["prior.std"], z.std(0, False)) < 1e-9
     prior = weights.load_prior(tmp_path / "run" / "prior.safetensors", (4, 6, 6))
     assert relative(prior[1].double(), saved["prior.std"]) < 1e-6
@@ -291,7 +292,7 @@ def test_pixart_goes_the_whole_way_and_the_critic_is_stable_diffusions(monkeypat
     base = dit["512"]
     for stage in ("adapt_v", "adapt_zsnr", "yoso"):
         train(monkeypatch, "--base", base, "--train", "all", "--stage", stage, "--output_dir", tmp_path / stage,
-              *common)
+              *common, *(["--disc_base", "/nowhere"] if stage != "yoso" else []))  # nothing looks through it
         base = tmp_path / stage / "base"
         assert sorted(p.name for p in base.iterdir()) == ["model_index.json", "scheduler", "transformer"]
     made, began = (weights.load_base(str(name), weights.PIXART) for name in (base, dit["512"]))
@@ -336,6 +337,9 @@ def test_a_cache_trains_what_its_pictures_train(monkeypatch, tmp_path, pairs):  
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("pictures", "cached"))
     for part in ("prior", "trained", "ema"):
         assert_same(a[part], b[part], 1e-3)
+    train(monkeypatch, "--seed", 0, "--train_data_dir", tmp_path / "cache", *SMALL, "--max_train_steps", 1,
+          "--output_dir", tmp_path / "all")
+    assert weights.load_yoso(tmp_path / "all" / "model.safetensors")[0].encode(["noise"])[0].isfinite().all()
 
 
 def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(monkeypatch, tmp_path):
@@ -360,28 +364,61 @@ def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(mo
 
 @pytest.mark.parametrize("way", ["lora", "all"])
 def test_a_checkpoint_draws_what_the_grid_showed(monkeypatch, tmp_path, pairs, way):  # noqa: F811
+    """As large as it was trained, with nothing said; and a strength that has no meaning is refused."""
     seen, save = [], training.save_grid
     monkeypatch.setattr(training, "save_grid", lambda path, columns: (seen.append(columns), save(path, columns)))
     train(monkeypatch, "--train", way, "--train_data_dir", pairs, *SMALL, "--max_train_steps", 2,
           "--learning_rate", 1e-2, "--output_dir", tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "noise", "--checkpoint", str(tmp_path / "run"), "--seed", "0",
-                                      "--size", "24", "--output", str(tmp_path / "out.png")])
+    argv = ["sample.py", "noise", "--checkpoint", str(tmp_path / "run"), "--seed", "0", "--output",
+            str(tmp_path / "out.png")]
+    monkeypatch.setattr(sys, "argv", argv)
     sample.main()
     made = trainer.data.to_tensor(trainer.data.open_picture(tmp_path / "out.png")) * 2 - 1
     assert (made - seen[-1][1][0].clamp(-1, 1)).abs().max() < 1.5 / 127.5
+    edit = ["--input", str(pairs / "test_B" / "0.png"), "--strength"]
+    refused = {"above 0": [*edit, "-1"]} | ({"holds every weight": ["--strength", "0.5"]} if way == "all" else {})
+    for words, flags in refused.items():
+        monkeypatch.setattr(sys, "argv", argv + flags)
+        with pytest.raises(ValueError, match=words):
+            sample.main()
+    monkeypatch.setattr(sys, "argv", [*argv, *edit, "0.5"])
+    sample.main()
+    assert Image.open(tmp_path / "out.png").text["checkpoint"] == str(tmp_path / "run")
 
 
-def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path, pairs):  # noqa: F811
-    """In float16's smaller brother; a pass without gradient must not leave its cast weights to one with."""
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path, pairs, half):  # noqa: F811
+    """A pass without gradient must not leave its cast weights to one with; a gradient beyond float16 is a step left
+    out, not the end."""
     seen, average = [], training.average_gradients
     monkeypatch.setattr(training, "average_gradients", lambda ps: average(seen.append(ps := [*ps]) or [
         p for p in ps if p.grad.abs().sum() >= 0]))
-    train(monkeypatch, "--train", "lora", "--mixed_precision", "bf16", "--gradient_checkpointing", "--train_data_dir",
-          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 2, "--learning_rate", 1e-3)
+    train(monkeypatch, "--train", "lora", "--mixed_precision", half, "--gradient_checkpointing", "--train_data_dir",
+          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 3, "--learning_rate", 1e-3)
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert len(seen) == 4 and all(t.dtype == torch.float32 for t in state["trained"].values())
+    assert len(seen) == 6 and all(t.dtype == torch.float32 for t in state["trained"].values())
     moved = [k for k, t in state["trained"].items() if k.endswith("lora_B.weight") and t.abs().max() == 0]
     assert not moved, moved
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert math.isfinite(first["grad_norm"]) == (half == "bf16")
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(monkeypatch, capsys, tmp_path):
+    calls = []
+
+    def spoil(parameters):
+        parameters = list(parameters)
+        calls.append(parameters)
+        if len(calls) == 3:
+            parameters[0].grad[0] = math.nan
+
+    monkeypatch.setattr(training, "average_gradients", spoil)
+    with pytest.raises(SystemExit):
+        train(monkeypatch, *POINTS, "--lambda_gan", 0, "--max_train_steps", 5, "--checkpointing_steps", 1,
+              "--output_dir", tmp_path / "run")
+    assert "step 2: the loss became {'grad_norm': nan}" in capsys.readouterr().err
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["step"] == 2 and all(p.isfinite().all() for p in calls[0])
 
 
 # ------------------------------------------------------------------------------------------------------- full size
@@ -446,6 +483,30 @@ def test_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     assert_same(*(torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "cut")), 0)
 
 
+def test_a_last_save_that_failed_is_made_good_by_resuming(monkeypatch, tmp_path):
+    save, calls = weights.save_yoso, []
+
+    def full(path, *rest):
+        calls.append("model" in path.name)  # not the best
+        if calls[-1] and sum(calls) == 2:
+            raise OSError("disk full")
+        save(path, *rest)
+
+    flags = [*POINTS, "--max_train_steps", 2, "--checkpointing_steps", 1]
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "whole")
+    monkeypatch.setattr(weights, "save_yoso", full)
+    with pytest.raises(SystemExit):
+        train(monkeypatch, *flags, "--output_dir", tmp_path / "cut")
+    train(monkeypatch, "--resume", tmp_path / "cut")
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_epoch_sees_every_item(monkeypatch, tmp_path):
+    train(monkeypatch, *POINTS, "--train_batch_size", 40_000, "--num_train_epochs", 1, "--max_train_steps", 5,
+          "--output_dir", tmp_path / "run")
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2  # of 50,000 points
+
+
 def test_two_processes_and_accumulation_are_one_computation(tmp_path, pairs):  # noqa: F811
     common = ["--train", "lora", "--train_data_dir", pairs, *SMALL[2:], "--dtype", "float64", "--max_train_steps", 5]
     ways = {"one": (["--train_batch_size", 4], 1), "two": (["--train_batch_size", 2], 2),
@@ -488,6 +549,7 @@ BAD = {  # what is wrong: the flags, words of the one line
     "no U-Net to look through": (["--base", "gaussians", "--consistency", "perceptual"], ["--consistency mse"]),
     "no layer for LoRA": (["--base", "gaussians", "--train", "lora"], ["--train all"]),
     "unknown adversary": (["--adversarial", "teacher"], ["--adversarial", "coop"]),
+    "no whole latents": (["--resolution", "30"], ["30x30", "multiples of 4"]),
     "no loss": (["--lambda_gan", "0", "--lambda_kl", "0", "--lambda_con", "0"], ["--lambda_kl"]),
     "captions and no teacher": (["--train_data_dir", "{captions}"], ["captions.txt", "--teacher"]),
     "a teacher of pictures": (["--teacher", "tiny"], ["leave --teacher out"]),
@@ -497,6 +559,20 @@ BAD = {  # what is wrong: the flags, words of the one line
     "the paired trainer's flag": (["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
     "run in the way": (["--output_dir", "{taken}"], ["holds a run already", "--resume"]),
 }
+
+
+def test_pictures_are_of_one_size_in_training_and_in_the_grid(monkeypatch, capsys, tmp_path, pairs):  # noqa: F811
+    flags = ["--train_data_dir", pairs, *SMALL[:-4], "--device", "cpu", "--max_train_steps", 1]
+    train(monkeypatch, *flags, "--train_image_prep", "resized_crop_24", "--output_dir", tmp_path / "one")
+    Image.new("RGB", (20, 24)).save(tmp_path / "00.png")
+    for i in range(1, 10):
+        Image.new("RGB", (24, 20)).save(tmp_path / f"{i:02d}.png")
+    for i, (preps, name) in enumerate({
+            ("--train_image_prep", "resized_crop_24", "--test_image_prep", "resize_16"): "0.png",
+            ("--train_image_prep", "no_resize", "--train_data_dir", str(tmp_path)): "01.png"}.items()):
+        with pytest.raises(SystemExit):
+            train(monkeypatch, *flags, *preps, "--output_dir", tmp_path / f"bad{i}")
+        assert f"'{name}' is not of the size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", BAD)
