@@ -292,11 +292,11 @@ def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
 # -------------------- tiny-turbo: one step instead of 25
 
 STAGES = {  # of train_yoso.py: v instead of epsilon, then pure noise at the end, then one step
-    "adapt_v": dict(max_train_steps=800, learning_rate=3e-4, lr_scheduler="cosine"),
-    "adapt_zsnr": dict(max_train_steps=800, learning_rate=3e-4, lr_scheduler="cosine"),
-    "yoso": dict(max_train_steps=3000, learning_rate=2e-4, disc_lr_ratio=2.0, lr_scheduler="cosine"),
+    "adapt_v": dict(max_train_steps=250, learning_rate=3e-4, lr_scheduler="cosine"),
+    "adapt_zsnr": dict(max_train_steps=250, learning_rate=3e-4, lr_scheduler="cosine"),
+    "yoso": dict(max_train_steps=1600, learning_rate=1.5e-4, disc_lr_ratio=5.0, lr_scheduler="cosine"),
 }
-COMMON = dict(train="all", train_batch_size=32, resolution=SIZE, lr_warmup_steps=100, adam_beta2=0.99, prior_pictures=0,
+COMMON = dict(train="all", train_batch_size=32, mixed_precision="bf16", resolution=SIZE, lr_warmup_steps=100, adam_beta2=0.99, prior_pictures=0,
               ema_decay=0.998, viz_freq=500, eval_freq=500, checkpointing_steps=250, seed=SEED)
 
 
