@@ -341,17 +341,17 @@ def main() -> None:
     folder = training.open_run(cfg, "yoso", rank)
     start, best = 0, math.inf
     if cfg.resume:
-        state = training.load_state(folder, frozen)
-        start, best, prior = state["step"], state["best"], state["prior"]
-        ema = {n: mean.to(device) for n, mean in state["ema"].items()}
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if discriminator:
-            discriminator.load_state_dict(state["discriminator"])
-            optimizer_d.load_state_dict(state["optimizer_d"])
+        with training.load_state(folder, frozen) as state:
+            start, best, prior = state["step"], state["best"], state["prior"]
+            ema = {n: mean.to(device) for n, mean in state["ema"].items()}
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p.copy_(state["trained"][name])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            if discriminator:
+                discriminator.load_state_dict(state["discriminator"])
+                optimizer_d.load_state_dict(state["optimizer_d"])
     elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
         chosen = tqdm(range(min(cfg.prior_pictures, len(train_set))), "prior", disable=rank != 0)
         prior = diffusion.mean_and_std(read(collate([train_set[i]]), slice(1), bool(painter) * seeded([i]))[0][0]

@@ -128,10 +128,10 @@ def train(stage: str, network: nn.Module, loss: Callable[[int], Tensor], look: C
     mean = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99), weight_decay=1e-2)
     if (folder / "state.pt").is_file():
-        state = training.load_state(folder, stage)
-        start, mean = state["step"], state["mean"]
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        with training.load_state(folder, stage) as state:
+            start, mean = state["step"], state["mean"]
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
     log, clock = training.open_log(folder, start), time.monotonic()
     for step in tqdm(range(start, steps), stage, steps, initial=start):
         fall = max(0.0, (step - 200) / (steps - 200))
