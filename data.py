@@ -27,6 +27,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -48,7 +49,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's: one of the others runs PostScript
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: half a gigabyte as RGB
+MAX_UNZIPPED = 1 << 28  # bytes of one file in a zip, which may claim, and unpack to, a thousand times its size
 CACHE = "one-step-diffusion cache 1"
 DRAWN = ("circles", "scenes")  # tiny/NAME.py, reached as drawn:NAME
 
@@ -66,7 +69,7 @@ def open_picture(path: str | Path | BinaryIO, name: str | Path | None = None) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that are allowed here
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 if not 0 < file.width * file.height <= MAX_PIXELS:  # from the header, before memory is taken
                     raise ValueError(f"{file.width}x{file.height}, expected 1 to {MAX_PIXELS} pixels")
                 file.load()
@@ -247,10 +250,13 @@ def read_prompts(path: Path) -> dict[str, str] | None:
     """{file name: caption}, None without the file. ValueError where it is something else."""
     if not path.exists():
         return None
+    text = _read_text(path)
     try:
-        prompts = json.loads(_read_text(path))
+        prompts = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} line {error.lineno} is not JSON ({error.msg}): correct that line") from None
+    except (ValueError, RecursionError) as error:  # of numbers without end, of brackets in brackets
+        raise ValueError(f"{path} cannot be read ({error}), expected a dictionary of file name to caption") from None
     if not isinstance(prompts, dict):
         raise ValueError(f"{path} holds a {type(prompts).__name__}, expected a dictionary of file name to caption")
     for name, caption in prompts.items():
@@ -404,29 +410,40 @@ class Captioned(Dataset):
     def _in_zip(self) -> list[tuple[str, str]]:
         try:
             names = sorted(n for n in self._archive().namelist() if Path(n).suffix.lower() in SUFFIXES)
-            labels = json.loads(self._archive().read("dataset.json"))["labels"] or []
+            labels = json.loads(self._unzipped("dataset.json"))["labels"] or []
             classes = {name: f"class {int(label)}" for name, label in labels}
         except Exception as error:  # of zipfile, zlib, json, and what a foreign dataset.json makes Python raise
             raise ValueError(f"{self.source} cannot be used ({' '.join(str(error).split())}); expected a zip of"
                              " pictures with a dataset.json, as EDM's dataset_tool.py writes it") from None
-        finally:
-            self.archive = None  # each process that loads pictures opens its own
         return [(name, classes.get(name, "")) for name in names]
 
     def _archive(self) -> zipfile.ZipFile:
-        self.archive = self.archive or zipfile.ZipFile(self.source)
-        return self.archive
+        if self.archive is None or self.archive[0] != os.getpid():  # processes that share a file share the place in it
+            self.archive = os.getpid(), zipfile.ZipFile(self.source)
+        return self.archive[1]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | dict(archive=None)
+
+    def _unzipped(self, name: str) -> bytes:
+        try:
+            if (size := self._archive().getinfo(name).file_size) > MAX_UNZIPPED:
+                raise ValueError(f"it unpacks to {size} bytes, expected {MAX_UNZIPPED} at most")
+            return self._archive().read(name)
+        except Exception as error:  # of zipfile and zlib: damaged, encrypted, packed in another way
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name} in {self.source} is not readable ({reason}): make the zip anew") from None
 
     def _in_folder(self, column: str) -> list[tuple[str, str]]:
         names, table = pictures_in(self.folder), self.folder / "metadata.jsonl"
         if not table.is_file():
             return [(name, _caption(self.folder / name, self.folder / name, None) or "") for name in names]
         captions = {}
-        for number, line in enumerate(_read_text(table).splitlines(), start=1):
+        for number, line in enumerate(_read_text(table).split("\n"), start=1):
             try:
                 row = json.loads(line or "null")
                 captions |= {row["file_name"]: str(row[column])} if row else {}
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise ValueError(f"{table} line {number}: expected an object with file_name and {column}"
                                  " (--caption_column)") from None
         if missing := [name for name in names if name not in captions]:
@@ -443,7 +460,7 @@ class Captioned(Dataset):
             return dict(caption=caption, name=f"caption {index}")
         path = self.folder / file
         if self.source.suffix == ".zip":
-            picture = open_picture(io.BytesIO(self._archive().read(file)), path)
+            picture = open_picture(io.BytesIO(self._unzipped(file)), path)
         else:
             picture = open_picture(path)
         picture, = self.prepare([picture], None if key is None else np.random.default_rng(key))
@@ -482,10 +499,17 @@ def read_cache_index(folder: Path) -> dict:
         index = json.loads((folder / "index.json").read_text())
         if index["format"] != CACHE:
             raise ValueError(f"its format is {index['format']!r}")
+        for split in ("train", "test"):
+            for shard in index["shards"][split]:
+                texts = [shard["file"], shard["sha256"], *shard["captions"], *shard["names"]]
+                if not all(isinstance(text, str) for text in texts) or len(shard["captions"]) != len(shard["names"]) \
+                        or not re.fullmatch(r"\w+-\d+\.safetensors", shard["file"]):
+                    raise ValueError(f"a shard of {split} is not described as one")
+            int(index["items"][split]), index["facts"]["base"], index["facts"]["vae"]
         return index
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'index.json'} is no index of a cache ({error}): expected what python data.py cache"
-                         " wrote") from None
+    except Exception as error:  # whatever it holds in place of what was expected
+        raise ValueError(f"{folder / 'index.json'} is no index of a cache ({type(error).__name__}: {error}): expected"
+                         " what python data.py cache wrote") from None
 
 
 def check_shard(folder: Path, shard: dict) -> None:
