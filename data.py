@@ -569,8 +569,12 @@ def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_st
     loader = DataLoader(dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=_collate,
                         pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_ctrl_c_to_the_trainer,
                         generator=torch.Generator())  # its own: a loader draws a number from the global one otherwise
+    iterator = iter(loader)  # named, so that it is there until what comes of a lost worker has been dealt with
     try:
-        yield from loader
+        yield from iterator
+    except (ConnectionError, EOFError) as error:  # of its pipe, before the signal of its end is heard
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise RuntimeError(f"DataLoader worker is lost: {error or 'end of its pipe'}") from None
     except ValueError as error:  # from a worker it comes as its whole traceback, the sentence last
         error.__traceback__ = None  # a cycle around the loader, whose workers would need seconds to end later
         raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None

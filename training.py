@@ -19,6 +19,7 @@ import sys
 import time
 import types
 import typing
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from tqdm import tqdm
 
 MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "dataloader_num_workers", "resume",
               "output_dir"}
@@ -141,14 +143,15 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())  # a name in a file may hold what it likes
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)  # not into a bar
         sys.exit(2)
     except RuntimeError as error:  # raised between any two lines, by the signal of a child's end
         if not str(error).startswith("DataLoader worker"):
             raise
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: a process that prepares pictures was lost"
-              f" ({first_line(error)}); the last saved state is whole: go on with --resume, and where memory was short"
-              " with fewer --dataloader_num_workers", file=sys.stderr)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the ends of the others would raise it anew
+        tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: a process that prepares pictures was lost"
+                   f" ({first_line(error)}); the last saved state is whole: go on with --resume, and where memory was"
+                   " short with fewer --dataloader_num_workers", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -288,6 +291,8 @@ def load_state(folder: pathlib.Path, base: str) -> Iterator[dict]:
     if not path.is_file():
         raise ValueError(f"{folder} has no state.pt to resume from: the run ended before its first save: start again")
     try:
+        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is packed, as torch.save never does it")
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["base"]
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage
@@ -299,8 +304,8 @@ def load_state(folder: pathlib.Path, base: str) -> Iterator[dict]:
     try:
         yield state
     except Exception as error:  # other tensors, other shapes, an entry that is not there
-        raise ValueError(f"{path} is not of this run ({type(error).__name__}: {first_line(error)}); put its own state.pt"
-                         " back, or start a new run") from error
+        raise ValueError(f"{path} is not of this run ({type(error).__name__}: {first_line(error)}); put its own"
+                         " state.pt back, or start a new run") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------- logs
@@ -331,8 +336,8 @@ def append_log(path: pathlib.Path, step: int, values: dict) -> None:
         with path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
     except OSError as error:
-        raise OSError(f"{path} could not be written ({first_line(error)}); the last saved state is whole: make room, and"
-                      f" go on with --resume {path.parent}") from error
+        raise OSError(f"{path} could not be written ({first_line(error)}); the last saved state is whole: make room,"
+                      f" and go on with --resume {path.parent}") from error
 
 
 def open_reporter(report_to: str | None, folder: pathlib.Path, project: str) -> Callable[[int, dict], None]:

@@ -466,8 +466,8 @@ def check_words(base: Base) -> Base:
         positions = getattr(config, "max_position_embeddings", base.tokenizer.length)  # T5 has no last one
         if last >= config.vocab_size or base.tokenizer.length > positions:
             raise ValueError(f"{base.name}: the tokenizer's last piece is {last}, its length {base.tokenizer.length},"
-                             f" but the text encoder has {config.vocab_size} pieces and a length of {positions}; expected"
-                             " both of one model: copy tokenizer/ and text_encoder/ again")
+                             f" but the text encoder has {config.vocab_size} pieces and a length of {positions};"
+                             " expected both of one model: copy tokenizer/ and text_encoder/ again")
     return base
 
 
