@@ -49,7 +49,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's: one of the others runs PostScript
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: half a gigabyte as RGB
+MAX_UNZIPPED = 1 << 28  # bytes of one file in a zip, which may claim, and unpack to, a thousand times its size
 CACHE = "one-step-diffusion cache 1"
 DRAWN = ("circles", "scenes")  # tiny/NAME.py, reached as drawn:NAME
 
@@ -67,7 +69,7 @@ def open_picture(path: str | Path | BinaryIO, name: str | Path | None = None) ->
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that are allowed here
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
                 if not 0 < file.width * file.height <= MAX_PIXELS:  # from the header, before memory is taken
                     raise ValueError(f"{file.width}x{file.height}, expected 1 to {MAX_PIXELS} pixels")
                 file.load()
@@ -248,10 +250,13 @@ def read_prompts(path: Path) -> dict[str, str] | None:
     """{file name: caption}, None without the file. ValueError where it is something else."""
     if not path.exists():
         return None
+    text = _read_text(path)
     try:
-        prompts = json.loads(_read_text(path))
+        prompts = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} line {error.lineno} is not JSON ({error.msg}): correct that line") from None
+    except (ValueError, RecursionError) as error:  # of numbers without end, of brackets in brackets
+        raise ValueError(f"{path} cannot be read ({error}), expected a dictionary of file name to caption") from None
     if not isinstance(prompts, dict):
         raise ValueError(f"{path} holds a {type(prompts).__name__}, expected a dictionary of file name to caption")
     for name, caption in prompts.items():
@@ -410,25 +415,35 @@ class Captioned(Dataset):
 
     def _in_zip(self) -> list[tuple[str, str]]:
         try:
-            archive = zipfile.ZipFile(self.source)
-            names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in SUFFIXES)
-            labels = json.loads(archive.read("dataset.json"))["labels"] or []
+            listed = _open_zip(self.source, os.getpid()).namelist()
+            names = sorted(name for name in listed if Path(name).suffix.lower() in SUFFIXES)
+            labels = json.loads(self._unzipped("dataset.json"))["labels"] or []
             classes = {name: f"class {int(label)}" for name, label in labels}
         except Exception as error:  # of zipfile, zlib, json, and what a foreign dataset.json makes Python raise
             raise ValueError(f"{self.source} cannot be used ({' '.join(str(error).split())}); expected a zip of"
                              " pictures with a dataset.json, as EDM's dataset_tool.py writes it") from None
         return [(name, classes.get(name, "")) for name in names]
 
+    def _unzipped(self, name: str) -> bytes:
+        try:
+            archive = _open_zip(self.source, os.getpid())
+            if (size := archive.getinfo(name).file_size) > MAX_UNZIPPED:
+                raise ValueError(f"it unpacks to {size} bytes, expected {MAX_UNZIPPED} at most")
+            return archive.read(name)
+        except Exception as error:  # of zipfile and zlib: damaged, encrypted, packed in another way
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{name} in {self.source} is not readable ({reason}): make the zip anew") from None
+
     def _in_folder(self, column: str) -> list[tuple[str, str]]:
         names, table = pictures_in(self.folder), self.folder / "metadata.jsonl"
         if not table.is_file():
             return [(name, _caption(self.folder / name, self.folder / name, None) or "") for name in names]
         captions = {}
-        for number, line in enumerate(_read_text(table).splitlines(), start=1):
+        for number, line in enumerate(_read_text(table).split("\n"), start=1):
             try:
                 row = json.loads(line or "null")
                 captions |= {row["file_name"]: str(row[column])} if row else {}
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise ValueError(f"{table} line {number}: expected an object with file_name and {column}"
                                  " (--caption_column)") from None
         if missing := [name for name in names if name not in captions]:
@@ -445,7 +460,7 @@ class Captioned(Dataset):
             return dict(caption=caption, name=f"caption {index}")
         path = self.folder / file
         if self.source.suffix == ".zip":
-            picture = open_picture(io.BytesIO(_open_zip(self.source, os.getpid()).read(file)), path)
+            picture = open_picture(io.BytesIO(self._unzipped(file)), path)
         else:
             picture = open_picture(path)
         picture, = self.prepare([picture], None if key is None else np.random.default_rng(key))
@@ -487,10 +502,17 @@ def read_cache_index(folder: Path) -> dict:
         index = json.loads((folder / "index.json").read_text())
         if index["format"] != CACHE:
             raise ValueError(f"its format is {index['format']!r}")
+        for split in ("train", "test"):
+            for shard in index["shards"][split]:
+                texts = [shard["file"], shard["sha256"], *shard["captions"], *shard["names"]]
+                if not all(isinstance(text, str) for text in texts) or len(shard["captions"]) != len(shard["names"]) \
+                        or not re.fullmatch(r"\w+-\d+\.safetensors", shard["file"]):
+                    raise ValueError(f"a shard of {split} is not described as one")
+            int(index["items"][split]), index["facts"]["base"], index["facts"]["vae"]
         return index
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'index.json'} is no index of a cache ({error}): expected what python data.py cache"
-                         " wrote") from None
+    except Exception as error:  # whatever it holds in place of what was expected
+        raise ValueError(f"{folder / 'index.json'} is no index of a cache ({type(error).__name__}: {error}): expected"
+                         " what python data.py cache wrote") from None
 
 
 def check_shard(folder: Path, shard: dict) -> None:
@@ -550,8 +572,12 @@ def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_st
     loader = DataLoader(dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=collate,
                         pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_ctrl_c_to_the_trainer,
                         generator=torch.Generator())  # its own: a loader draws a number from the global one otherwise
+    iterator = iter(loader)  # named, so that it is there until what comes of a lost worker has been dealt with
     try:
-        yield from loader
+        yield from iterator
+    except (ConnectionError, EOFError) as error:  # of its pipe, before the signal of its end is heard
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise RuntimeError(f"DataLoader worker is lost: {error or 'end of its pipe'}") from None
     except ValueError as error:  # from a worker it comes as its whole traceback, the sentence last
         error.__traceback__ = None  # a cycle around the loader, whose workers would need seconds to end later
         raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None

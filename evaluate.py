@@ -197,14 +197,14 @@ def folder_features(paths: list[Path], judge: weights.Judge, batch: int, device:
     if stats and stats.exists():
         try:
             with np.load(stats) as file:  # without pickle: no code
-                found, *arrays = (file[name] for name in ("key", "features", "mu", "sigma"))
+                found, *arrays = file["key"], *(torch.from_numpy(file[name]) for name in ("features", "mu", "sigma"))
         except Exception as error:  # zip and numpy have their own kinds
             raise ValueError(f"{stats} is not of --stats ({training.first_line(error)}); name another file") from None
         if str(found) != key:
             raise ValueError(f"{stats} is stale: {paths[0].parent} holds other pictures (names, sizes or dates), or the"
                              " Inception weights are others; remove it, or name another file")
         print(f"features of {paths[0].parent} are read from {stats}", file=sys.stderr)
-        return tuple(map(torch.from_numpy, arrays))
+        return tuple(arrays)
     batches = read_batches([(path,) for path in paths], batch, device, str(paths[0].parent))
     f = torch.cat([features(judge.network, x) for (x,) in batches])
     mean, cov = statistics(f)

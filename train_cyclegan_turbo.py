@@ -220,16 +220,16 @@ def main() -> None:
     folder = training.open_run(cfg, "cyclegan_turbo", rank)
     start, best = 0, math.inf
     if cfg.resume:
-        state = training.load_state(folder, frozen)
-        start, best = state["step"], state["best"]
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if discriminators:
-            discriminators.load_state_dict(state["discriminators"])
-            optimizer_d.load_state_dict(state["optimizer_d"])
+        with training.load_state(folder, frozen) as state:
+            start, best = state["step"], state["best"]
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p.copy_(state["trained"][name])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            if discriminators:
+                discriminators.load_state_dict(state["discriminators"])
+                optimizer_d.load_state_dict(state["optimizer_d"])
 
     def save(step: int) -> None:
         """The state last: what a resumed run takes for done has been written."""

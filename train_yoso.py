@@ -349,17 +349,17 @@ def main() -> None:
     folder = training.open_run(cfg, "yoso", rank)
     start, best = 0, math.inf
     if cfg.resume:
-        state = training.load_state(folder, frozen)
-        start, best, prior = state["step"], state["best"], state["prior"]
-        ema = {n: mean.to(device) for n, mean in state["ema"].items()}
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if discriminator:
-            discriminator.load_state_dict(state["discriminator"])
-            optimizer_d.load_state_dict(state["optimizer_d"])
+        with training.load_state(folder, frozen) as state:
+            start, best, prior = state["step"], state["best"], state["prior"]
+            ema = {n: mean.to(device) for n, mean in state["ema"].items()}
+            with torch.no_grad():
+                for name, p in trained.items():
+                    p.copy_(state["trained"][name])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            if discriminator:
+                discriminator.load_state_dict(state["discriminator"])
+                optimizer_d.load_state_dict(state["optimizer_d"])
     elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
         order = torch.randperm(len(train_set), generator=training.rng(cfg.seed, 0, "prior"))
         groups = order[:cfg.prior_pictures].split(cfg.train_batch_size)  # of a sorted folder the first are alike

@@ -19,7 +19,8 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -27,8 +28,10 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
+from tqdm import tqdm
 
-MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "resume", "output_dir"}
+MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "dataloader_num_workers", "resume",
+              "output_dir"}
 AT_LEAST = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0, "prior_pictures": 0}  # other whole numbers: 1
 REFUSED = {
     "--enable_xformers_memory_efficient_attention": "attention is always fused here (scaled_dot_product_attention)",
@@ -66,19 +69,23 @@ def parse(cls: type, tables: dict[str, dict], aliases: dict[str, str], descripti
                                 metavar="on|off", help=text)
         else:
             parser.add_argument(*names, dest=f.name, default=None, type=kind, choices=choices, help=text)
-    given = parse_args(parser, argv)
-    given = {k: v for k, v in vars(given).items() if v is not None}
-    for name, value in given.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < AT_LEAST.get(name, 1):
-            raise ValueError(f"--{name} {value}: expected {AT_LEAST.get(name, 1)} or more")
+    given = given_values(parser, argv)
     if "resume" in given:
-        return resumed(cls, given)
+        return resumed(cls, given, parser)
     base = given.get("base") or next(f.default for f in fields(cls) if f.name == "base")
     table = next((table for name, table in tables.items() if str(base).startswith(name)), {})
     small = {k: v for k, v in table.items() if k not in given}
     if small and int(os.environ.get("RANK", 0)) == 0:
         print(f"defaults of the base {base}: " + " ".join(f"--{k} {v}" for k, v in small.items()), file=sys.stderr)
     return cls(**{**small, **given})
+
+
+def given_values(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
+    given = {k: v for k, v in vars(parse_args(parser, argv)).items() if v is not None}
+    for name, value in given.items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < AT_LEAST.get(name, 1):
+            raise ValueError(f"--{name} {value}: expected {AT_LEAST.get(name, 1)} or more")
+    return given
 
 
 def on_or_off(text: str) -> bool:
@@ -107,14 +114,16 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     return given
 
 
-def resumed(cls: type, given: dict):
+def resumed(cls: type, given: dict, parser: argparse.ArgumentParser):
     path = pathlib.Path(given["resume"]) / "config.json"
     if not path.is_file():
         raise ValueError(f"--resume {given['resume']} has no config.json; expected the --output_dir of an earlier run")
-    try:
+    try:  # what was saved is checked as flags are
         saved = {k: v for k, v in json.loads(path.read_text()).items() if k in {f.name for f in fields(cls)}}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it again, or start a new run") from None
+        saved = given_values(parser, [f"--{k}={v}" for k, v in saved.items() if v is not None])
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold the settings of a run ({first_line(error)}); copy it again, or start a"
+                         " new run") from None
     for name in given.keys() - MAY_CHANGE:
         if given[name] != saved.get(name):
             raise ValueError(f"--{name} {given[name]} differs from the {saved.get(name)} that the run {given['resume']}"
@@ -133,7 +142,16 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())  # a name in a file may hold what it likes
+        tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)  # not into a bar
+        sys.exit(2)
+    except RuntimeError as error:  # raised between any two lines, by the signal of a child's end
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the ends of the others would raise it anew
+        tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: a process that prepares pictures was lost"
+                   f" ({first_line(error)}); the last saved state is whole: go on with --resume, and where memory was"
+                   " short with fewer --dataloader_num_workers", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -265,21 +283,29 @@ def save_state(path: pathlib.Path, state: dict) -> None:
     write_file(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_state(folder: pathlib.Path, base: str) -> dict:
-    """What `save_state` wrote; tensors and plain values only, no code. `base` is the fingerprint of the loaded
-    base."""
+@contextlib.contextmanager
+def load_state(folder: pathlib.Path, base: str) -> Iterator[dict]:
+    """What `save_state` wrote, to be put back in the block; tensors and plain values only, no code. `base` is the
+    fingerprint of the loaded base."""
     path = folder / "state.pt"
     if not path.is_file():
         raise ValueError(f"{folder} has no state.pt to resume from: the run ended before its first save: start again")
     try:
+        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is packed, as torch.save never does it")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["base"]
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage
         raise ValueError(f"{path} is damaged ({first_line(error)}); the trained weights so far are in"
                          f" {folder / 'model.safetensors'}: copy state.pt again, or start a new run") from None
-    if state["base"] != base:
-        raise ValueError(f"{path} was trained on a base with fingerprint {state['base']}, and this one has {base};"
+    if found != base:
+        raise ValueError(f"{path} was trained on a base with fingerprint {found}, and this one has {base};"
                          " put the original base back")
-    return state
+    try:
+        yield state
+    except Exception as error:  # other tensors, other shapes, an entry that is not there
+        raise ValueError(f"{path} is not of this run ({type(error).__name__}: {first_line(error)}); put its own"
+                         " state.pt back, or start a new run") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------- logs
@@ -298,7 +324,7 @@ def open_log(folder: pathlib.Path, step: int) -> pathlib.Path:
     if path.is_file():
         kept = []
         for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line cut by a kill
+            with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):  # a line cut by a kill
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         write_file(path, lambda temporary: temporary.write_text("".join(kept)))
@@ -306,8 +332,12 @@ def open_log(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def append_log(path: pathlib.Path, step: int, values: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, **values}) + "\n")
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({first_line(error)}); the last saved state is whole: make room,"
+                      f" and go on with --resume {path.parent}") from error
 
 
 def open_reporter(report_to: str | None, folder: pathlib.Path, project: str) -> Callable[[int, dict], None]:

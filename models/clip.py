@@ -48,6 +48,8 @@ class Attention(nn.Module):
 
     def __init__(self, c: int, heads: int):
         super().__init__()
+        if heads < 1 or c % heads:
+            raise ValueError(f"{c} channels are to be {heads} heads of one width")
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c, c) for _ in range(4))
 
@@ -150,6 +152,8 @@ class Tokenizer:
                  end: str = "<|endoftext|>"):
         self.pieces, self.length, self.tokens = pieces, length, dict(pad=pad, start=start, end=end)
         self.pad, self.start, self.end = (pieces.token_to_id(token) for token in (pad, start, end))
+        if not isinstance(length, int) or not 2 < length <= 1000:
+            raise ValueError(f"the tokenizer's model_max_length is {length!r}; expected 3 to 1000")
         for token, i in [(pad, self.pad), (start, self.start), (end, self.end)]:
             if i is None:
                 raise ValueError(f"the tokenizer's vocabulary has no piece {token!r}, which its configuration asks for:"
@@ -160,7 +164,11 @@ class Tokenizer:
     def __call__(self, texts: str | list[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else texts
         rows = []
-        for encoding in self.pieces.encode_batch(texts, add_special_tokens=False):
+        try:
+            encodings = self.pieces.encode_batch(texts, add_special_tokens=False)
+        except TypeError:  # of half a surrogate pair, which JSON and command lines let through
+            raise ValueError(f"{texts!r:.200} holds half a character; expected text as UTF-8 has it") from None
+        for encoding in encodings:
             ids = [self.start, *encoding.ids[:self.length - 2], self.end]
             rows.append(ids + [self.pad] * (self.length - len(ids)))
         return torch.tensor(rows, dtype=torch.long)
@@ -171,7 +179,8 @@ class Tokenizer:
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
         saved = json.loads(text)
-        return cls(Pieces.from_str(saved.pop("pieces")), **saved)
+        model = json.loads(saved.pop("pieces"))["model"]  # put together in CLIP's way, whatever else the file says
+        return cls(clip_pieces(model["vocab"], [tuple(pair) for pair in model["merges"]]), **saved)
 
 
 def clip_pieces(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Pieces:

@@ -29,6 +29,8 @@ class Schedule:
         """From a `scheduler_config.json`. Refuses what is not built here by name."""
         T, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
         first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+        if not isinstance(T, int) or not 1 < T <= 100_000:
+            raise ValueError(f"the scheduler's num_train_timesteps is {T!r}; expected 2 to 100000")
         if config.get("trained_betas") is not None:
             raise ValueError("the scheduler's configuration holds trained_betas; expected a beta_schedule by name")
         if kind == "scaled_linear":
@@ -40,6 +42,8 @@ class Schedule:
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in KINDS:
             raise ValueError(f"the scheduler's prediction_type is {prediction!r}; built here are {KINDS}")
+        if not ((0 < betas) & (betas < 1)).all():
+            raise ValueError(f"the scheduler's betas go from {first} to {last}; expected numbers between 0 and 1")
         alpha_bar = torch.cumprod(1 - betas, dim=0)
         schedule = cls(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), prediction, config.get("timestep_spacing", "leading"),
                        config.get("steps_offset", 0), config.get("set_alpha_to_one", True), config)

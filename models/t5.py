@@ -167,7 +167,11 @@ class T5Tokenizer:
 
     def __call__(self, texts: str | list[str]) -> tuple[Tensor, Tensor]:
         texts, ids, mask = [texts] if isinstance(texts, str) else texts, [], []
-        for encoding in self.pieces.encode_batch(texts, add_special_tokens=False):
+        try:
+            encodings = self.pieces.encode_batch(texts, add_special_tokens=False)
+        except TypeError:  # of half a surrogate pair, which JSON and command lines let through
+            raise ValueError(f"{texts!r:.200} holds half a character; expected text as UTF-8 has it") from None
+        for encoding in encodings:
             row = [*encoding.ids[:self.length - 1], self.end]
             ids.append(row + [self.pad] * (self.length - len(row)))
             mask.append([1] * len(row) + [0] * (self.length - len(row)))

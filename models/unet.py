@@ -101,6 +101,8 @@ class Attention(nn.Module):
 
     def __init__(self, c: int, c_context: int, heads: int):
         super().__init__()
+        if heads < 1 or c % heads:
+            raise ValueError(f"{c} channels are to be {heads} heads of one width")
         self.heads = heads
         self.to_q = nn.Linear(c, c, bias=False)
         self.to_k = nn.Linear(c_context, c, bias=False)

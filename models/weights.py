@@ -15,9 +15,12 @@ import os
 import pathlib
 import re
 import sys
+import types
+import typing
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 
@@ -214,9 +217,23 @@ def read_json(path: pathlib.Path) -> dict:
     return value
 
 
+def is_of(value: object, kind: type) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(is_of(v, typing.get_args(kind)[0]) for v in value)
+    if isinstance(kind, types.UnionType):
+        return any(is_of(value, one) for one in typing.get_args(kind))
+    return type(value) is kind or kind is float and type(value) is int
+
+
 def from_json(cls: type, values: dict):
-    """A dataclass again, whose tuples JSON has made lists."""
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    """A dataclass again, whose tuples JSON has made lists. Refuses values of other types, and more layers than any
+    network has: to build them alone would take for ever."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, kind in typing.get_type_hints(cls).items():
+        value = values.get(name)
+        if name in values and not is_of(value, kind) or "layers" in name and name in values and value > 1000:
+            raise ValueError(f"{name} is {value!r:.100}")
+    return cls(**values)
 
 
 def read_config(cls: type, fixed: dict, path: pathlib.Path):
@@ -392,6 +409,8 @@ def read_index(name: str) -> tuple[dict, bool]:
     index, alone = read_json(path), path.name == "config.json"
     if alone and index.get("_class_name") not in ("Transformer2DModel", "PixArtTransformer2DModel"):
         raise ValueError(f"{path} is of {index.get('_class_name')!r}; expected {LAYOUT}, or PixArt's transformer alone")
+    if not isinstance(rest := index.get("rest", ""), str):
+        raise ValueError(f"{path}: its rest is {rest!r:.100}; expected the name of a base")
     return index, alone
 
 
@@ -430,13 +449,26 @@ def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch
                 part == "vae" and read_json(path).get("_class_name") == "Identity" else PARTS[part]
             config = read_config(config_cls, fixed, path)
             if base.random:
-                with torch.random.fork_rng(devices=[]):
+                with reading(path, "sizes that make a network"), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
                     network = cls(config).requires_grad_(False).to(device=device, dtype=dtype)
             else:
                 files = weight_files(owner, folder, stem)
                 network = load_network(build(cls, config, path), part, files, dtype, device)
             setattr(base, part, network)
+    return check_words(base)
+
+
+def check_words(base: Base) -> Base:
+    """Refuses a tokenizer of more pieces or longer texts than the text encoder has rows for: else the first prompt that
+    has them fails."""
+    if base.tokenizer and base.text_encoder:
+        config, last = base.text_encoder.config, max(base.tokenizer.pieces.get_vocab().values())
+        positions = getattr(config, "max_position_embeddings", base.tokenizer.length)  # T5 has no last one
+        if last >= config.vocab_size or base.tokenizer.length > positions:
+            raise ValueError(f"{base.name}: the tokenizer's last piece is {last}, its length {base.tokenizer.length},"
+                             f" but the text encoder has {config.vocab_size} pieces and a length of {positions};"
+                             " expected both of one model: copy tokenizer/ and text_encoder/ again")
     return base
 
 
@@ -614,7 +646,11 @@ def fingerprint(network: nn.Module, but: Iterable[str] = ()) -> str:
 def save_tensors(path: pathlib.Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     path.touch()
     mode = path.stat().st_mode  # any new file's; left alone, safetensors makes the user its only reader
-    safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}); make room, and run the command again") from error
     path.chmod(mode)
 
 
@@ -711,8 +747,9 @@ def load_yoso(path: pathlib.Path, base: str | None = None, dtype: torch.dtype | 
               strength: float = 1.0) -> tuple[Base, tuple[Tensor, Tensor]]:
     """What `save_yoso` wrote: the base with the trained change added `strength` times, and the prior."""
     expected = f"a one-step generator of train_yoso.py ({FORMAT})"
-    metadata, tensors = read_header(path)[1], safetensors.torch.load_file(path)
+    metadata = read_header(path)[1]
     with reading(path, expected):
+        tensors = safetensors.torch.load_file(path)
         name, config = base or metadata["base"], json.loads(metadata["config"])
         prior = tensors.pop("prior.mean"), tensors.pop("prior.std")
         schedule = Schedule.from_config(config["schedule"])
@@ -739,15 +776,24 @@ def load_yoso(path: pathlib.Path, base: str | None = None, dtype: torch.dtype | 
             found.denoiser.requires_grad_(True)
             parts = nn.ModuleDict({part: network for part in PARTS if (network := getattr(found, part))})
             assign(parts, tensors, path, strength)
+            check_words(found)
     for network in filter(None, (getattr(found, part) for part in PARTS)):
         network.to(device=device, dtype=dtype).requires_grad_(False).eval()
     return found, prior
 
 
 def read_pkl(path: pathlib.Path, expected: str = "a checkpoint of img2img-turbo") -> dict:
-    """A file of torch.save: tensors, numbers, names; one that would run code is refused."""
+    """A file of torch.save: tensors, numbers, names; one that would run code is refused, and one that is packed, which
+    torch.save never does: it may unpack to a thousand times its size. So may a tensor whose rows are one."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is packed")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for part in (saved, *saved.values()) if isinstance(saved, dict) else ():
+            for t in part.values() if isinstance(part, dict) else ():
+                if isinstance(t, Tensor) and t.numel() * t.element_size() > t.untyped_storage().nbytes():
+                    raise ValueError("a tensor is larger than its data")
+        return saved
     except Exception as error:  # of many kinds, whose texts advise to let the code run
         raise ValueError(f"{path} is no file of torch.save, or one with code in it ({type(error).__name__}); expected"
                          f" {expected}: tensors, numbers and names") from error
@@ -788,6 +834,7 @@ def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype 
             saved = read_pkl(path)
             kind = "cyclegan_turbo" if "sd_encoder" in saved else "pix2pix_turbo"
             base, (config, tensors) = base or "sd-turbo", KINDS[kind][2](saved, path)
+            values = vars(config)
         else:
             metadata, tensors = read_header(path)[1], safetensors.torch.load_file(path)
             kind = metadata.get("kind")
@@ -795,7 +842,12 @@ def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype 
                 raise ValueError(f"its format is {metadata.get('format')!r}, its kind {kind!r}")
             saved, base = json.loads(metadata["config"]), base or metadata["base"]
             prompts = [str(prompt) for prompt in json.loads(metadata["prompts"])]
-            config = from_json(KINDS[kind][1], saved["generator"])
+            values = saved["generator"]
+        config = from_json(KINDS[kind][1], values)
+        ranks, largest = (config.lora_rank_unet, config.lora_rank_vae), max(
+            (len(t) for key, t in tensors.items() if key.endswith(".lora_A.weight")), default=0)
+        if config.train == "lora" and max(ranks) > max(largest, 128):  # whose weights would be made before the file's
+            raise ValueError(f"its LoRA is said to be of the ranks {ranks}, its tensors are of {largest} at most")
         if config.train == "all":
             networks = Base(base, tokenizer=clip.Tokenizer.from_json(saved["tokenizer"]),
                             schedule=Schedule.from_config(saved["schedule"]))
@@ -807,9 +859,12 @@ def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype 
             raise ValueError(f"{path} holds every weight and knows no other; strength works for LoRA checkpoints only")
         own = {k.removeprefix("text_encoder."): tensors.pop(k) for k in [*tensors] if k.startswith("text_encoder.")}
         assign(networks.text_encoder, own, path)
+        check_words(networks)
     else:
         networks = load_base(base, dtype=dtype, device=device)
     with reading(path, f"a checkpoint for the base {base}"):
+        if not 0 <= config.timestep < len(networks.schedule.alpha):
+            raise ValueError(f"its timestep is {config.timestep}, of {len(networks.schedule.alpha)}")
         generator = KINDS[kind][0](networks.vae, networks.unet, networks.schedule, config)
     assign(generator, tensors, path, strength)
     for layer in generator.modules():

@@ -22,6 +22,7 @@ class Config:
     max_train_steps: int = 10
     output_dir: str | None = None
     resume: str | None = None
+    dataloader_num_workers: int = 0
     seed: int = 0
 
 
@@ -72,8 +73,20 @@ def test_resume_keeps_the_settings_and_lets_only_steps_change(tmp_path):
     assert (cfg.base, cfg.learning_rate, cfg.max_train_steps, cfg.output_dir) == ("b", 0.25, 20, str(tmp_path))
     with pytest.raises(ValueError, match="--learning_rate 0.5 differs from the 0.25"):
         parse("--resume", str(tmp_path), "--learning_rate", "0.5")
+    assert parse("--resume", str(tmp_path), "--dataloader_num_workers", "3").dataloader_num_workers == 3
     with pytest.raises(ValueError, match="no config.json"):
         parse("--resume", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"base": "b"', "Expecting"), ("[1]", "items"), ("[" * 100_000, "recursion"), ('{"seed": "x"}', "--seed"),
+    ('{"use_ema": 3}', "--use_ema"), ('{"kind": "c"}', "--kind"), ('{"seed": -1}', "--seed -1"),
+])
+def test_settings_that_no_flag_would_take_are_refused_on_resuming(tmp_path, text, says):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json does not hold the settings of a run") as caught:
+        parse("--resume", str(tmp_path))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_error_of_the_user_is_one_line_and_status_2_and_a_bug_keeps_its_traceback(capsys):
@@ -85,6 +98,13 @@ def test_an_error_of_the_user_is_one_line_and_status_2_and_a_bug_keeps_its_trace
     assert caught.value.code == 2 and capsys.readouterr().err.endswith("error: found this, expected that\n")
     with pytest.raises(KeyError):
         training.run(lambda: {}["bug"])
+
+    def odd_name():
+        raise ValueError("a\nname")
+
+    with pytest.raises(SystemExit):
+        training.run(odd_name)
+    assert capsys.readouterr().err.endswith("error: a name\n")
 
 
 def test_draws_depend_on_seed_step_and_purpose_only():
@@ -118,24 +138,33 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
 
+def load_state(folder, base):
+    with training.load_state(folder, base) as state:
+        return state["step"]
+
+
 def test_a_state_cut_anywhere_or_with_code_in_it_is_refused_in_one_line(tmp_path):
     path = tmp_path / "state.pt"
     training.save_state(path, dict(step=1, base="abc", trained=dict(w=torch.arange(100.0))))
     whole = path.read_bytes()
-    assert training.load_state(tmp_path, "abc")["step"] == 1
+    assert load_state(tmp_path, "abc") == 1
     with pytest.raises(ValueError, match="fingerprint"):
-        training.load_state(tmp_path, "other")
+        load_state(tmp_path, "other")
     for cut in [0, 1, 50, len(whole) // 2, len(whole) - 60, len(whole) - 1]:
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="is damaged") as caught:
-            training.load_state(tmp_path, "abc")
+            load_state(tmp_path, "abc")
         assert "\n" not in str(caught.value)
-    torch.save(dict(step=1, base="abc", code=training.rng), path)
-    with pytest.raises(ValueError, match="is damaged"):
-        training.load_state(tmp_path, "abc")
+    for state in (dict(step=1, base="abc", code=training.rng), dict(step=1), [1, 2]):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match="is damaged"):
+            load_state(tmp_path, "abc")
+    torch.save(dict(base="abc"), path)
+    with pytest.raises(ValueError, match="state.pt is not of this run .KeyError: 'step'.; put its own"):
+        load_state(tmp_path, "abc")
     path.unlink()
     with pytest.raises(ValueError, match="has no state.pt"):
-        training.load_state(tmp_path, "abc")
+        load_state(tmp_path, "abc")
 
 
 def test_a_run_is_never_overwritten(tmp_path):
@@ -145,11 +174,11 @@ def test_a_run_is_never_overwritten(tmp_path):
         training.open_run(cfg, "kind", 0)
 
 
-def test_log_forgets_the_steps_that_run_again_and_lines_cut_by_a_kill(tmp_path):
+def test_log_forgets_the_steps_that_run_again_and_lines_that_a_kill_cut_or_are_of_others(tmp_path):
     path = tmp_path / "log.jsonl"
     for step in range(1, 6):
         training.append_log(path, step, dict(loss=1.0 / step))
-    path.write_text(path.read_text() + '{"step": 6, "lo')
+    path.write_text(path.read_text() + '7\n[]\n{}\n{"step": "2"}\n{"step": 6, "lo')
     training.open_log(tmp_path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 

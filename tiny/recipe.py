@@ -128,10 +128,10 @@ def train(stage: str, network: nn.Module, loss: Callable[[int], Tensor], look: C
     mean = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99), weight_decay=1e-2)
     if (folder / "state.pt").is_file():
-        state = training.load_state(folder, stage)
-        start, mean = state["step"], state["mean"]
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        with training.load_state(folder, stage) as state:
+            start, mean = state["step"], state["mean"]
+            network.load_state_dict(state["network"])
+            optimizer.load_state_dict(state["optimizer"])
     log, clock = training.open_log(folder, start), time.monotonic()
     for step in tqdm(range(start, steps), stage, steps, initial=start):
         fall = max(0.0, (step - 200) / (steps - 200))
@@ -296,8 +296,9 @@ STAGES = {  # of train_yoso.py: v instead of epsilon, then pure noise at the end
     "adapt_zsnr": dict(max_train_steps=250, learning_rate=3e-4, lr_scheduler="cosine"),
     "yoso": dict(max_train_steps=1600, learning_rate=1.5e-4, disc_lr_ratio=5.0, lr_scheduler="cosine"),
 }
-COMMON = dict(train="all", train_batch_size=32, mixed_precision="bf16", resolution=SIZE, lr_warmup_steps=100, adam_beta2=0.99, prior_pictures=0,
-              ema_decay=0.998, viz_freq=500, eval_freq=500, checkpointing_steps=250, seed=SEED)
+COMMON = dict(train="all", train_batch_size=32, mixed_precision="bf16", resolution=SIZE, lr_warmup_steps=100,
+              adam_beta2=0.99, prior_pictures=0, ema_decay=0.998, viz_freq=500, eval_freq=500, checkpointing_steps=250,
+              seed=SEED)
 
 
 def train_turbo(device: torch.device) -> None:
