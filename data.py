@@ -378,12 +378,6 @@ def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: 
     raise ValueError(f"there are no drawings '{name}': known are {', '.join(f'drawn:{known}' for known in DRAWN)}")
 
 
-@lru_cache(maxsize=8)
-def _open_zip(path: Path, process: int) -> zipfile.ZipFile:
-    """Each process that loads pictures opens its own: one that was forked would share its place in the file."""
-    return zipfile.ZipFile(path)
-
-
 class Captioned(Dataset):
     """Pictures with captions, of one of the places that this file's first lines name; item i, or (i, key) with key the
     integers from which crop and flip are drawn: target [3, H, W] in [-1, 1], caption, name. Captions alone have no
@@ -393,7 +387,7 @@ class Captioned(Dataset):
     picture."""
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
-        self.source, self.prepare = Path(source), prepare(prep)
+        self.source, self.prepare, self.archive = Path(source), prepare(prep), None
         folders = all((self.source / name).is_dir() for name in ("train", "test"))
         self.folder = self.source / split if folders else self.source
         if self.source.suffix == ".zip" and self.source.is_file():
@@ -415,8 +409,7 @@ class Captioned(Dataset):
 
     def _in_zip(self) -> list[tuple[str, str]]:
         try:
-            listed = _open_zip(self.source, os.getpid()).namelist()
-            names = sorted(name for name in listed if Path(name).suffix.lower() in SUFFIXES)
+            names = sorted(n for n in self._archive().namelist() if Path(n).suffix.lower() in SUFFIXES)
             labels = json.loads(self._unzipped("dataset.json"))["labels"] or []
             classes = {name: f"class {int(label)}" for name, label in labels}
         except Exception as error:  # of zipfile, zlib, json, and what a foreign dataset.json makes Python raise
@@ -424,12 +417,19 @@ class Captioned(Dataset):
                              " pictures with a dataset.json, as EDM's dataset_tool.py writes it") from None
         return [(name, classes.get(name, "")) for name in names]
 
+    def _archive(self) -> zipfile.ZipFile:
+        if self.archive is None or self.archive[0] != os.getpid():  # processes that share a file share the place in it
+            self.archive = os.getpid(), zipfile.ZipFile(self.source)
+        return self.archive[1]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | dict(archive=None)
+
     def _unzipped(self, name: str) -> bytes:
         try:
-            archive = _open_zip(self.source, os.getpid())
-            if (size := archive.getinfo(name).file_size) > MAX_UNZIPPED:
+            if (size := self._archive().getinfo(name).file_size) > MAX_UNZIPPED:
                 raise ValueError(f"it unpacks to {size} bytes, expected {MAX_UNZIPPED} at most")
-            return archive.read(name)
+            return self._archive().read(name)
         except Exception as error:  # of zipfile and zlib: damaged, encrypted, packed in another way
             reason = " ".join(str(error).split())
             raise ValueError(f"{name} in {self.source} is not readable ({reason}): make the zip anew") from None
