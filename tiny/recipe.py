@@ -286,7 +286,9 @@ def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
 
     train("sd", nn.ModuleDict(dict(unet=base.unet, text_encoder=base.text_encoder)), loss, look, steps, rate=1e-3,
           look_every=1000)
-    weights.save_folder(HERE / "tiny-sd", base, torch.float16)
+    shared = weights.Base("tiny-turbo", vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer)
+    weights.save_folder(HERE / "tiny-turbo", shared, torch.float16)
+    weights.save_folder(HERE / "tiny-sd", base, torch.float16, rest="tiny-turbo")
 
 
 # -------------------- tiny-turbo: one step instead of 25
