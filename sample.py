@@ -193,10 +193,10 @@ def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple
                   prior: tuple[Tensor, Tensor] | None = None, pictures: Tensor | None = None, strength: float = 1.0,
                   contexts: tuple[Tensor, ...] | None = None) -> Tensor:
     """Pictures [len(seeds), 3, H, W] in [-1, 1] of one prompt; size is (width, height). `pictures`, as many in [0, 1]
-    and of that size, are edited: noised to the level `strength`. `contexts`: `base.encode([prompt, negative])`, if
-    known."""
+    and of that size, are edited: noised to the level `strength`. `contexts`: of prompt and, for
+    guidance, negative, if known."""
     like, schedule, factor = next(base.denoiser.parameters()), base.schedule, base.vae.factor
-    model = bind(base, contexts or base.encode([prompt, negative]), guidance, control)
+    model = bind(base, contexts or base.encode([prompt, negative][:1 + (guidance > 1)]), guidance, control)
     shape = (base.denoiser.config.in_channels, size[1] // factor, size[0] // factor)
     noise, generators = draw_noise(seeds, shape)
 
@@ -294,7 +294,7 @@ def draw(args: argparse.Namespace, device: torch.device) -> None:
             h, w = (base.vae.factor * side for side in prior[0].shape[1:])
             raise ValueError(f"--size {args.size}: {args.checkpoint} was trained to begin at pictures of {w}x{h};"
                              " expected that size")
-    contexts = base.encode([args.prompt, args.negative])
+    contexts = base.encode([args.prompt, args.negative][:1 + (args.guidance > 1)])
     base.text_encoder = None  # T5 is larger than all the rest
     for first in tqdm(range(0, args.n, args.batch), disable=not several, unit="batch"):
         seeds = [args.seed + i for i in range(first, min(first + args.batch, args.n))]
@@ -310,7 +310,7 @@ def edit(args: argparse.Namespace, device: torch.device) -> None:
     targets, problems = plan(args), []
     base = load(args, device)
     control = load_control(args, base, None)
-    contexts = base.encode([args.prompt, args.negative])
+    contexts = base.encode([args.prompt, args.negative][:1 + (args.guidance > 1)])
     base.text_encoder = None
     for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1):
         x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]), base.multiple)
