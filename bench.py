@@ -62,8 +62,9 @@ SD_TURBO = dict(
              up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, norm_num_groups=32, sample_size=512),
     text_encoder=dict(vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
                       num_attention_heads=16, hidden_act="gelu", projection_dim=512))
-TINY = dict(unet=dict(block_out_channels=(32, 32, 64, 64), attention_head_dim=2, cross_attention_dim=32,
-                      layers_per_block=1),
+TINY = dict(unet=dict(block_out_channels=(32, 64), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                      up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, attention_head_dim=2,
+                      cross_attention_dim=32),
             vae=dict(block_out_channels=(32,) * 4, layers_per_block=1),
             text_encoder=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2))
 DIFFUSERS_LOAD = """
@@ -147,7 +148,7 @@ def count_flops() -> flop_counter.FlopCounterMode:
 def requests(pipe: Connection, args: argparse.Namespace) -> Generator:
     """Yields the tasks that are asked for, one at a time, and answers what the caller's work on each took; the work's
     result may be sent to the `yield`. A request is (task, look): to look is to count FLOPs and to hand over the
-    result, and its time does not count. Memory is what came on top of the libraries."""
+    result, and its time does not count. Memory is what came on top of this file's imports."""
     device, idle = args.device, peak_gb(args.device, reset=True)
     while request := pipe.recv():
         task, look = request
@@ -465,16 +466,16 @@ SIDES = {"modules": {"ours": our_modules, "diffusers": diffusers_modules}, "tran
 
 
 def matrix_peak(dtype: torch.dtype, args: argparse.Namespace) -> float:
-    """TFLOP a second of products of two large square matrices: the best of five times ten."""
+    """TFLOP a second of products of two large square matrices: the best of five times four."""
     n, best = 128 if args.tiny else 8192 if args.device == "cuda" else 2048, math.inf
     a, b = (torch.randn(n, n, device=args.device).to(dtype) for _ in range(2))
     for _ in range(5):
         begin = time.perf_counter()
-        for _ in range(10):
+        for _ in range(4):
             c = a @ b
         c[0, 0].item()
         best = min(best, time.perf_counter() - begin)
-    return 20 * n**3 / best / 1e12
+    return 4 * 2 * n**3 / best / 1e12
 
 
 def summary(task: object, runs: dict[str, list[dict]]) -> list[dict]:
@@ -522,12 +523,14 @@ def compare(args: argparse.Namespace, sides: dict[str, Callable], tasks: list) -
                 row |= dict(tflop=look["tflop"], of_peak=look["tflop"] / row["seconds"] / peaks[dtype])
             first, last = looks[new[0]["side"]]["result"], looks[new[-1]["side"]]["result"]
             if len(new) == 2 and first is not None:
-                new[1]["difference"] = float(np.abs(first - last).max() / np.abs(last).max())
+                off = np.abs(first - last) / np.abs(last).max()
+                new[1]["difference"] = [float(off.max()), float(off.mean())]
             print(*(f"{task} {row['side']}: {row['seconds']:.3g} s" for row in new), sep=", ", file=sys.stderr)
             rows += new
     finally:
         for process in processes:
             process.kill()
+            process.join()
     return rows
 
 
@@ -591,14 +594,16 @@ def machine(args: argparse.Namespace) -> str:
 
 def write_table(path: pathlib.Path, title: str, rows: list[dict], note: str) -> None:
     lines = [f"\n## {title}\n", f"{note}\n",
-             "| | | seconds | / ours (smallest to largest) | TFLOP | of the peak | memory, GB | largest difference |",
+             "| | | seconds | / ours (smallest to largest) | TFLOP | of the peak | memory, GB |"
+             " difference: largest (mean) |",
              "| --- |" + " --- |" * 7]
     for row in rows:
         name = row["task"] if isinstance(row["task"], str) else "{} px, batch {}".format(*row["task"])
         ratio = "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"]) if "ratio" in row else ""
-        texts = [f"{row[key]:{form}}" if key in row else "" for key, form in [
-            ("seconds", ".3g"), ("tflop", ".3g"), ("of_peak", ".0%"), ("peak_gb", ".3g"), ("difference", ".1g")]]
-        lines.append(f"| {' | '.join([name, row['side'], texts[0], ratio, *texts[1:]])} |")
+        off = "{:.1g} ({:.1g})".format(*row["difference"]) if "difference" in row else ""
+        seconds, *texts = (f"{row[key]:{form}}" if key in row else "" for key, form in [
+            ("seconds", ".3g"), ("tflop", ".3g"), ("of_peak", ".0%"), ("peak_gb", ".3g")])
+        lines.append(f"| {' | '.join([name, row['side'], seconds, ratio, *texts, off])} |")
     with path.open("a") as file:
         file.write("\n".join(lines) + "\n")
 
@@ -616,21 +621,21 @@ def plot(path: pathlib.Path, rows: list[dict], args: argparse.Namespace) -> None
         return math.log(value / min(values)) / (math.log(max(values) / min(values)) or 1)
 
     for across, (label, axis, tasks) in enumerate(columns):
-        for down, key in enumerate(["seconds", "peak_gb"]):
+        for down, (key, title) in enumerate([("seconds", "seconds"), ("peak_gb", "memory, GB")]):
             shown = sorted((row["task"][axis], row[key], row["side"]) for row in rows if row["task"] in tasks)
             xs, ys, _ = zip(*shown)
             left, top = margin + across * (width + 2 * margin), margin + down * (height + 2 * margin)
-            pen.rectangle([left - 9, top - 9, left + width + 9, top + height + 9], outline="#bbbbbb")
-            pen.text((left, top - 42), f"{key} against {label}", fill="black")
+            pen.rectangle([left - 18, top - 18, left + width + 18, top + height + 18], outline="#bbbbbb")
+            pen.text((left, top - 50), f"{title} against {label}", fill="black")
             for side, colour, above in zip(sides, ("#1f5fa8", "#c2571a"), (5, -16)):
                 line = [(left + width * share(x, xs), top + height * (1 - share(y, ys)), x, y)
                         for x, y, owner in shown if owner == side]
                 pen.line([(i, j) for i, j, _, _ in line], fill=colour, width=2)
-                pen.text((left + 120 * sides.index(side), top - 26), side, fill=colour)
+                pen.text((left + 120 * sides.index(side), top - 34), side, fill=colour)
                 for i, j, x, y in line:
                     pen.ellipse([i - 3, j - 3, i + 3, j + 3], fill=colour)
                     pen.text((i - 12, j + above), f"{y:.3g}", fill=colour)
-                    pen.text((i - 8, top + height + 12), str(x), fill="#666666")
+                    pen.text((i - 8, top + height + 22), str(x), fill="#666666")
     path.parent.mkdir(parents=True, exist_ok=True)
     training.write_file(path, lambda temporary: page.save(temporary, format="PNG"))
 
@@ -670,7 +675,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    os.environ["TQDM_DISABLE"] = "1"
     dtype, of = str(args.dtype).removeprefix("torch."), args.base or "random weights of SD-Turbo's size"
     tasks = dict(modules=["U-Net", "VAE encode", "VAE decode", "text encoder"], growth=[*dict.fromkeys(
         [*((n, 1) for n in args.sizes), *((args.size, n) for n in args.batches)])])

@@ -2,7 +2,10 @@
 measured. How long anything took is asserted nowhere."""
 
 import json
+import multiprocessing
 import re
+import runpy
+import sys
 
 import diffusers  # noqa: F401  the workers are forked, and find it imported
 import pytest
@@ -12,7 +15,7 @@ from PIL import Image
 import bench
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HEAD = "| | | seconds | / ours (smallest to largest) | TFLOP | of the peak | memory, GB | largest difference |"
+HEAD = "| | | seconds | / ours (smallest to largest) | TFLOP | of the peak | memory, GB | difference: largest (mean) |"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +45,10 @@ def measure(scratch, tmp_path, capsys):
     ("translate", "official-style", 1), ("translate --against diffusers", "diffusers", 1),
     ("text", "diffusers", 1), ("modules", "diffusers", 4)])
 def test_both_sides_give_the_same_numbers(measure, flags, peer, tasks):
-    rows, cells = measure(f"--size 64 --batch 2 --runs 2 --what {flags}")
+    rows, cells = measure(f"--size 32 --batch 2 --runs 2 --what {flags}")
     assert [row["side"] for row in rows] == ["ours", peer] * tasks
     for ours, theirs in zip(rows[::2], rows[1::2]):
-        assert theirs["difference"] < 1e-4
+        assert theirs["difference"][0] < 1e-4
         low, high = theirs["ratio"][1:]
         assert 0 < low <= theirs["ratio"][0] <= high
         # The official adapters stand beside the layers, and it asks the text encoder each time.
@@ -55,22 +58,22 @@ def test_both_sides_give_the_same_numbers(measure, flags, peer, tasks):
 
 
 def test_our_side_may_be_in_bf16_alone(measure):
-    (_, theirs), _ = measure("--size 64 --runs 1 --what translate --fast")
-    assert 1e-4 < theirs["difference"] < 0.5
+    (_, theirs), _ = measure("--size 32 --runs 1 --what translate --fast")
+    assert 1e-4 < theirs["difference"][1] < 0.05
 
 
 @pytest.mark.parametrize("gan", ["", "--gan"])
 def test_a_training_step(measure, gan):
-    (ours, theirs), _ = measure(f"--size 64 --runs 1 --what train {gan}")
+    (ours, theirs), _ = measure(f"--size 32 --runs 1 --what train {gan}")
     # With a discriminator the released script takes two forward passes of the generator, we one.
     assert 1.3 < theirs["tflop"] / ours["tflop"] < 2 if gan else 0.95 < theirs["tflop"] / ours["tflop"] < 1.05
 
 
 def test_growth_is_drawn(measure, tmp_path):
-    rows, cells = measure("--size 64 --runs 1 --what growth --sizes 64,128 --batches 1,2")
-    assert [row[0] for row in cells[::2]] == ["64 px, batch 1", "128 px, batch 1", "64 px, batch 2"]
+    rows, cells = measure("--size 32 --runs 1 --what growth --sizes 32,64 --batches 1,2")
+    assert [row[0] for row in cells[::2]] == ["32 px, batch 1", "64 px, batch 1", "32 px, batch 2"]
     assert len(Image.open(tmp_path / "plot.png").convert("RGB").getcolors(10**6)) > 3
-    assert rows[2]["tflop"] > 3.9 * rows[0]["tflop"]
+    assert rows[2]["tflop"] > 2 * rows[0]["tflop"]
 
 
 def test_memory_of_a_training_step(measure):
@@ -78,10 +81,29 @@ def test_memory_of_a_training_step(measure):
     assert 0 < ours["peak_gb"] < theirs["peak_gb"]
 
 
-def test_a_cold_start(measure):
-    rows, cells = measure("--size 64 --runs 1 --what load")
-    assert [row[:2] for row in cells] == [["cold start to the first picture", side] for side in ("ours", "diffusers")]
-    assert all(row["peak_gb"] > 0 for row in rows)
+def in_a_fork(command: list[str]) -> dict:
+    """In place of `process_figures`: the same work without the seconds of the imports."""
+    def work():
+        file, *_ = sys.argv = command[1:]  # the rest are its arguments
+        if file == "-c":
+            sys.argv = command[2:]
+            exec(command[2], {})
+        else:
+            runpy.run_path(file, run_name="__main__")
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return dict(seconds=1.0, peak_gb=2.0)
+
+
+def test_a_cold_start(measure, monkeypatch):
+    monkeypatch.setattr(bench, "process_figures", in_a_fork)
+    _, cells = measure("--size 32 --runs 1 --what load")
+    assert [row[:5] for row in cells] == [["cold start to the first picture", "ours", "1", "", ""],
+                                          ["cold start to the first picture", "diffusers", "1",
+                                           "1.00 (1.00 to 1.00)", ""]]
 
 
 def test_what_has_no_such_peer_is_refused(measure, capsys):
@@ -91,5 +113,5 @@ def test_what_has_no_such_peer_is_refused(measure, capsys):
 
 
 def test_a_worker_that_ends_is_named(measure):
-    with pytest.raises(ChildProcessError, match=r"worker of diffusers ended at \(60, 1\)"):
-        measure("--what text --size 60 --runs 1")
+    with pytest.raises(ChildProcessError, match=r"worker of diffusers ended at \(36, 1\)"):
+        measure("--what text --size 36 --runs 1")
