@@ -697,8 +697,8 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
     base = weights.load_base(base_name, tuple(p for p in parts if p in ("text_encoder", "tokenizer")),
                              getattr(torch, dtype), device)
     base.vae = weights.load_base(base_name, ("vae",), torch.float32, device).vae  # as in training, which compares it
-    facts = dict(base=base_name, prep=prep, size=size, column=column, vae=weights.fingerprint(base.vae), seed=seed,
-                 text_encoder=weights.fingerprint(base.text_encoder), data=str(source))
+    facts = dict(base=base_name, dtype=dtype, prep=prep, size=size, column=column, seed=seed, data=str(source),
+                 vae=weights.fingerprint(base.vae), text_encoder=weights.fingerprint(base.text_encoder))
     sets = {split: open_captioned(source, split, prep, seed, size, column) for split in ("train", "test")}
     if isinstance(sets["train"], Cached):
         raise ValueError(f"{source} is a cache already; expected pictures or captions")

@@ -1,5 +1,7 @@
 """Makes pictures: from a prompt, or from pictures with a trained translator.
 
+    python sample.py                                     # a page of what the embedded base, tiny-turbo, draws
+    python sample.py "a red house and a blue car on grass at night in the snow"
     python sample.py "a cat on a sofa" --base stabilityai/sd-turbo
     python sample.py "a cat on a sofa" --base sd15 --steps 25 --guidance 7.5
     python sample.py "a cat on a sofa" --base yoso512
@@ -19,12 +21,13 @@ seed): the same seed gives the same picture on every device, in every batch. Pat
 
 import argparse
 import pathlib
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw; a checkpoint that knows its caption needs none")
     add("--base", help="a diffusers folder, a one-file checkpoint, a Hub id, or "
-        f"{', '.join(weights.BASES)} [sd-turbo; the checkpoint's own]")
+        f"{', '.join(weights.BASES)} [tiny-turbo; the checkpoint's own]")
     add("--merge", metavar="'A + B - C'", help="in place of --base: the sum of bases' denoisers, tensor by tensor")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="added to the base; may be given several times")
     add("--controlnet", help="a ControlNet's folder or Hub id, for what --control_image shows")
@@ -88,7 +91,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if (args.translator and not args.input) or (args.input and not args.translator and args.prompt is None):
         raise ValueError("a translator (--checkpoint) and --input belong together; expected both, or a prompt to edit"
                          " the input by")
-    if not args.translator and args.prompt is None and args.save is None:
+    args.page = all(getattr(args, name) == parser.get_default(name) for name in vars(args)
+                    if name not in ("output", "seed", "device", "dtype", "translator"))
+    if not args.translator and args.prompt is None and args.save is None and not args.page:
         raise ValueError('nothing to draw: expected a prompt, as in python sample.py "a cat on a sofa"')
     if (args.controlnet is None) != (args.control_image is None):
         raise ValueError("--controlnet and --control_image belong together; expected both")
@@ -223,7 +228,7 @@ def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
     """The base, merged, with its LoRA, or a one-step generator, as the flags say; written where --save says. Fills in
     --sampler and the generator's prior."""
     how = dict(dtype=DTYPES[args.dtype], device=str(device))
-    name = args.base or "sd-turbo"
+    name = args.base or "tiny-turbo"
     if args.checkpoint:
         strength = 1.0 if args.input else args.strength  # of an edit it is the noise
         base, args.own_prior = weights.load_yoso(weights.find_checkpoint(args.checkpoint), args.base, **how,
@@ -326,6 +331,22 @@ def edit(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError("; ".join(problems))
 
 
+def draw_page(args: argparse.Namespace, device: torch.device) -> None:
+    """Twelve captions of combinations that training left out, drawn in one step, on one page."""
+    from tiny import scenes
+    base = load(args, device)
+    side, described = 160, [scenes.nth_scene("test", 0, i) for i in range(12)]
+    page = Image.new("RGB", (4 * (side + 8), 3 * (side + 40)), "white")
+    for i, scene in enumerate(described):
+        made = text_to_image(base, scenes.caption(scene), [args.seed + i], parse_size(None, base), sampler=args.sampler)
+        left, top = i % 4 * (side + 8) + 4, i // 4 * (side + 40) + 4
+        page.paste(data.to_picture(made[0].float().cpu()).resize((side, side), Image.Resampling.BICUBIC), (left, top))
+        words = "\n".join(textwrap.wrap(scenes.caption(scene), 32))
+        ImageDraw.Draw(page).multiline_text((left, top + side + 1), words, fill="black", font_size=9, spacing=1)
+    args.prompt = "twelve captions"
+    save(data.to_tensor(page) * 2 - 1, args.output or pathlib.Path("out.png"), args, seed=args.seed, base=base.name)
+
+
 # ------------------------------------------------------------------------------------------------- picture to picture
 
 
@@ -419,7 +440,7 @@ def translate(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     args = parse()
     device = training.pick_device(args.device)
-    (translate if args.translator else edit if args.input else draw)(args, device)
+    (draw_page if args.page else translate if args.translator else edit if args.input else draw)(args, device)
 
 
 if __name__ == "__main__":

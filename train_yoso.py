@@ -1,6 +1,6 @@
 """Trains YOSO: a diffusion model becomes one that draws a picture in one step, by chasing its own better guesses.
 
-    python train_yoso.py --base gaussians                 # points in the plane, CPU, three minutes
+    python train_yoso.py --base gaussians                 # points in the plane, CPU, two minutes
     python train_yoso.py                                  # drawn scenes, tiny base from random weights, CPU
     python train_yoso.py --base pixels --train_data_dir cifar10.zip       # raw pictures and classes, from scratch
     python train_yoso.py --base sd15 --train_data_dir DATA --mixed_precision bf16
@@ -250,6 +250,10 @@ def main() -> None:
         if cached and train_set.facts["vae"] != weights.fingerprint(base.vae):
             raise ValueError(f"{cfg.train_data_dir} holds latents of {train_set.facts['base']}, whose VAE is not that"
                              f" of {cfg.base} here; make a cache of this base")
+        if cached and base.text_encoder and train_set.facts["dtype"] == "float32" and \
+                train_set.facts["text_encoder"] != weights.fingerprint(base.text_encoder):
+            raise ValueError(f"{cfg.train_data_dir} holds contexts of {train_set.facts['base']}, whose text encoder is"
+                             f" not that of {cfg.base}; make a cache of this base")
         if cached and (cfg.validation_prompts or cfg.unconditional):
             raise ValueError(f"{cfg.train_data_dir} holds captions that are encoded already; leave --validation_prompts"
                              " and --unconditional out")
@@ -291,7 +295,7 @@ def main() -> None:
     for network in (parts, frozen_one, judge, painter and painter.denoiser, base is not critic and critic.text_encoder):
         if half and network:
             weights.cast_frozen(network, half)
-    for network in filter(None, (generator, getattr(discriminator, "unet", None))):
+    for network in filter(None, (generator, getattr(discriminator, "unet", None), judge)):
         network.checkpointing = cfg.gradient_checkpointing
     if cfg.track_val_fid:
         inception = training.needed(weights.load_judge, "inception", str(device), without="no --track_val_fid").network
@@ -408,7 +412,8 @@ def main() -> None:
             x0, context, _ = read(some, slice(n), noise)
             with autocast:
                 fake = base.vae.decode(G(x, t, context) / scaling)
-                made.append((some.get("target", base.vae.decode(x0 / scaling)).float().cpu(), fake.float().cpu()))
+                real = some["target"] if "target" in some else base.vae.decode(x0 / scaling)
+                made.append((real.float().cpu(), fake.float().cpu()))
         return tuple(map(torch.cat, zip(*made)))
 
     def validate() -> dict[str, float]:
@@ -417,7 +422,7 @@ def main() -> None:
         values = {"val_spread": (spreads[0] / spreads[1]).item()}  # less than 1: too much the same
         if inception:
             made, true = (evaluate.statistics(torch.cat([evaluate.features(inception, x[None].to(device)) for x in xs]))
-                          for xs in (fakes.clamp(-1, 1), real))
+                          for xs in (fakes.clamp(-1, 1), real.clamp(-1, 1)))
             values["val_fid"] = evaluate.frechet_distance(*true, *made)
         if points:
             values |= {f"val_{k}": v for k, v in gaussians.measure(fakes).items()}
@@ -452,7 +457,7 @@ def main() -> None:
             if cfg.adversarial == "noisy":
                 t = earlier(t, cfg.coop_steps)
                 sample = add_noise(sample, draw(f"again {what}", rows), t, schedule)
-            return discriminator(sample, t.to(device), seen)
+            return discriminator(sample, t.to(device), seen).to(dtype)  # autocast's are too coarse for a softplus
 
         # Generator: past the discriminator, to the data, in agreement with itself. The discriminator only passes the
         # gradient on. G runs with a gradient first: autocast would reuse the weights cast in a pass without.
@@ -497,7 +502,7 @@ def main() -> None:
             scaler.scale(sum(terms.values()) / len(slices)).backward()
             for name, value in terms.items():
                 add(name, value.item())
-            add("spread", (fake.detach().std() / x0.std()).item())  # less than 1: blobs, or too few kinds of sample
+            add("spread", (fake.detach().std() / x0.std().clamp(min=1e-6)).item())  # under 1: blobs, or too few kinds
         training.check_finite(losses, step, batch["name"])
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)

@@ -355,7 +355,6 @@ def test_other_types_draw_the_same_picture_nearly(base, checkpoints, command, tm
 
 # What is asked for (B a base, C and S checkpoints, P a picture, D a folder of one), and what the line must say.
 REFUSED = {
-    "nothing": ([], ["nothing to draw", "prompt"]),
     "no prompt": (["--base", "B"], ["nothing to draw"]),
     "no prompt where there are many": (["--checkpoint", "M", "--input", "P"], ["names no caption", "expected"]),
     "no input": (["--checkpoint", "C"], ["a translator (--checkpoint) and --input belong together"]),
@@ -370,7 +369,7 @@ REFUSED = {
     "base that is a checkpoint": ([PROMPT, "--base", "C"], ["is a file", "expected a folder"]),
     "base that is not there": ([PROMPT, "--base", "none"], ["no folder here", "sd-turbo"]),
     "base without network": ([PROMPT, "--base", "someone/model"], ["someone/model", "could not be fetched"]),
-    "base that may not be fetched": ([PROMPT], ["sd-turbo", "could not be fetched"]),
+    "base that may not be fetched": ([PROMPT, "--base", "sd-turbo"], ["sd-turbo", "could not be fetched"]),
     "r over 1": (["--checkpoint", "S", "--input", "P", "--r", "1.5"], ["--r 1.5", "0 to 1"]),
     "r below 0": (["--checkpoint", "S", "--input", "P", "--r", "-0.1"], ["--r -0.1", "0 to 1"]),
     "r that is no number": (["--checkpoint", "S", "--input", "P", "--r", "nan"], ["--r nan", "0 to 1"]),

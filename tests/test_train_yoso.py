@@ -567,12 +567,13 @@ def test_pictures_are_of_one_size_in_training_and_in_the_grid(monkeypatch, capsy
     Image.new("RGB", (20, 24)).save(tmp_path / "00.png")
     for i in range(1, 10):
         Image.new("RGB", (24, 20)).save(tmp_path / f"{i:02d}.png")
-    for i, (preps, name) in enumerate({
-            ("--train_image_prep", "resized_crop_24", "--test_image_prep", "resize_16"): "0.png",
-            ("--train_image_prep", "no_resize", "--train_data_dir", str(tmp_path)): "01.png"}.items()):
+    for i, (preps, words) in enumerate({
+            ("--train_image_prep", "resized_crop_24", "--test_image_prep", "resize_16"): "'0.png' is not of the size",
+            ("--train_image_prep", "no_resize", "--train_data_dir", str(tmp_path)): "'00.png'"}.items()):
         with pytest.raises(SystemExit):
             train(monkeypatch, *flags, *preps, "--output_dir", tmp_path / f"bad{i}")
-        assert f"'{name}' is not of the size" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert words in err and " size" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("case", BAD)
