@@ -569,7 +569,7 @@ def test_pictures_are_of_one_size_in_training_and_in_the_grid(monkeypatch, capsy
         Image.new("RGB", (24, 20)).save(tmp_path / f"{i:02d}.png")
     for i, (preps, words) in enumerate({
             ("--train_image_prep", "resized_crop_24", "--test_image_prep", "resize_16"): "'0.png' is not of the size",
-            ("--train_image_prep", "no_resize", "--train_data_dir", str(tmp_path)): "'00.png'"}.items()):
+            ("--train_image_prep", "no_resize", "--train_data_dir", str(tmp_path)): "expected one size"}.items()):
         with pytest.raises(SystemExit):
             train(monkeypatch, *flags, *preps, "--output_dir", tmp_path / f"bad{i}")
         err = capsys.readouterr().err
