@@ -579,7 +579,7 @@ def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_st
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise RuntimeError(f"DataLoader worker is lost: {error or 'end of its pipe'}") from None
     except ValueError as error:  # from a worker it comes as its whole traceback, the sentence last
-        error.__traceback__ = None  # a cycle around the loader, whose workers would need seconds to end later
+        error.__traceback__ = iterator = None  # a cycle around the loader, whose workers would end seconds later
         raise ValueError(str(error).rpartition("\nValueError: ")[2].strip()) from None
 
 

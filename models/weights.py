@@ -222,7 +222,7 @@ def is_of(value: object, kind: type) -> bool:
         return isinstance(value, tuple) and all(is_of(v, typing.get_args(kind)[0]) for v in value)
     if isinstance(kind, types.UnionType):
         return any(is_of(value, one) for one in typing.get_args(kind))
-    return type(value) is kind or kind is float and type(value) is int
+    return type(value) is kind and (kind is not int or value >= 0) or kind is float and type(value) is int
 
 
 def from_json(cls: type, values: dict):
