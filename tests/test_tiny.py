@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import sample
 from models import weights
 from tiny import circles, measure, recipe
 
@@ -107,3 +108,19 @@ def test_the_autoencoder_keeps_drawings_with_their_rain_snow_and_stars(judge):
     assert measure.obeyed(judge, made, described)["weather"] > 0.97
     z = network.encode(truth)[0] * network.config.scaling_factor
     assert 0.9 < z.std() < 1.1
+
+
+@pytest.mark.parametrize("name, steps, guidance, share", [("tiny-turbo", 1, 1.0, 0.7), ("tiny-sd", 12, 3.0, 0.7)])
+def test_captions_are_obeyed(judge, monkeypatch, name, steps, guidance, share):
+    """On held-out combinations; guessing gets a third of the fields right and hardly a colour."""
+    monkeypatch.setattr(measure, "N", 16)
+    found = measure.measure_text(judge, name, steps, guidance, 0)
+    assert found["obeyed"]["all"] > share and found["obeyed"]["time"] > 0.85, found
+
+
+def test_sample_alone_draws_a_page(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--output", str(tmp_path / "page.png"), "--device", "cpu"])
+    sample.main()
+    page = data.open_picture(tmp_path / "page.png")
+    assert page.size == (672, 600) and capsys.readouterr().out.strip().endswith("page.png")
+    assert len(page.crop((0, 0, 668, 160)).getcolors(1 << 20)) > 1000  # four pictures, not a white page

@@ -114,7 +114,7 @@ def measure_vae(judge: Judge) -> dict:
 
 def measure_text(judge: Judge, name: str, steps: int, guidance: float, seed: int) -> dict:
     """Captions drawn by `sample.text_to_image`, one at a time, picture i from the noise of seed + i."""
-    described, _ = held_out()
+    described, _ = held_out(N)
     base = weights.load_base(name, dtype=torch.float32)
     sampler = "lcm" if base.schedule.config["_class_name"] == "LCMScheduler" else "ddim"
     start, made = time.monotonic(), []
