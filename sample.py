@@ -8,7 +8,7 @@
     python sample.py "a cat on a sofa" --merge "yoso512 + pixart1024 - pixart512" --save FOLDER
     python sample.py "a cat on a sofa" --base model.safetensors --lora FILE:0.8 --sampler lcm --steps 2 --guidance 1.5
     python sample.py "a cat on a sofa" --base sd15 --controlnet lllyasviel/sd-controlnet-canny --control_image edges.png
-    python sample.py "a cat on a sofa" --input photo.jpg --strength 0.6
+    python sample.py "a cat on a sofa" --base sd-turbo --input photo.jpg --strength 0.6
     python sample.py "a cat on a sofa" --checkpoint runs/YOSO
     python sample.py --checkpoint runs/NAME --input picture.png "a cat"
     python sample.py --checkpoint edge_to_image --input photo.jpg --preprocess canny "a cat" --output cat.png
