@@ -101,6 +101,8 @@ class Config:
 TINY = dict(train="all", resolution=32, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=200,
             train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0, lambda_gan=0.0,
             gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
+# Where it has learned to draw, LoRA does.
+TURBO = TINY | dict(train="lora", dataset_folder="drawn:scenes", resolution=64, max_train_steps=1000)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")
 
 
@@ -141,7 +143,7 @@ def learning_rate(step: int, config: Config, last: int) -> float:
 
 
 def main() -> None:
-    cfg = training.parse(Config, dict(tiny=TINY), ALIASES, __doc__)
+    cfg = training.parse(Config, {"tiny-": TURBO, "tiny": TINY}, ALIASES, __doc__)
     rank, world, device = training.start_ranks(cfg.device)
     dtype = getattr(torch, cfg.dtype)
     half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]

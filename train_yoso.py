@@ -39,7 +39,7 @@ import evaluate
 import training
 from models import diffusion, weights
 from models.diffusion import Schedule, add_noise, predict_x0
-from models.discriminator import LatentDiscriminator, lower_half, share_right
+from models.discriminator import LatentDiscriminator, PixelDiscriminator, lower_half, share_right
 from models.lora import add_lora, write_lora
 from tiny import gaussians
 
@@ -273,7 +273,10 @@ def main() -> None:
         judge = lower_half(critic.unet, share=cfg.train == "lora" or critic is not base)
     if cfg.stage == "yoso" and cfg.lambda_gan:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
-        discriminator = (gaussians.MLP(1) if points else LatentDiscriminator(critic.unet)).to(device, dtype)
+        of_pixels = base.vae.factor == 1
+        discriminator = (gaussians.MLP(1) if points else PixelDiscriminator(
+            generator.config.in_channels, cfg.resolution, generator.config.cross_attention_dim) if of_pixels else
+            LatentDiscriminator(critic.unet)).to(device, dtype)
         discriminator.requires_grad_(True)
     schedule, T, scaling = base.schedule, len(base.schedule.alpha), base.vae.config.scaling_factor
     sides = first["target"].shape[1:] if "target" in first else 2 * [cfg.resolution]

@@ -4,6 +4,7 @@ A schedule is two tables, kept in float64 and cast where they are used. Samplers
 timesteps): `model(x, t)` is the network's prediction at one timestep, whatever it needs besides (context, guidance)
 bound by the caller."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -37,8 +38,12 @@ class Schedule:
             betas = torch.linspace(first**0.5, last**0.5, T, dtype=torch.float64) ** 2
         elif kind == "linear":
             betas = torch.linspace(first, last, T, dtype=torch.float64)
+        elif kind == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021
+            cosine = ((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2).cos() ** 2
+            betas = (1 - cosine[1:] / cosine[:-1]).clamp(max=0.999)
         else:
-            raise ValueError(f"the scheduler's beta_schedule is {kind!r}; built here are 'scaled_linear' and 'linear'")
+            raise ValueError(f"the scheduler's beta_schedule is {kind!r}; built here are 'scaled_linear', 'linear' and"
+                             " 'squaredcos_cap_v2'")
         prediction = config.get("prediction_type", "epsilon")
         if prediction not in KINDS:
             raise ValueError(f"the scheduler's prediction_type is {prediction!r}; built here are {KINDS}")

@@ -1,6 +1,6 @@
 """What tells real pictures from made ones: the patch discriminator, which needs no download, and the vision-aided one,
-which looks through a frozen CLIP. Both give a list of logits, one tensor a level. And what tells latents apart: half a
-U-Net, one logit a latent (YOSO).
+which looks through a frozen CLIP. Both give a list of logits, one tensor a level. For YOSO, what tells latents apart,
+half a U-Net, and what tells small pictures apart: one logit each.
 
 The weights of the first two are spectrally normalised (Miyato et al. 2018): divided by their largest singular value,
 which a power iteration follows. The iteration is not hidden in the forward pass: `spectral_step` takes one, once an
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from models import clip
-from models.unet import UNet
+from models.unet import UNet, timestep_embedding
 
 
 class PatchDiscriminator(nn.Module):
@@ -212,3 +212,26 @@ class LatentDiscriminator(nn.Module):
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
         h = F.silu(self.norm(self.unet.features(x, t, context)))
         return self.last(F.silu(self.pool(h)))
+
+
+class PixelDiscriminator(nn.Module):
+    """The same for small pictures, which need no U-Net: picture [B, C, H, W] -> logit [B, 1]. Convolutions halve it to
+    4 x 4 places or fewer than twice that; the timestep shifts each level; the context's mean joins by a product (Miyato
+    and Koyama 2018, "cGANs with Projection Discriminator")."""
+
+    def __init__(self, in_channels: int, side: int, c_context: int, width: int = 64):
+        super().__init__()
+        levels = max(side // 4, 1).bit_length() - 1
+        widths = [in_channels, *(width * min(2**i, 4) for i in range(levels + 1))]
+        self.conv_in = nn.Conv2d(widths[0], widths[1], 3, padding=1)
+        self.down = nn.ModuleList([nn.Conv2d(a, b, 4, 2, padding=1) for a, b in zip(widths[1:], widths[2:])])
+        self.time = nn.ModuleList([nn.Linear(width, c) for c in widths[1:]])
+        self.last, self.context = nn.Linear(widths[-1], 1), nn.Linear(c_context, widths[-1])
+
+    def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
+        t = timestep_embedding(torch.as_tensor(t, device=x.device).expand(len(x)), self.time[0].in_features).to(x.dtype)
+        h = self.conv_in(x)
+        for down, time in zip(self.down, self.time):
+            h = down(F.leaky_relu(h + time(t)[:, :, None, None], 0.2))
+        h = F.leaky_relu(h + self.time[-1](t)[:, :, None, None], 0.2).mean((2, 3))  # [B, C]
+        return self.last(h) + (h * self.context(context.mean(1))).mean(1, keepdim=True)

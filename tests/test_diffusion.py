@@ -1,5 +1,7 @@
 """models/diffusion.py agrees with the schedulers of `diffusers`: tables, timesteps, one step and samplers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -29,13 +31,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SD = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000)
 PIXART = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, num_train_timesteps=1000)
 SHORT = dict(beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.3, num_train_timesteps=40)
-SETTINGS = {"Stable Diffusion": SD, "PixArt": PIXART, "40 timesteps": SHORT}
+COSINE = dict(beta_schedule="squaredcos_cap_v2", num_train_timesteps=1000)
+SETTINGS = {"Stable Diffusion": SD, "PixArt": PIXART, "40 timesteps": SHORT, "cosine": COSINE}
 TURBO = dict(SD, timestep_spacing="trailing", steps_offset=1, set_alpha_to_one=False)
 PLAIN = dict(clip_sample=False, thresholding=False)
 
 
 def fine_betas(config: dict) -> np.ndarray:
     """The betas of a configuration in float64."""
+    if config["beta_schedule"] == "squaredcos_cap_v2":
+        bar = [math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(1001)]
+        return np.array([min(1 - b / a, 0.999) for a, b in zip(bar, bar[1:])])
     first, last, T = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if config["beta_schedule"] == "linear":
         return np.linspace(first, last, T)
@@ -99,7 +105,7 @@ def test_what_the_configuration_says_is_kept():
     assert (rescaled.timestep_spacing, rescaled.last_alpha_is_one) == ("trailing", False)
 
 
-@pytest.mark.parametrize("wrong", [dict(beta_schedule="squaredcos_cap_v2"), dict(beta_schedule="sigmoid"),
+@pytest.mark.parametrize("wrong", [dict(beta_schedule="sigmoid"),
                                    dict(prediction_type="sample")], ids=str)
 def test_other_schedules_and_predictions_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=repr(*wrong.values())):

@@ -13,6 +13,7 @@ from models.clip import ImageEncoder, VisionConfig
 from models.discriminator import (
     LatentDiscriminator,
     PatchDiscriminator,
+    PixelDiscriminator,
     VisionAidedDiscriminator,
     blur,
     diff_augment,
@@ -20,7 +21,7 @@ from models.discriminator import (
     lower_half,
     spectral_step,
 )
-from models.unet import UNet, UNetConfig
+from models.unet import UNet, UNetConfig, timestep_embedding
 from train_pix2pix_turbo import generator_gan_loss
 
 # Widths small, the grid of tokens 7 x 7 as in ViT-B/32.
@@ -285,3 +286,27 @@ def test_every_weight_of_the_latent_discriminator_trains_and_none_of_the_base():
     for (name, _), g in zip([("x", x), *discriminator.named_parameters()], gradients):
         assert (g.abs().max() > 1e-12) != (name in dead), name
     assert not any(p.requires_grad for p in network.parameters())
+
+
+# -------------------- Of small pictures
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("side", "levels"), [(32, 3), (48, 3), (8, 1), (4, 0)])
+def test_the_pixel_logit_is_its_convolutions_and_a_product_with_the_caption(side, levels):
+    discriminator = randomise(PixelDiscriminator(3, side, 12, width=8).double(), seed=1)
+    x, t, context = normal(2, 3, side, side), torch.tensor([3, 700]), normal(2, 5, 12)
+    assert len(discriminator.down) == levels
+    time = timestep_embedding(t, 8).double()
+    h = F.conv2d(x, discriminator.conv_in.weight, discriminator.conv_in.bias, padding=1)
+    for i in range(levels + 1):
+        h = h + (time @ discriminator.time[i].weight.T + discriminator.time[i].bias)[:, :, None, None]
+        h = torch.where(h > 0, h, 0.2 * h)
+        if i < levels:
+            h = F.conv2d(h, discriminator.down[i].weight, discriminator.down[i].bias, stride=2, padding=1)
+    assert 4 <= h.shape[-1] < 8
+    h = h.mean((2, 3))
+    words = context.mean(1) @ discriminator.context.weight.T + discriminator.context.bias
+    expected = h @ discriminator.last.weight.T + discriminator.last.bias + (h * words).mean(1, keepdim=True)
+    assert relative(discriminator(x, t, context), expected) < 1e-9
+    assert relative(discriminator(x, 3, context)[:1], expected[:1]) < 1e-9
