@@ -60,6 +60,7 @@ CHECKPOINTS: dict[str, tuple[str, str | None, str | None]] = {
     "clear_to_rainy": ("clear2rainy.pkl", "a2b", "driving in heavy rain"),
     "rainy_to_clear": ("rainy2clear.pkl", "b2a", "driving in the day"),
 }
+ADAPTERS = ROOT / "tiny" / "adapters"  # of tiny-turbo, by their names there
 # Networks that judge pictures: addresses of their files, or an id of the Hub.
 JUDGES = {
     "lpips": ["https://download.pytorch.org/models/vgg16-397923af.pth", "https://raw.githubusercontent.com/richzhang/"
@@ -800,10 +801,13 @@ def read_pkl(path: pathlib.Path, expected: str = "a checkpoint of img2img-turbo"
 
 
 def find_checkpoint(name: str) -> pathlib.Path:
-    """A file, a run's folder, a Hub id, or a released name of the table, which is downloaded once."""
-    path = pathlib.Path(name).expanduser()
+    """A file, a run's folder, a Hub id, the name of an adapter of tiny-turbo, or of a released file, which is
+    downloaded once."""
+    path, own = pathlib.Path(name).expanduser(), ADAPTERS / f"{name}.safetensors"
     if path.is_dir():
         path = path / "model.safetensors"
+    elif not path.is_file() and own.is_file():
+        path = own
     elif not path.is_file() and name in CHECKPOINTS:
         url, path = f"{RELEASED}/{CHECKPOINTS[name][0]}", hub_cache().parent / "img2img-turbo" / CHECKPOINTS[name][0]
         if not path.is_file() and download(url, path) is None:
@@ -811,8 +815,9 @@ def find_checkpoint(name: str) -> pathlib.Path:
     elif not path.suffix and not path.parent.is_dir() and re.fullmatch(HUB_ID, name):
         path = find(name, ["model.safetensors"], "a model that a trainer here wrote")
     if not path.is_file():
+        known = [*sorted(file.stem for file in ADAPTERS.glob("*.safetensors")), *CHECKPOINTS]
         raise ValueError(f"there is no checkpoint {path}; expected a file, a run's folder, a Hub id or one of"
-                         f" {', '.join(CHECKPOINTS)}")
+                         f" {', '.join(known)}")
     return path
 
 
