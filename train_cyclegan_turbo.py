@@ -222,26 +222,15 @@ def main() -> None:
     # ---- the run's folder, and where it stood
     folder = training.open_run(cfg, "cyclegan_turbo", rank)
     start, best = 0, math.inf
+    kept = dict(trained=trained, optimizer=optimizer, scaler=scaler, discriminators=discriminators,
+                optimizer_d=optimizer_d)
     if cfg.resume:
-        with training.load_state(folder, frozen) as state:
-            start, best = state["step"], state["best"]
-            with torch.no_grad():
-                for name, p in trained.items():
-                    p.copy_(state["trained"][name])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            if discriminators:
-                discriminators.load_state_dict(state["discriminators"])
-                optimizer_d.load_state_dict(state["optimizer_d"])
+        start, best = training.restore(folder, frozen, kept, "step", "best")
 
     def save(step: int) -> None:
         """The state last: what a resumed run takes for done has been written."""
         export("model.safetensors")
-        training.save_state(folder / "state.pt", dict(
-            step=step, best=best, base=frozen, trained={n: p.detach() for n, p in trained.items()},
-            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            discriminators=discriminators.state_dict() if discriminators else None,
-            optimizer_d=optimizer_d.state_dict() if discriminators else None))
+        training.save_state(folder / "state.pt", dict(step=step, best=best, base=frozen, **kept))
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_generator(

@@ -355,18 +355,10 @@ def main() -> None:
     # ---- the run's folder, and where it stood
     folder = training.open_run(cfg, "yoso", rank)
     start, best = 0, math.inf
+    kept = dict(trained=trained, ema=ema, optimizer=optimizer, scaler=scaler, discriminator=discriminator,
+                optimizer_d=optimizer_d)
     if cfg.resume:
-        with training.load_state(folder, frozen) as state:
-            start, best, prior = state["step"], state["best"], state["prior"]
-            ema = {n: mean.to(device) for n, mean in state["ema"].items()}
-            with torch.no_grad():
-                for name, p in trained.items():
-                    p.copy_(state["trained"][name])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            if discriminator:
-                discriminator.load_state_dict(state["discriminator"])
-                optimizer_d.load_state_dict(state["optimizer_d"])
+        start, best, prior = training.restore(folder, frozen, kept, "step", "best", "prior")
     elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
         order = torch.randperm(len(train_set), generator=training.rng(cfg.seed, 0, "prior"))
         groups = order[:cfg.prior_pictures].split(cfg.train_batch_size)  # of a sorted folder the first are alike
@@ -392,11 +384,7 @@ def main() -> None:
                 training.write_file(folder / name, lambda path, kohya=kohya: weights.save_tensors(
                     path, write_lora(generator, part, kohya), {"format": "pt"}))
         swap()
-        training.save_state(folder / "state.pt", dict(
-            step=step, best=best, base=frozen, prior=prior, trained={n: p.detach() for n, p in trained.items()},
-            ema=ema, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            discriminator=discriminator.state_dict() if discriminator else None,
-            optimizer_d=optimizer_d.state_dict() if discriminator else None))
+        training.save_state(folder / "state.pt", dict(step=step, best=best, base=frozen, prior=prior, **kept))
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_yoso(

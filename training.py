@@ -20,7 +20,7 @@ import time
 import types
 import typing
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -280,13 +280,16 @@ def needed(load: Callable, *args, without: str):
 
 
 def save_state(path: pathlib.Path, state: dict) -> None:
+    """Of networks, optimizers and scalers what is inside; `restore` puts it back."""
+    state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in state.items()}
     write_file(path, lambda temporary: torch.save(state, temporary))
 
 
-@contextlib.contextmanager
-def load_state(folder: pathlib.Path, base: str) -> Iterator[dict]:
-    """What `save_state` wrote, to be put back in the block; tensors and plain values only, no code. `base` is the
-    fingerprint of the loaded base."""
+@torch.no_grad()
+def restore(folder: pathlib.Path, base: str, parts: dict, *names: str) -> list:
+    """Puts what `save_state` wrote back into the parts (networks, optimizers, dictionaries of tensors, None), and
+    returns the values of these names; of tensors and plain values only, no code. `base`: the fingerprint of what is
+    frozen."""
     path = folder / "state.pt"
     if not path.is_file():
         raise ValueError(f"{folder} has no state.pt to resume from: the run ended before its first save: start again")
@@ -299,10 +302,18 @@ def load_state(folder: pathlib.Path, base: str) -> Iterator[dict]:
         raise ValueError(f"{path} is damaged ({first_line(error)}); the trained weights so far are in"
                          f" {folder / 'model.safetensors'}: copy state.pt again, or start a new run") from None
     if found != base:
-        raise ValueError(f"{path} was trained on a base with fingerprint {found}, and this one has {base};"
-                         " put the original base back")
+        raise ValueError(f"{path} was trained beside frozen weights with fingerprint {found}, and these have {base};"
+                         " put the original base back, or whatever else is frozen")
     try:
-        yield state
+        if not isinstance(state["step"], int):
+            raise TypeError(f"its step is {state['step']!r:.100}")
+        for name, part in parts.items():
+            if isinstance(part, dict):
+                for key, tensor in part.items():
+                    tensor.copy_(state[name][key])
+            elif part:
+                part.load_state_dict(state[name])
+        return [state[name] for name in names]
     except Exception as error:  # other tensors, other shapes, an entry that is not there
         raise ValueError(f"{path} is not of this run ({type(error).__name__}: {first_line(error)}); put its own"
                          " state.pt back, or start a new run") from error

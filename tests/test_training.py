@@ -138,33 +138,56 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
 
-def load_state(folder, base):
-    with training.load_state(folder, base) as state:
-        return state["step"]
+def test_a_state_goes_back_into_what_it_was_taken_from(tmp_path):
+    def parts():
+        network = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(network.parameters())
+        network(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return dict(trained=dict(network.named_parameters()), mean=dict(weight=torch.randn(2, 3)), network=network,
+                    optimizer=optimizer, discriminator=None)
+
+    one, other = parts(), parts()
+    trained, mean = dict(other["trained"]), other["mean"]["weight"]
+    training.save_state(tmp_path / "state.pt", dict(step=1, base="abc", best=0.5, **one))
+    assert training.restore(tmp_path, "abc", other, "step", "best") == [1, 0.5]
+    assert all(torch.equal(p, one["trained"][name]) for name, p in trained.items())  # in place
+    assert torch.equal(mean, one["mean"]["weight"])
+    for name in ("network", "optimizer"):
+        a, b = (str(part[name].state_dict()) for part in (one, other))
+        assert a == b
+
+
+def restore(folder, base):
+    return training.restore(folder, base, {}, "step")[0]
 
 
 def test_a_state_cut_anywhere_or_with_code_in_it_is_refused_in_one_line(tmp_path):
     path = tmp_path / "state.pt"
     training.save_state(path, dict(step=1, base="abc", trained=dict(w=torch.arange(100.0))))
     whole = path.read_bytes()
-    assert load_state(tmp_path, "abc") == 1
+    assert restore(tmp_path, "abc") == 1
     with pytest.raises(ValueError, match="fingerprint"):
-        load_state(tmp_path, "other")
+        restore(tmp_path, "other")
     for cut in [0, 1, 50, len(whole) // 2, len(whole) - 60, len(whole) - 1]:
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="is damaged") as caught:
-            load_state(tmp_path, "abc")
+            restore(tmp_path, "abc")
         assert "\n" not in str(caught.value)
     for state in (dict(step=1, base="abc", code=training.rng), dict(step=1), [1, 2]):
         torch.save(state, path)
         with pytest.raises(ValueError, match="is damaged"):
-            load_state(tmp_path, "abc")
-    torch.save(dict(base="abc"), path)
-    with pytest.raises(ValueError, match="state.pt is not of this run .KeyError: 'step'.; put its own"):
-        load_state(tmp_path, "abc")
+            restore(tmp_path, "abc")
+    for state, said in ((dict(base="abc"), "KeyError: 'step'"), (dict(base="abc", step=0.5), "TypeError: .* 0.5")):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=f"state.pt is not of this run .{said}.; put its own"):
+            restore(tmp_path, "abc")
+    torch.save(dict(base="abc", step=1, trained=dict(w=torch.zeros(3))), path)
+    with pytest.raises(ValueError, match="state.pt is not of this run"):
+        training.restore(tmp_path, "abc", dict(trained=dict(w=torch.zeros(2))), "step")
     path.unlink()
     with pytest.raises(ValueError, match="has no state.pt"):
-        load_state(tmp_path, "abc")
+        restore(tmp_path, "abc")
 
 
 def test_a_run_is_never_overwritten(tmp_path):
