@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import flags
 import training
 from models import clip, dino, inception, weights
 
@@ -79,6 +80,13 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
     index = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return index.unflatten(0, (-1, 3)).mean((1, 2, 3, 4))
+
+
+def fid(network: nn.Module, real: Iterable[Tensor], fake: Iterable[Tensor], device: torch.device) -> float:
+    """FID of pictures [3, H, W] of any sizes, which go through Inception one at a time."""
+    statistics_of = [statistics(torch.cat([features(network, x[None].to(device)) for x in pictures]))
+                     for pictures in (real, fake)]
+    return frechet_distance(*statistics_of[0], *statistics_of[1])
 
 
 @torch.no_grad()
@@ -199,7 +207,7 @@ def folder_features(paths: list[Path], judge: weights.Judge, batch: int, device:
             with np.load(stats) as file:  # without pickle: no code
                 found, *arrays = file["key"], *(torch.from_numpy(file[name]) for name in ("features", "mu", "sigma"))
         except Exception as error:  # zip and numpy have their own kinds
-            raise ValueError(f"{stats} is not of --stats ({training.first_line(error)}); name another file") from None
+            raise ValueError(f"{stats} is not of --stats ({flags.first_line(error)}); name another file") from None
         if str(found) != key:
             raise ValueError(f"{stats} is stale: {paths[0].parent} holds other pictures (names, sizes or dates), or the"
                              " Inception weights are others; remove it, or name another file")
@@ -248,7 +256,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of KID's subsets [0]")
     add("--batch", type=int, default=16, help="pictures at a time [16]")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    args = training.parse_args(parser, argv)
+    args = flags.parse_args(parser, argv)
     args.metrics = args.metrics if args.metrics is None else args.metrics.replace(" ", "").split(",")
     for name in args.metrics or []:
         if name not in METRICS:

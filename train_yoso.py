@@ -24,7 +24,6 @@ import copy
 import functools
 import math
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import flags
 import training
 from models import diffusion, weights
 from models.diffusion import Schedule, add_noise, predict_x0
@@ -223,7 +223,7 @@ def check(cfg: Config, schedule: Schedule, item: dict) -> None:
 
 
 def main() -> None:
-    cfg = training.parse(Config, dict(tiny=TINY, pixels=PIXELS, gaussians=GAUSSIANS), ALIASES, __doc__)
+    cfg = flags.parse(Config, dict(tiny=TINY, pixels=PIXELS, gaussians=GAUSSIANS), ALIASES, __doc__)
     rank, world, device = training.start_ranks(cfg.device)
     dtype, points = getattr(torch, cfg.dtype), cfg.base == "gaussians"
     half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
@@ -232,11 +232,7 @@ def main() -> None:
     # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
     train_set = open_data(cfg, "train", cfg.train_image_prep)
     test_set = open_data(cfg, "test", cfg.test_image_prep or cfg.train_image_prep)  # crops are central there
-    global_batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
-    slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
-    last_step = cfg.max_train_steps
-    if cfg.num_train_epochs:
-        last_step = min(last_step, math.ceil(cfg.num_train_epochs * len(train_set) / global_batch))
+    global_batch, slices, last_step = training.plan(cfg, rank, world, len(train_set), cfg.num_train_epochs)
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
@@ -412,9 +408,7 @@ def main() -> None:
         spreads = [pictures.std(0, correction=0).mean() for pictures in (fakes, real)]
         values = {"val_spread": (spreads[0] / spreads[1]).item()}  # less than 1: too much the same
         if inception:
-            made, true = (evaluate.statistics(torch.cat([evaluate.features(inception, x[None].to(device)) for x in xs]))
-                          for xs in (fakes.clamp(-1, 1), real.clamp(-1, 1)))
-            values["val_fid"] = evaluate.frechet_distance(*true, *made)
+            values["val_fid"] = evaluate.fid(inception, real.clamp(-1, 1), fakes.clamp(-1, 1), device)
         if points:
             values |= {f"val_{k}": v for k, v in gaussians.measure(fakes).items()}
         return values
@@ -423,15 +417,14 @@ def main() -> None:
     if rank == 0:
         n = sum(p.numel() for p in trained.values())
         print(f"training {n / 1e6:.2f} M weights on {len(train_set)} items, {device}; {folder}", file=sys.stderr)
-    log = training.open_log(folder, start) if rank == 0 else None
-    report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
     shown = [test_set[i] for i in range(min(cfg.num_samples_eval if points else 16, len(test_set)))]
     if cfg.validation_prompts:
         shown = [item | {"caption": caption} for item, caption in zip(shown, cfg.validation_prompts.split("|"))]
-    stop, clock = training.catch_stop(), time.monotonic()
+    report = training.open_report(cfg, rank, folder, start, last_step, global_batch,
+                                  ("gan", "kl", "con", "adapt", "disc"))
+    stop = training.catch_stop()
     batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)
-    bar = tqdm(total=last_step, initial=start, disable=rank != 0, unit="step")
     for step in range(start, last_step):
         batch = next(batches)
         for one, ratio in ((optimizer, 1.0), (optimizer_d, cfg.disc_lr_ratio)):
@@ -543,19 +536,12 @@ def main() -> None:
                 columns = [gaussians.scatter(c)[None] for c in columns] if points else columns
                 training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
             swap()
-            training.append_log(log, done, losses)
             report(done, losses)
-            rate = (done - start) * global_batch / (time.monotonic() - clock)
-            bar.set_postfix({k: f"{losses[k]:.3g}" for k in ("gan", "kl", "con", "adapt", "disc") if k in losses}
-                            | {"items/s": f"{rate:.1f}"}, refresh=False)
-            bar.update()
             if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
                 save(done)
-                training.plot_losses(log, folder / "losses.png")
+                training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
-            if rank == 0:
-                print(f"stopped after step {done}, saved; go on with --resume {folder}", file=sys.stderr)
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")
     if rank == 0:
         if cfg.train == "all" and not points:
             swap()

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 import data
 import evaluate
+import flags
 import train_cyclegan_turbo
 import train_pix2pix_turbo
 import train_yoso
@@ -194,7 +195,7 @@ def read_all(items: torch.utils.data.Dataset) -> None:
 
 
 def resume(world: Path) -> None:
-    cfg = training.parse(Settings, {}, {}, "doc", ["--resume", str(world / "run")])
+    cfg = flags.parse(Settings, {}, {}, "doc", ["--resume", str(world / "run")])
     for name, kind in Settings.__annotations__.items():
         assert isinstance(getattr(cfg, name), kind), name
 

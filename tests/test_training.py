@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import flags
 import training
 
 
@@ -30,7 +31,7 @@ TINY = dict(learning_rate=1e-2, seed=7)
 
 
 def parse(*argv):
-    return training.parse(Config, dict(tiny=TINY), dict(old_name="base"), "doc", list(argv))
+    return flags.parse(Config, dict(tiny=TINY), dict(old_name="base"), "doc", list(argv))
 
 
 def test_flags_fill_the_dataclass_with_its_types():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import flags
 import sample
 import training
 from models import weights
@@ -135,7 +136,7 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"of {', '.join(what)} [all]")
-    args = training.parse_args(parser)
+    args = flags.parse_args(parser)
     if unknown := [name for name in args.what if name not in what]:
         raise ValueError(f"there is nothing called {unknown[0]} to measure; expected {', '.join(what)}")
     judge, results = load_judge(), {}

@@ -31,6 +31,7 @@ from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import flags
 import training
 from models import clip, diffusion, unet, vae, weights
 from tiny import measure, scenes
@@ -326,7 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
-    args = training.parse_args(parser)
+    args = flags.parse_args(parser)
     stages[args.stage](training.pick_device(args.device))
 
 

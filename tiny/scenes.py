@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import flags
 import training
 from data import to_tensor
 
@@ -548,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="width and height in pixels [64; on the sheet 128]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", action="store_true", help="only a page of scenes to look at")
-    args = training.parse_args(parser, argv)
+    args = flags.parse_args(parser, argv)
     size = (128 if args.sheet else 64) if args.size is None else args.size
     if args.n < 1 or size < 8:
         raise ValueError(f"found --n {args.n} --size {size}: expected at least 1 picture of at least 8 pixels")
