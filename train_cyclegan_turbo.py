@@ -19,7 +19,6 @@ and cut off; cycle and GAN leave their gradients at the cut, one after the other
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -266,12 +265,10 @@ def main() -> None:
         return math.inf
 
     # ---- the loop
-    if rank == 0:
-        n = sum(p.numel() for p in trained.values())
-        print(f"training {n / 1e6:.2f} M weights on {len(train_set)} pictures, {device}; {folder}", file=sys.stderr)
     shown = [test_set[i] for i in range(min(8, len(test_set)))]
     shown = [item for item in shown if {item[d].shape for d in "ab"} == {shown[0]["a"].shape}]  # a grid is of one size
-    report = training.open_report(cfg, rank, folder, start, last_step, global_batch, ("cycle", "idt", "gan", "disc"))
+    training.announce(rank, trained, f"{len(train_set)} pictures", device, folder)
+    report = training.open_report(cfg, rank, folder, start, last_step, global_batch)
     stop = training.catch_stop()
     batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)

@@ -19,7 +19,6 @@ the crop and flip of a pair are shared; and training stops at max_train_steps.
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -257,12 +256,10 @@ def main() -> None:
         return values
 
     # ---- the loop
-    if rank == 0:
-        n = sum(p.numel() for p in trained.values())
-        print(f"training {n / 1e6:.2f} M weights on {len(train_set)} pairs, {device}; {folder}", file=sys.stderr)
     shown = [test_set[i] for i in range(min(16, len(test_set)))]
     shown = [item for item in shown if item["target"].shape == shown[0]["target"].shape]  # a grid is of one size
-    report = training.open_report(cfg, rank, folder, start, last_step, global_batch, ("l2", "gan", "disc"))
+    training.announce(rank, trained, f"{len(train_set)} pairs", device, folder)
+    report = training.open_report(cfg, rank, folder, start, last_step, global_batch)
     stop = training.catch_stop()
     batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)

@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from flags import first_line
 
+SHOWN = ("l2", "cycle", "idt", "gan", "kl", "con", "adapt", "disc")  # on the bar, where a trainer has them
+
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's `main`. What the user must change is one line on stderr and exit status 2; Ctrl-C is 130; any
@@ -276,10 +278,16 @@ def open_reporter(report_to: str | None, folder: pathlib.Path, project: str) -> 
     raise ValueError(f"--report_to {report_to}: expected tensorboard, wandb or none")
 
 
-def open_report(cfg, rank: int, folder: pathlib.Path, start: int, last: int, items: int, shown: tuple[str, ...]
+def announce(rank: int, trained: dict[str, Tensor], items: str, device: torch.device, folder: pathlib.Path) -> None:
+    if rank == 0:
+        n = sum(p.numel() for p in trained.values())
+        print(f"training {n / 1e6:.2f} M weights on {items}, {device}; {folder}", file=sys.stderr)
+
+
+def open_report(cfg, rank: int, folder: pathlib.Path, start: int, last: int, items: int
                 ) -> Callable[[int, dict[str, float]], None]:
     """A function of a step that is done, of so many items, and its numbers: they go to the log, to who else was asked
-    for, and those `shown` to the bar."""
+    for, and the losses to the bar."""
     if rank != 0:
         return lambda done, values: None
     log, tell = open_log(folder, start), open_reporter(cfg.report_to, folder, cfg.tracker_project_name)
@@ -289,7 +297,7 @@ def open_report(cfg, rank: int, folder: pathlib.Path, start: int, last: int, ite
         append_log(log, done, values)
         tell(done, values)
         rate = (done - start) * items / (time.monotonic() - clock)
-        bar.set_postfix({k: f"{values[k]:.3g}" for k in shown if k in values} | {"items/s": f"{rate:.1f}"},
+        bar.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if k in values} | {"items/s": f"{rate:.1f}"},
                         refresh=False)
         bar.update()
 
