@@ -152,12 +152,6 @@ def save(picture: Tensor, path: pathlib.Path, args: argparse.Namespace, **facts)
 # ---------------------------------------------------------------------------------------------------- text to picture
 
 
-def draw_noise(seeds: list[int], shape: tuple[int, ...]) -> tuple[Tensor, list[torch.Generator]]:
-    """One generator a seed, and the first draw [len(seeds), *shape] of each, in float32 on the CPU."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]), generators
-
-
 @dataclass
 class Control:
     """A ControlNet and its condition [1, 3, H, W] in [0, 1], as large as the picture."""
@@ -203,7 +197,7 @@ def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple
     like, schedule, factor = next(base.denoiser.parameters()), base.schedule, base.vae.factor
     model = bind(base, contexts or base.encode([prompt, negative][:1 + (guidance > 1)]), guidance, control)
     shape = (base.denoiser.config.in_channels, size[1] // factor, size[0] // factor)
-    noise, generators = draw_noise(seeds, shape)
+    noise, generators = training.draw_noise(seeds, shape)
 
     def again() -> Tensor:  # the next draw of each generator
         return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(like)
@@ -395,7 +389,7 @@ def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], conte
     if model.kind == "cyclegan_turbo":
         return model.generator(2 * x - 1, context.expand(len(x), -1, -1), direction, skip_scale)[:, :, :H, :W]
     shape = (model.generator.unet.config.in_channels, x.shape[2] // factor, x.shape[3] // factor)
-    noise = None if r is None else draw_noise([seed] * len(x), shape)[0].to(like)
+    noise = None if r is None else training.draw_noise([seed] * len(x), shape)[0].to(like)
     return model.generator(x, context.expand(len(x), -1, -1), r, noise, skip_scale)[:, :, :H, :W]
 
 

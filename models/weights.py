@@ -415,10 +415,12 @@ def read_index(name: str) -> tuple[dict, bool]:
     return index, alone
 
 
-def parts_of(name: str) -> tuple[str, ...]:
-    """STABLE_DIFFUSION or PIXART, whichever a base is."""
+def parts_of(name: str, encoded: bool = False) -> tuple[str, ...]:
+    """STABLE_DIFFUSION or PIXART, whichever a base is. Where captions are encoded already, PixArt needs no T5, which is
+    larger than all the rest."""
     index, alone = ({}, False) if is_file(name) else read_index(name)
-    return PIXART if alone or "transformer" in index else STABLE_DIFFUSION
+    is_pixart = alone or "transformer" in index
+    return ("vae", "transformer", "schedule") if is_pixart and encoded else PIXART if is_pixart else STABLE_DIFFUSION
 
 
 def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch.dtype | None = None,

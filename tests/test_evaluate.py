@@ -294,6 +294,7 @@ def test_validation_in_memory_gives_the_numbers_of_the_script_on_the_saved_pictu
     f, g = (evaluate.features(networks["inception"].network, x) for x in (a, b))
     fid = evaluate.frechet_distance(*evaluate.statistics(f), *evaluate.statistics(g))
     assert metrics["fid"]["value"] == pytest.approx(fid, rel=1e-10)
+    assert evaluate.fid(networks["inception"].network, a, b, torch.device("cpu")) == pytest.approx(fid, rel=1e-4)
     assert metrics["kid"]["value"] == pytest.approx(evaluate.kid(f, g, torch.Generator()).item(), rel=1e-10)
     assert metrics["psnr"]["value"] == pytest.approx(evaluate.psnr(a, b).mean().item(), rel=1e-9)
     assert metrics["ssim"]["value"] == pytest.approx(evaluate.ssim(a, b).mean().item(), rel=1e-9)

@@ -111,8 +111,8 @@ def make_world(folder: Path) -> Path:
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text(json.dumps(vars(Settings())))
     training.save_state(folder / "run" / "state.pt", dict(
-        step=3, best=math.inf, base="abc", trained={k: p.detach() for k, p in base.vae.named_parameters()},
-        optimizer=torch.optim.AdamW(base.vae.parameters()).state_dict(), discriminator=None))
+        step=3, best=math.inf, base="abc", trained=dict(base.vae.named_parameters()),
+        optimizer=torch.optim.AdamW(base.vae.parameters()), discriminator=None))
     (folder / "run" / "log.jsonl").write_text("".join(f'{{"step": {i}, "l2": {1 / i}}}\n' for i in range(1, 9)))
 
     for name in ("pairs/train_A", "pairs/train_B", "pairs/test_A", "pairs/test_B", "captioned"):
@@ -200,11 +200,10 @@ def resume(world: Path) -> None:
 
 
 def restore(run: Path) -> None:
-    with training.load_state(run, "abc") as state:
-        network = small_base().vae
-        assert isinstance(state["step"], int)
-        network.load_state_dict(state["trained"])
-        torch.optim.AdamW(network.parameters()).load_state_dict(state["optimizer"])
+    network = small_base().vae
+    step, = training.restore(run, "abc", dict(
+        trained=dict(network.named_parameters()), optimizer=torch.optim.AdamW(network.parameters())), "step")
+    assert isinstance(step, int)
 
 
 def read_log(world: Path) -> None:
@@ -563,7 +562,7 @@ TRAINERS = {
     train_pix2pix_turbo: ["--base", "tiny", "--dataset_folder", "{pairs}", "--num_samples_eval", "1"],
     train_cyclegan_turbo: ["--base", "tiny", "--dataset_folder", "{pairs}", "--validation_num_images", "1",
                            "--disc_width", "8"],
-    train_yoso: ["--train_data_dir", "{pairs}", "--num_samples_eval", "1", "--prior_pictures", "2"],
+    train_yoso: ["--base", "tiny", "--train_data_dir", "{pairs}", "--num_samples_eval", "1", "--prior_pictures", "2"],
 }
 
 

@@ -128,11 +128,9 @@ def train(stage: str, network: nn.Module, loss: Callable[[int], Tensor], look: C
     trained = dict(network.requires_grad_(True).named_parameters())
     mean = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99), weight_decay=1e-2)
+    kept = dict(network=network, mean=mean, optimizer=optimizer)
     if (folder / "state.pt").is_file():
-        with training.load_state(folder, stage) as state:
-            start, mean = state["step"], state["mean"]
-            network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
+        start, = training.restore(folder, stage, kept, "step")
     log, clock = training.open_log(folder, start), time.monotonic()
     for step in tqdm(range(start, steps), stage, steps, initial=start):
         fall = max(0.0, (step - 200) / (steps - 200))
@@ -154,8 +152,7 @@ def train(stage: str, network: nn.Module, loss: Callable[[int], Tensor], look: C
             values |= look(done) | {"minutes": (time.monotonic() - clock) / 60}
             print({k: round(v, 4) for k, v in values.items()}, file=sys.stderr)
             network.load_state_dict(now, strict=False)
-            training.save_state(folder / "state.pt", dict(
-                base=stage, step=done, network=network.state_dict(), mean=mean, optimizer=optimizer.state_dict()))
+            training.save_state(folder / "state.pt", dict(base=stage, step=done, **kept))
         training.append_log(log, done, values)
     training.plot_losses(log, folder / "losses.png")
     network.load_state_dict(mean, strict=False)
