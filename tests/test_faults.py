@@ -488,8 +488,8 @@ def cached(**changes) -> Callable[[bytes], bytes]:
 HARM = {  # reader: (what is done to its file, a word of the one line)
     "weights of 10^12": ("weights", lambda whole: with_header(whole, lambda h: h["quant_conv.bias"].update(
         shape=[10**12], data_offsets=[0, 4 * 10**12])), "copy it again"),
-    "rank of 10^9": ("checkpoint", with_config(generator__lora_rank_unet=10**9), "ranks"),
-    "rank of 10^9 in a .pkl": ("official paired", with_saved(lambda s: s.update(rank_unet=10**9)), "ranks"),
+    "rank of 10^9": ("checkpoint", with_config(generator__lora_rank_unet=10**9), "lora_rank_unet"),
+    "rank of 10^9 in a .pkl": ("official paired", with_saved(lambda s: s.update(rank_unet=10**9)), "lora_rank"),
     "rank of 10^8 and a tensor to it": ("official paired", with_saved(huge_tensor), "img2img-turbo"),
     "10^9 layers in a checkpoint": ("checkpoint of all", with_config(unet__layers_per_block=10**9), "layers_per_block"),
     "10^9 layers in a configuration": ("text_encoder/config.json", with_entry(num_hidden_layers=10**9), "layers"),

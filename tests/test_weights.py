@@ -406,7 +406,7 @@ def test_a_model_that_the_hub_does_not_have_and_one_that_it_keeps_closed(hub):
     assert "has no model_index.json" in refusal(lambda: load_base(ID))
     hub.status = 401
     message = refusal(lambda: load_base(ID), OSError)
-    assert "answered 401" in message and "HF_TOKEN" in message
+    assert "401" in message and "HF_TOKEN" in message
 
 
 def test_no_network_is_one_line(hub):
@@ -572,8 +572,8 @@ REFUSED = {
     "wrong shape": (changed("unet", "conv_in.bias", lambda t: t[:3]), [UNET_FILE, "conv_in.bias", "[3]", "[16]"]),
     "1x1 where a kernel belongs": (changed("vae", "encoder.conv_in.weight", lambda t: t[..., :1, :1]),
                                    [VAE_FILE, "[8, 3, 1, 1]", "[8, 3, 3, 3]"]),
-    "integers": (changed("vae", "quant_conv.bias", lambda t: t.long()), [VAE_FILE, "quant_conv.bias", "I64"]),
-    "8-bit floats": (changed("vae", "quant_conv.bias", lambda t: t.to(torch.float8_e4m3fn)), [VAE_FILE, "F8_E4M3"]),
+    "integers": (changed("vae", "quant_conv.bias", lambda t: t.long()), [VAE_FILE, "quant_conv.bias", "int64"]),
+    "8-bit floats": (changed("vae", "quant_conv.bias", lambda t: t.to(torch.float8_e4m3fn)), ["float8_e4m3fn"]),
     "no bytes": (cut("unet", 0), [UNET_FILE, "these are 0 bytes"]),
     "cut in the length": (cut("unet", 5), [UNET_FILE, "these are 5 bytes"]),
     "cut in the header": (cut("unet", 300), [UNET_FILE, "these are 300 bytes"]),
@@ -647,7 +647,7 @@ def test_a_header_may_not_claim_memory(folder):
     """Claims beyond the file's size are seen before anything is made for them."""
     header(entry(shape=[10**12], data_offsets=[0, 4 * 10**12]))(folder)
     with pytest.raises(ValueError):
-        weights.read_header(weight_file(folder, "unet"))
+        weights.read_tensors(weight_file(folder, "unet"))
 
 
 @pytest.mark.parametrize("name, says", [
@@ -668,7 +668,7 @@ def test_every_cut_of_a_small_file_is_refused(tmp_path):
     whole = path.read_bytes()
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
-        assert str(path) in refusal(lambda: weights.read_header(path))
+        assert str(path) in refusal(lambda: weights.read_tensors(path))
 
 
 # -------------------------------------------------------------------------------------------------- writing a folder
