@@ -53,7 +53,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's: o
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: half a gigabyte as RGB
 MAX_UNZIPPED = 1 << 28  # bytes of one file in a zip, which may claim, and unpack to, a thousand times its size
 CACHE = "one-step-diffusion cache 1"
-DRAWN = ("circles", "scenes")  # tiny/NAME.py, reached as drawn:NAME
 
 
 # -------------------- One picture
@@ -120,10 +119,8 @@ def pad_to_multiple(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, tuple[i
     by reflection, in a direction where the picture is too small for that by repeating its edge."""
     height, width = x.shape[-2:]
     right, below = -width % factor, -height % factor
-    if right:
-        x = F.pad(x, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
-    if below:
-        x = F.pad(x, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
+    x = F.pad(x, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
+    x = F.pad(x, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
     return x, (height, width)
 
 
@@ -167,9 +164,8 @@ def prepare(name: str) -> Callable[..., list[Image.Image]]:
     if match := re.fullmatch(r"resize_([1-9]\d*)_randomcrop_([1-9]\d*)x\2(_hflip)?", name):
         if int(match[1]) >= int(match[2]):
             return partial(_arrange, stretch=int(match[1]), crop=int(match[2]), random=True, flip=bool(match[3]))
-    raise ValueError(f"unknown preparation '{name}': expected resized_crop_N, resized_randomcrop_N (or with _hflip), "
-                     "resize_N, resize_NxN, "
-                     "resize_M_randomcrop_NxN or resize_M_randomcrop_NxN_hflip (M at least N), or no_resize")
+    raise ValueError(f"unknown preparation '{name}': expected resized_crop_N, resized_randomcrop_N, resize_N,"
+                     " resize_M_randomcrop_NxN (M at least N), those with a crop also with _hflip, or no_resize")
 
 
 # -------------------- Conditions drawn from a picture
@@ -224,10 +220,16 @@ def sketch(picture: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(picture) < 128).astype(np.uint8) * 255)
 
 
-# -------------------- Folders of pairs
+# -------------------- Folders
 
 def pictures_in(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+    """The names of its pictures, sorted. ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: expected one with pictures in it")
+    files = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+    if not (names := sorted(p.name for p in files)):
+        raise ValueError(f"{folder} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
+    return names
 
 
 def _partners(a: list[str], b: list[str]) -> dict[str, str | None]:
@@ -243,25 +245,22 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable text file ({error}): save it as UTF-8") from None
+        raise ValueError(f"{path} is not a readable text file ({error}): write it, as UTF-8") from None
 
 
 def read_prompts(path: Path) -> dict[str, str] | None:
     """{file name: caption}, None without the file. ValueError where it is something else."""
     if not path.exists():
         return None
-    text = _read_text(path)
     try:
-        prompts = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} is not JSON ({error.msg}): correct that line") from None
-    except (ValueError, RecursionError) as error:  # of numbers without end, of brackets in brackets
-        raise ValueError(f"{path} cannot be read ({error}), expected a dictionary of file name to caption") from None
-    if not isinstance(prompts, dict):
-        raise ValueError(f"{path} holds a {type(prompts).__name__}, expected a dictionary of file name to caption")
-    for name, caption in prompts.items():
-        if not isinstance(caption, str):
-            raise ValueError(f"{path} gives '{name}' a {type(caption).__name__}, expected its caption as a string")
+        prompts = json.loads(_read_text(path))
+        if not isinstance(prompts, dict):
+            raise ValueError(f"it holds a {type(prompts).__name__}")
+        for name, caption in prompts.items():
+            if not isinstance(caption, str):
+                raise ValueError(f"it gives '{name}' a {type(caption).__name__}")
+    except (ValueError, RecursionError) as error:  # RecursionError of brackets in brackets
+        raise ValueError(f"{path} cannot be used ({error}): expected JSON, {{file name: caption}}") from None
     return prompts
 
 
@@ -274,6 +273,17 @@ def _caption(a: Path, b: Path, prompts: dict[str, str] | None) -> str | None:
     return None
 
 
+def _complete(captions: dict[str, str | None], source: Path) -> list[str]:
+    if missing := [name for name, caption in captions.items() if caption is None]:
+        raise ValueError(f"{source} has no caption for '{missing[0]}' ({len(missing)} of {len(captions)} have none)")
+    return list(captions.values())
+
+
+def _drawing(item: int | tuple[int, tuple[int, ...]]) -> tuple[int, np.random.Generator | None]:
+    """The index of an item, i or (i, key), and what its crop and flip are drawn from."""
+    return (item[0], np.random.default_rng(item[1])) if isinstance(item, tuple) else (item, None)
+
+
 class PairedFolder(Dataset):
     """The pairs of one split; item i, or (i, key) with key the integers from which crop and flip are drawn:
     input [3, H, W] in [0, 1], target [3, H, W] in [-1, 1], caption, name (the file's in A).
@@ -283,37 +293,28 @@ class PairedFolder(Dataset):
 
     def __init__(self, folder: str | Path, split: str, prep: str):
         self.a, self.b = Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"
-        for path in (Path(folder), self.a, self.b):
-            if not path.is_dir():
-                raise ValueError(f"{path} is not a folder: expected a data set with {split}_A and {split}_B inside")
         self.prepare = prepare(prep)
         partners = _partners(pictures_in(self.a), pictures_in(self.b))
-        alone = [name for name, partner in partners.items() if partner is None]
-        if not partners:
-            raise ValueError(f"{self.a} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
-        if alone:
+        if alone := [name for name, partner in partners.items() if partner is None]:
             raise ValueError(f"{self.a / alone[0]} has no partner of its name or stem in {self.b.name} ({len(alone)} "
                              f"of {len(partners)} have none): add the missing pictures or remove these")
         self.pairs = list(partners.items())
-        prompts = read_prompts(Path(folder) / f"{split}_prompts.json")
-        captions = [_caption(self.a / a, self.b / b, prompts) for a, b in self.pairs]
-        self.captions = [caption or "" for caption in captions]
-        missing = [a for (a, _), caption in zip(self.pairs, captions, strict=True) if caption is None]
-        if missing and prompts is not None:
-            raise ValueError(f"{split}_prompts.json in {folder} has no caption for '{missing[0]}' ({len(missing)} of "
-                             f"{len(self.pairs)} have none): add the entries")
+        path = Path(folder) / f"{split}_prompts.json"
+        prompts = read_prompts(path)
+        captions = {a: _caption(self.a / a, self.b / b, prompts) for a, b in self.pairs}
+        self.captions = [text or "" for text in captions.values()] if prompts is None else _complete(captions, path)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index, key = item if isinstance(item, tuple) else (item, None)
+        index, rng = _drawing(item)
         name, partner = self.pairs[index]
         pair = [open_picture(self.a / name), open_picture(self.b / partner)]
         if pair[0].size != pair[1].size:
-            sizes = " and ".join(f"{w}x{h}" for w, h in (picture.size for picture in pair))
+            sizes = " and ".join("{}x{}".format(*picture.size) for picture in pair)
             raise ValueError(f"{self.a / name} and its partner in {self.b.name} are {sizes} pixels: make them equal")
-        a, b = self.prepare(pair, None if key is None else np.random.default_rng(key))
+        a, b = self.prepare(pair, rng)
         return dict(input=to_tensor(a), target=to_tensor(b) * 2 - 1, caption=self.captions[index], name=name)
 
 
@@ -326,24 +327,14 @@ class UnpairedFolder(Dataset):
 
     def __init__(self, folder: str | Path, split: str, prep: str):
         self.sides, self.prepare = [Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"], prepare(prep)
-        for path in (Path(folder), *self.sides):
-            if not path.is_dir():
-                raise ValueError(f"{path} is not a folder: expected a data set with {split}_A and {split}_B inside")
         self.names = [pictures_in(side) for side in self.sides]
-        for side, names in zip(self.sides, self.names):
-            if not names:
-                raise ValueError(f"{side} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
-        files = [Path(folder) / f"fixed_prompt_{domain}.txt" for domain in "ab"]
-        if missing := next((file for file in files if not file.is_file()), None):
-            raise ValueError(f"{missing} is missing: expected one line, the caption of all pictures of that domain")
-        self.prompts = tuple(_read_text(file).strip() for file in files)
+        self.prompts = tuple(_read_text(Path(folder) / f"fixed_prompt_{domain}.txt").strip() for domain in "ab")
 
     def __len__(self) -> int:
         return max(map(len, self.names))
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index, key = item if isinstance(item, tuple) else (item, None)
-        rng = None if key is None else np.random.default_rng(key)
+        index, rng = _drawing(item)
         other = index if rng is None else int(rng.integers(len(self.names[1])))
         names = [names[i % len(names)] for names, i in zip(self.names, (index, other))]
         a, b = (to_tensor(self.prepare([open_picture(side / name)], rng)[0]) * 2 - 1
@@ -354,28 +345,23 @@ class UnpairedFolder(Dataset):
 def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 64) -> Dataset:
     """A folder of two domains, or the built-in drawings drawn:day2night and drawn:clear2rain, which are drawn at `size`
     and have no use for prep."""
-    kind, colon, name = str(folder).partition(":")
-    if not (kind == "drawn" and colon):
+    if not str(folder).startswith("drawn:"):
         return UnpairedFolder(folder, split, prep)
-    if name in ("day2night", "clear2rain"):
-        from tiny.scenes import Unpaired
-        return Unpaired(name, split, size, seed)
-    raise ValueError(f"there are no unpaired drawings '{name}': known are drawn:day2night and drawn:clear2rain")
+    from tiny.scenes import Unpaired
+    return Unpaired(str(folder).removeprefix("drawn:"), split, size, seed)
 
 
 def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 32) -> Dataset:
     """A folder of pairs, or the built-in drawings drawn:circles and drawn:scenes, which are drawn at `size` and have no
     use for prep."""
-    kind, colon, name = str(folder).partition(":")
-    if not (kind == "drawn" and colon):
+    if not str(folder).startswith("drawn:"):
         return PairedFolder(folder, split, prep)
-    if name == "circles":
-        from tiny.circles import Circles
-        return Circles(split, seed, size)
-    if name == "scenes":
-        from tiny.scenes import Paired
-        return Paired(split, size, seed)
-    raise ValueError(f"there are no drawings '{name}': known are {', '.join(f'drawn:{known}' for known in DRAWN)}")
+    from tiny import circles, scenes
+    if str(folder) == "drawn:circles":
+        return circles.Circles(split, seed, size)
+    if str(folder) == "drawn:scenes":
+        return scenes.Paired(split, size, seed)
+    raise ValueError(f"there are no drawings {folder}: expected drawn:circles or drawn:scenes")
 
 
 class Captioned(Dataset):
@@ -390,13 +376,14 @@ class Captioned(Dataset):
         self.source, self.prepare, self.archive = Path(source), prepare(prep), None
         folders = all((self.source / name).is_dir() for name in ("train", "test"))
         self.folder = self.source / split if folders else self.source
-        if self.source.suffix == ".zip" and self.source.is_file():
-            items = self._in_zip()
-        elif self.source.suffix == ".txt" and self.source.is_file():
-            lines = [" ".join(line.split()) for line in _read_text(self.source).splitlines()]
-            items = [(None, line) for line in lines if line]
-        elif self.folder.is_dir():
+        self.kind = "folder" if self.folder.is_dir() else self.source.suffix
+        if self.kind == "folder":
             items = self._in_folder(column)
+        elif self.kind == ".zip":
+            items = self._in_zip()
+        elif self.kind == ".txt":
+            lines = [" ".join(line.split()) for line in _read_text(self.source).splitlines()]
+            items = [(f"caption {i}", line) for i, line in enumerate(filter(None, lines))]
         else:
             raise ValueError(f"{source} is no data: expected a folder of pictures, a .zip in the layout of EDM, a .txt"
                              " of captions, a cache of data.py, or drawn:scenes")
@@ -446,25 +433,19 @@ class Captioned(Dataset):
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise ValueError(f"{table} line {number}: expected an object with file_name and {column}"
                                  " (--caption_column)") from None
-        if missing := [name for name in names if name not in captions]:
-            raise ValueError(f"{table} has no caption for '{missing[0]}' ({len(missing)} of {len(names)} have none)")
-        return [(name, captions[name]) for name in names]
+        return list(zip(names, _complete({name: captions.get(name) for name in names}, table)))
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index, key = item if isinstance(item, tuple) else (item, None)
-        file, caption = self.items[index]
-        if file is None:
-            return dict(caption=caption, name=f"caption {index}")
-        path = self.folder / file
-        if self.source.suffix == ".zip":
-            picture = open_picture(io.BytesIO(self._unzipped(file)), path)
-        else:
-            picture = open_picture(path)
-        picture, = self.prepare([picture], None if key is None else np.random.default_rng(key))
-        return dict(target=to_tensor(picture) * 2 - 1, caption=caption, name=file)
+        index, rng = _drawing(item)
+        name, caption = self.items[index]
+        if self.kind == ".txt":
+            return dict(caption=caption, name=name)
+        path = self.folder / name
+        picture = open_picture(io.BytesIO(self._unzipped(name)) if self.kind == ".zip" else path, path)
+        return dict(target=to_tensor(self.prepare([picture], rng)[0]) * 2 - 1, caption=caption, name=name)
 
 
 class Cached(Dataset):
@@ -472,7 +453,7 @@ class Cached(Dataset):
     context_1 [N] (a mask) of the caption, caption, name. A shard's bytes are hashed when it is first opened."""
 
     def __init__(self, folder: str | Path, split: str):
-        self.folder, self.opened = Path(folder), {}
+        self.folder, self.sound = Path(folder), set()  # the shards whose hash was found right
         index = read_cache_index(self.folder)
         self.facts, self.shards = index["facts"], index["shards"][split]
         self.items = [(i, row) for i, shard in enumerate(self.shards) for row in range(len(shard["captions"]))]
@@ -481,20 +462,18 @@ class Cached(Dataset):
             raise ValueError(f"{folder} holds {len(self.items)} of {index['items'][split]} {split} items; run python"
                              " data.py cache again, which goes on where it stood")
 
-    def __getstate__(self) -> dict:  # a worker that is not forked opens the shards itself
-        return self.__dict__ | {"opened": {}}
-
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
         i, row = self.items[item[0] if isinstance(item, tuple) else item]
-        if i not in self.opened:
-            check_shard(self.folder, self.shards[i])
-            self.opened[i] = safe_open(self.folder / self.shards[i]["file"], framework="pt")
-        file = self.opened[i]
-        return {name: file.get_slice(name)[row] for name in file.keys()} | dict(
-            caption=self.shards[i]["captions"][row], name=self.shards[i]["names"][row])
+        shard = self.shards[i]
+        if i not in self.sound:
+            check_shard(self.folder, shard)
+            self.sound.add(i)
+        with safe_open(self.folder / shard["file"], framework="pt") as file:
+            tensors = {name: file.get_slice(name)[row] for name in file.keys()}
+        return tensors | dict(caption=shard["captions"][row], name=shard["names"][row])
 
 
 def read_cache_index(folder: Path) -> dict:
@@ -502,13 +481,15 @@ def read_cache_index(folder: Path) -> dict:
         index = json.loads((folder / "index.json").read_text())
         if index["format"] != CACHE:
             raise ValueError(f"its format is {index['format']!r}")
-        for split in ("train", "test"):
-            for shard in index["shards"][split]:
-                texts = [shard["file"], shard["sha256"], *shard["captions"], *shard["names"]]
-                if not all(isinstance(text, str) for text in texts) or len(shard["captions"]) != len(shard["names"]) \
-                        or not re.fullmatch(r"\w+-\d+\.safetensors", shard["file"]):
-                    raise ValueError(f"a shard of {split} is not described as one")
-            int(index["items"][split]), index["facts"]["base"], index["facts"]["vae"]
+        for shard in index["shards"]["train"] + index["shards"]["test"]:
+            texts = [shard["file"], shard["sha256"], *shard["captions"], *shard["names"]]
+            if not all(isinstance(text, str) for text in texts) or len(shard["captions"]) != len(shard["names"]) \
+                    or not re.fullmatch(r"\w+-\d+\.safetensors", shard["file"]):
+                raise ValueError("a shard is not described as one")
+        for number in (index["items"]["train"], index["items"]["test"]):
+            if not isinstance(number, int):
+                raise ValueError(f"it counts {number!r} items")
+        index["facts"]["base"], index["facts"]["vae"]
         return index
     except Exception as error:  # whatever it holds in place of what was expected
         raise ValueError(f"{folder / 'index.json'} is no index of a cache ({type(error).__name__}: {error}): expected"
@@ -547,12 +528,13 @@ def _steps(length: int, batch: int, seed: int, start: int, end: int | None, rows
 
 
 def collate(items: list[dict]) -> dict:
-    picture, name = next(((p, n) for p, n in (("input", "name"), ("a", "name_a"), ("target", "name")) if p in items[0]),
-                         (None, None))
-    for item in items:
-        if picture and item[picture].shape != items[0][picture].shape:
-            raise ValueError(f"'{items[0][name]}' and '{item[name]}' differ in size, expected one size a batch: "
-                             "choose a preparation that makes them equal, or a batch size of 1")
+    def shapes(item: dict) -> list[torch.Size]:
+        return [value.shape for value in item.values() if isinstance(value, torch.Tensor)]
+
+    if odd := next((item for item in items if shapes(item) != shapes(items[0])), None):
+        names = [item.get("name") or item["name_a"] for item in (items[0], odd)]
+        raise ValueError(f"'{names[0]}' and '{names[1]}' differ in size, expected one size a batch: "
+                         "choose a preparation that makes them equal, or a batch size of 1")
     return default_collate(items)
 
 
@@ -595,19 +577,14 @@ def _attempt(problems: list[str], function: Callable, *arguments):
 
 def _survey(side: Path, problems: list[str]) -> dict[str, tuple | None]:
     """Opens every picture of one folder and prints count and sizes: name -> (size, fingerprint), None if unreadable."""
-    def look(path: Path) -> tuple:
-        picture = open_picture(path)
-        return picture.size, hash(picture.tobytes())
-
-    names = tqdm(pictures_in(side) if side.is_dir() else [], desc=side.name, unit=" pictures")
-    seen = {name: _attempt(problems, look, side / name) for name in names}
-    sizes = sorted((found[0] for found in seen.values() if found), key=math.prod)
-    if sizes:
+    seen = {}
+    for name in tqdm(_attempt(problems, pictures_in, side) or [], desc=side.name, unit=" pictures"):
+        picture = _attempt(problems, open_picture, side / name)
+        seen[name] = (picture.size, hash(picture.tobytes())) if picture else None
+    if sizes := sorted((found[0] for found in seen.values() if found), key=math.prod):
         low, middle, high = ("{}x{}".format(*sizes[i]) for i in (0, len(sizes) // 2, -1))
         print(f"{side.name}: {len(seen)} pictures, distinct sizes {len(set(sizes))}, "
               f"min {low}, median {middle}, max {high}")
-    else:
-        problems.append(f"{side} " + ("holds no readable picture" if side.is_dir() else "is missing"))
     return seen
 
 
@@ -632,8 +609,7 @@ def _compare(a: Path, b: Path, seen_a: dict, seen_b: dict, problems: list[str]) 
     given = [caption for caption in captions.values() if caption]
     if given or prompts is not None:  # a folder without any caption is meant so, one that lacks some is not
         problems += [f"{a / name} has no caption" for name, caption in captions.items() if caption is None]
-    extra = [name for name in prompts or () if name not in seen_a and name not in seen_b]
-    if extra:
+    if extra := [name for name in prompts or () if name not in seen_a and name not in seen_b]:
         problems.append(f"{path} has {len(extra)} entries without a picture, the first '{extra[0]}'")
     print(f"{a.name[:-2]} captions: {len(given)}, {len(captions) - len(given)} empty, "
           f"longest {max(map(len, given), default=0)} characters")
@@ -749,19 +725,16 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
 def prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
     """Writes mean and deviation of the scaled latents of a folder's pictures, cropped to size x size."""
     from models import diffusion, weights
-    names = pictures_in(Path(folder)) if Path(folder).is_dir() else []
-    if not names:
-        raise ValueError(f"{folder} holds no picture; expected a folder of files ending in"
-                         f" {', '.join(sorted(SUFFIXES))}")
+    names = pictures_in(Path(folder))
     vae = weights.load_base(base, ("vae",), torch.float32).vae
     if size < 1 or size % vae.factor:
         raise ValueError(f"--size {size}: expected a multiple of {vae.factor}")
 
     def latents() -> Iterator[torch.Tensor]:
         for name in tqdm(names, unit=" pictures"):
-            picture, = prepare(f"resized_crop_{size}")([open_picture(Path(folder) / name)])
+            pictures = prepare(f"resized_crop_{size}")([open_picture(Path(folder) / name)])
             with torch.inference_mode():
-                yield vae.encode(2 * to_tensor(picture)[None] - 1)[0][0] * vae.config.scaling_factor
+                yield vae.encode(2 * to_tensor(pictures[0])[None] - 1)[0][0] * vae.config.scaling_factor
 
     weights.save_prior(Path(output), *diffusion.mean_and_std(latents()))
     print(output)
@@ -769,7 +742,7 @@ def prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="data.py", description="Looks at pictures, and prepares them.")
-    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="print counts, sizes, captions and problems, write a contact sheet")
     command.add_argument("folder", help="holds train_A, train_B and so on")
     command.add_argument("--output", help="the contact sheet (default: FOLDER_check.png)")
@@ -791,18 +764,15 @@ def main() -> int:
     command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
                          help="of the text encoder [float32]")
     args = parser.parse_args()
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        return 2
     try:
+        if args.command == "check":
+            return 2 if check(args.folder, args.output) else 0
         if args.command == "prior":
             prior(args.folder, args.base, args.size, args.output)
-            return 0
-        if args.command == "cache":
+        else:
             cache(args.data, args.base, args.output, args.prep or f"resized_crop_{args.size}", args.size,
                   args.caption_column, args.seed, args.batch, args.device, args.dtype)
-            return 0
-        return 2 if check(args.folder, args.output) else 0
+        return 0
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,10 +1,8 @@
 """Files: where checkpoints lie, what is in them, and the networks made of them.
 
-The one module of `models/` that opens files. `load_base` gives the networks of a folder or a one-file model,
-`load_merged` those of a sum of bases, `load_lora` and `load_controlnet` what is put on them, `load_generator` a trained
-translator on its base; `save_generator` and `save_folder` write. Weights are mapped, not read: a network is built
-without memory (device "meta") and its tensors are then the file's pages, or copied from them one at a time into the
-type asked for. What is wrong with a file is said in one line that names it."""
+The one module of `models/` that opens files. Weights are mapped, not read: a network is built without memory (device
+"meta") and its tensors are then the file's pages, or copied from them one at a time into the type asked for. What is
+wrong with a file is said in one line that names it."""
 
 from __future__ import annotations  # a field called vae may be a vae.VAE
 
@@ -12,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import re
 import sys
 import types
@@ -22,6 +19,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -32,7 +30,7 @@ from models import clip, controlnet, cyclegan_turbo, dino, inception, lpips, pix
 from models.diffusion import Schedule
 from models.lora import LoRAConv2d, LoRALinear, apply_lora, merge, read_lora, set_scale
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent
 # Names for --base: folders of this project and ids of the Hugging Face Hub.
 BASES = {
     **{name: str(ROOT / "tiny" / name) for name in ("tiny", "tiny-sd", "tiny-turbo", "pixels")},
@@ -56,14 +54,14 @@ CHECKPOINTS: dict[str, tuple[str, str | None, str | None]] = {
     "clear_to_rainy": ("clear2rainy.pkl", "a2b", "driving in heavy rain"),
     "rainy_to_clear": ("rainy2clear.pkl", "b2a", "driving in the day"),
 }
-# Networks that judge pictures: addresses of their files, or an id of the Hub.
+# Networks that judge pictures: their file, and the addresses of their weights, or an id of the Hub.
 JUDGES = {
-    "lpips": ["https://download.pytorch.org/models/vgg16-397923af.pth", "https://raw.githubusercontent.com/richzhang/"
-              "PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"],
-    "clip": ["openai/clip-vit-base-patch32"],
-    "dino": ["facebook/dino-vitb8"],
-    "inception": ["https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-                  "pt_inception-2015-12-05-6726825d.pth"],
+    "lpips": (lpips, ["https://download.pytorch.org/models/vgg16-397923af.pth",
+                      "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth"]),
+    "clip": (clip, ["openai/clip-vit-base-patch32"]),
+    "dino": (dino, ["facebook/dino-vitb8"]),
+    "inception": (inception, ["https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                              "pt_inception-2015-12-05-6726825d.pth"]),
 }
 # Kinds of generator: the class, its settings, and what reads an official file of its kind.
 KINDS = {
@@ -93,22 +91,21 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # ----------------------------------------------------------------------------------------------------- finding files
 
 
-def hub_cache() -> pathlib.Path:
+def hub_cache() -> Path:
     env = os.environ
-    home = env.get("HF_HOME") or pathlib.Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface").expanduser()
-    return pathlib.Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or pathlib.Path(home, "hub"))
+    home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface").expanduser()
+    return Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub"))
 
 
 def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def find(base: str, names: list[str], expected: str | None = None, fetch: bool = True) -> pathlib.Path | None:
-    """The first of `names` (relative paths) that a base has: a folder, a name of the table, or a Hub id. Of a Hub id
-    the local cache is searched first; only where it has none of the names are they downloaded (if `fetch`) into it. It
-    also remembers what the Hub does not have. Where there is none: None, or an error that says what was `expected`."""
+def find(base: str, names: list[str], expected: str | None = None, fetch: bool = True) -> Path | None:
+    """The first of `names` (relative paths) that a base has: a folder, a name of the table, or a Hub id, whose
+    cache is filled (if `fetch`) where it has none of them. Without one: None, or an error that says `expected`."""
     base = BASES.get(base, base)
-    folder = pathlib.Path(base).expanduser()
+    folder = Path(base).expanduser()
     hub = not folder.is_dir()
     if hub:
         if folder.is_file() or not re.fullmatch(HUB_ID, base):
@@ -121,7 +118,7 @@ def find(base: str, names: list[str], expected: str | None = None, fetch: bool =
     if here := next((folder / name for name in names if (folder / name).is_file()), None):
         return here
     for name in names if hub and fetch and not offline() else []:
-        absent = repository / ".no_exist" / commit / name
+        absent = repository / ".no_exist" / commit / name  # remembers what the Hub does not have
         if absent.is_file():
             continue
         landing = repository / "downloads" / f"{os.getpid()}--{name.replace('/', '--')}"  # each process its own
@@ -142,9 +139,19 @@ def find(base: str, names: list[str], expected: str | None = None, fetch: bool =
     return None
 
 
-def download(url: str, path: pathlib.Path) -> str | None:
-    """Fetches `url` to `path`, under another name until it is complete, saying so with its size. Returns the commit
-    that a Hub answer names ("main" without one), or None where there is no such file."""
+def locate(name: str, names: list[str], expected: str) -> Path:
+    """A file by its path, or the first of `names` in a folder or of a Hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir() or not path.suffix and not path.parent.is_dir() and re.fullmatch(HUB_ID, name):
+        return find(name, names, expected)
+    if not path.is_file():
+        raise ValueError(f"there is no {name}; expected {expected}: a file, a folder or a Hub id")
+    return path
+
+
+def download(url: str, path: Path) -> str | None:
+    """Fetches `url` to `path`, under another name until it is complete. Returns the commit that a Hub answer names
+    ("main" without one), or None where there is no such file."""
     token, host = os.environ.get("HF_TOKEN"), urllib.parse.urlsplit(url).netloc
     commits, partial = [], path.with_name(f"{path.name}.{os.getpid()}.incomplete")
 
@@ -179,12 +186,12 @@ def download(url: str, path: pathlib.Path) -> str | None:
     return next(filter(None, commits), "main")
 
 
-def find_url(url: str, folder: str, fetch: bool = True) -> pathlib.Path:
-    """Where the file of an address lies, beside the Hub's cache, downloaded once (if `fetch`). It may not be there."""
+def find_url(url: str, folder: str, fetch: bool = True) -> Path | None:
+    """The file of an address, downloaded once (if `fetch`) to a folder beside the Hub's cache; None without one."""
     path = hub_cache().parent / folder / url.rpartition("/")[2]
     if fetch and not path.is_file() and not offline():
         download(url, path)
-    return path
+    return path if path.is_file() else None
 
 
 # ----------------------------------------------------------------------------------------------------- reading files
@@ -203,7 +210,7 @@ def reading(what: object, expected: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be used ({text}); expected {expected}") from error
 
 
-def read_json(path: pathlib.Path) -> dict:
+def read_json(path: Path) -> dict:
     with reading(path, "a JSON object: copy the file again"):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -211,10 +218,9 @@ def read_json(path: pathlib.Path) -> dict:
     return value
 
 
-def read_tensors(path: pathlib.Path, expected: str = "") -> tuple[dict, dict[str, str]]:
-    """The tensors of a safetensors file, mapped, and the metadata of its header; the library refuses one whose length,
-    shapes and offsets do not add up to the byte. Or what a file of torch.save holds, without code in it. Packed, as
-    torch.save leaves none, it might unpack to a thousand times its size."""
+def read_tensors(path: Path, expected: str = "") -> tuple[dict, dict[str, str]]:
+    """The tensors of a safetensors file, mapped, and its metadata; the library refuses one that does not add up to the
+    byte. Or what a file of torch.save holds, unless that is code, or packed, which torch.save leaves none."""
     if path.suffix == ".safetensors":
         with reading(path, f"a whole safetensors file, and these are {path.stat().st_size} bytes: copy it again"), \
                 safetensors.safe_open(path, framework="pt") as file:
@@ -248,7 +254,7 @@ def from_json(cls: type, values: dict):
     return cls(**values)
 
 
-def read_config(cls: type, fixed: dict, path: pathlib.Path):
+def read_config(cls: type, fixed: dict, path: Path):
     """A network's configuration dataclass from its `config.json`. Keys that name no field and no fixed option are for
     training or for other libraries and are passed over."""
     found = read_json(path)
@@ -260,12 +266,12 @@ def read_config(cls: type, fixed: dict, path: pathlib.Path):
         return from_json(cls, {f.name: found[f.name] for f in fields(cls) if f.name in found})
 
 
-def build(cls: type, config: object, path: pathlib.Path) -> nn.Module:
-    with reading(path, "sizes that make a network"), torch.device("meta"):
+def build(cls: type, config: object, path: Path, device: str = "meta") -> nn.Module:
+    with reading(path, "sizes that make a network"), torch.device(device):
         return cls(config)
 
 
-def read_weights(base: str, folder: str, stem: str) -> dict[pathlib.Path, dict[str, Tensor]]:
+def read_weights(base: str, folder: str, stem: str) -> dict[Path, dict[str, Tensor]]:
     """The file, or all shards, in one folder ("unet/") of a base, mapped. Full precision goes before fp16."""
     ends = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")
     path = find(base, [f"{folder}{stem}{end}" for end in ends], "weights as safetensors, whole, in shards or fp16:"
@@ -294,36 +300,30 @@ def current_name(network: nn.Module, name: str) -> str | None:
     return name
 
 
-def fit(network: nn.Module, files: dict[pathlib.Path, dict[str, Tensor]], expected: dict[str, Tensor], owner: str
+def fit(network: nn.Module, files: dict[Path, dict[str, Tensor]], expected: dict[str, Tensor], owner: str
         ) -> dict[str, Tensor]:
-    """The tensors of files under the network's names. Refuses all but exactly the expected ones, each once, in its
-    shape. `owner` is what errors call the network."""
-    tensors = {}
-    for path, found in files.items():
-        with reading(path, "tensors under all names"):
-            for name, tensor in found.items():
-                if (ours := current_name(network, name)) is None:
-                    continue
-                if ours not in expected or ours in tensors:
-                    fault = "a second time" if ours in tensors else f"a tensor that {owner} does not have"
-                    raise ValueError(f"{path} holds {name}, {fault}; expected the weights that belong to it")
-                shape = expected[ours].shape
-                if tensor.shape[2:] == (1, 1) and len(shape) == 2:  # a linear layer that was a 1x1 convolution
-                    tensor = tensor.flatten(1)
-                if tensor.shape != shape or tensor.dtype not in FLOATS:
-                    raise ValueError(f"{path}: {name} is {str(tensor.dtype)[6:]} {list(tensor.shape)}; expected"
-                                     f" floating point {list(shape)} for {owner}")
-                tensors[ours] = tensor
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{next(iter(files))} lacks {missing[0]} {list(expected[missing[0]].shape)} and"
-                         f" {len(missing) - 1} more; expected all {len(expected)} tensors of {owner}: copy it again")
+    """The tensors of files under the network's names. Refuses all but exactly the expected ones, in their shapes.
+    `owner` is what errors call the network."""
+    first = next(iter(files))
+    with reading(first if len(files) == 1 else first.parent, f"the {len(expected)} tensors of {owner}: copy it again"):
+        tensors = {current_name(network, name): t for found in files.values() for name, t in found.items()}
+        tensors.pop(None, None)
+        for name in sorted(tensors.keys() | expected.keys()):
+            if name not in tensors or name not in expected:
+                raise ValueError(f"it lacks {name} {list(expected[name].shape)}" if name in expected else
+                                 f"it holds {name}, which is none of them")
+            t, shape = tensors[name], expected[name].shape
+            if t.shape[2:] == (1, 1) and len(shape) == 2:  # a linear layer that was a 1x1 convolution
+                tensors[name] = t = t.flatten(1)
+            if t.shape != shape or t.dtype not in FLOATS:
+                raise ValueError(f"{name} is {str(t.dtype)[6:]} {list(t.shape)}; expected floating point {list(shape)}")
     return tensors
 
 
-def fill(network: nn.Module, files: dict[pathlib.Path, dict[str, Tensor]], owner: str,
+def fill(network: nn.Module, files: dict[Path, dict[str, Tensor]], owner: str,
          dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-    """Gives a network built on "meta" its tensors: those of the files themselves, mapped, where `dtype` is None or
-    theirs, else made one by one, so that no memory is taken but the network's own and one tensor's."""
+    """Gives a network built on "meta" its tensors: the mapped ones where `dtype` is None or theirs, else copies, made
+    one by one, so that no memory is taken but the network's own and one tensor's."""
     tensors = fit(network, files, network.state_dict(), owner)
     network.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}, assign=True)
     return network.requires_grad_(False)
@@ -400,7 +400,7 @@ class Base:
 
 def is_file(name: str) -> bool:
     """Whether a base is a one-file model."""
-    path = pathlib.Path(name).expanduser()
+    path = Path(name).expanduser()
     return path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and path.is_file()
 
 
@@ -412,8 +412,6 @@ def read_index(name: str) -> dict:
         if index.get("_class_name") not in ("Transformer2DModel", "PixArtTransformer2DModel"):
             raise ValueError(f"{path} is of {index.get('_class_name')!r}; expected {LAYOUT}, or PixArt's transformer")
         return dict(transformer="alone", rest="pixart512")
-    if not isinstance(rest := index.get("rest", ""), str):
-        raise ValueError(f"{path}: its rest is {rest!r:.100}; expected the name of a base")
     return index
 
 
@@ -431,7 +429,7 @@ def class_of(part: str, config: dict) -> type:
     return unet.UNet if part == "unet" else pixart.PixArt
 
 
-def read_network(part: str, path: pathlib.Path) -> tuple[type, object]:
+def read_network(part: str, path: Path) -> tuple[type, object]:
     """The class of a part's network and its configuration, from its `config.json`."""
     cls = class_of(part, read_json(path))
     return cls, read_config(*NETWORKS[cls][:2], path)
@@ -451,7 +449,7 @@ def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch
         place = OTHER_CONFIGS.get(part, f"{folder}config.json")
         path = find(name, [place], None if "rest" in index or part == "tokenizer" else LAYOUT)
         if path is None and "rest" in index:
-            value = getattr(load_base(index["rest"], (part,), dtype, device, seed), part)
+            value = getattr(load_base(str(index["rest"]), (part,), dtype, device, seed), part)
         elif part == "tokenizer":
             value = load_t5_tokenizer(name) if "transformer" in index else load_tokenizer(name)
         elif part == "schedule":
@@ -460,9 +458,9 @@ def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch
         else:
             cls, config = read_network(part, path)
             if base.random:
-                with reading(path, "sizes that make a network"), torch.random.fork_rng(devices=[]):
+                with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
-                    value = cls(config).requires_grad_(False).to(device=device, dtype=dtype)
+                    value = build(cls, config, path, "cpu").requires_grad_(False).to(device=device, dtype=dtype)
             else:
                 files = read_weights(name, folder, NETWORKS[cls][2])
                 value = fill(build(cls, config, path), files, f"the {part} of its config.json", dtype, device)
@@ -473,8 +471,7 @@ def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch
 
 
 def check_words(base: Base) -> Base:
-    """Refuses a tokenizer of more pieces or longer texts than the text encoder has rows for: else the first prompt that
-    has them fails."""
+    """Refuses a tokenizer of more pieces or longer texts than the text encoder has rows for."""
     if base.tokenizer and base.text_encoder:
         config, last = base.text_encoder.config, max(base.tokenizer.pieces.get_vocab().values())
         positions = getattr(config, "max_position_embeddings", base.tokenizer.length)  # T5 has no last one
@@ -488,7 +485,7 @@ def check_words(base: Base) -> Base:
 def load_one_file(name: str, parts: tuple[str, ...], dtype: torch.dtype | None, device: str) -> Base:
     """A base from one file in the layout of the original code. It holds weights alone: configurations, tokenizer and
     schedule are those of the folder of its family, SD 2.x where the text encoder is OpenCLIP's, else SD 1.x."""
-    path = pathlib.Path(name).expanduser()
+    path = Path(name).expanduser()
     tensors, _ = read_tensors(path, ONE_FILE)
     with reading(path, f"{LAYOUT}, or {ONE_FILE}"):
         tensors = tensors.get("state_dict", tensors)
@@ -539,23 +536,17 @@ def load_lora(spec: str, base: Base) -> None:
     """Adds the LoRA of a file, a folder or a Hub id to the networks of a base. spec: FILE, or FILE:SCALE."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", spec)
     name, scale = (match[1], float(match[2])) if match else (spec, 1.0)
-    path = pathlib.Path(name).expanduser()
-    if not path.is_file():
-        if not path.is_dir() and (path.suffix or not re.fullmatch(HUB_ID, name)):
-            raise ValueError(f"there is no LoRA {name}; expected a file, a folder or a Hub id, with :SCALE after it or"
-                             " without")
-        path = find(name, ["pytorch_lora_weights.safetensors", "lora.safetensors"], "a LoRA as safetensors")
+    path = locate(name, ["pytorch_lora_weights.safetensors", "lora.safetensors"], "a LoRA as safetensors")
     networks = {part: network for part, network in base.networks.items() if part != "vae"}
     expected = f"a LoRA for the base {base.name}"
     with reading(path, expected):
         tensors, metadata = read_tensors(path, expected)
         pairs, unknown = read_lora(tensors, metadata, networks)
         if not pairs:
-            raise ValueError(f"none of its {len(tensors)} tensors, {next(iter(tensors), 'none')} the first, belongs to"
-                             f" a layer of {' or '.join(networks)}")
+            raise ValueError(f"no tensor, {next(iter(tensors), 'none')} the first, is of {' or '.join(networks)}")
         if unknown:
-            print(f"{path}: {len(unknown)} of {len(tensors)} tensors belong to no layer here and are left out,"
-                  f" {unknown[0]} the first", file=sys.stderr)
+            print(f"{path}: {len(unknown)} of {len(tensors)} tensors belong to no layer and are left out:"
+                  f" {unknown[0]} ...", file=sys.stderr)
         for part, own in pairs.items():
             apply_lora(networks[part], own, scale)
 
@@ -567,18 +558,18 @@ def load_controlnet(name: str, network: unet.UNet, dtype: torch.dtype | None = N
     config = read_config(controlnet.ControlNetConfig, controlnet.FIXED, path)
     for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types"):
         if getattr(config, key) != getattr(network.config, key):
-            raise ValueError(f"{path}: the ControlNet's {key} is {getattr(config, key)}, the base's"
-                             f" {getattr(network.config, key)}; expected a ControlNet that was made for this base")
+            raise ValueError(f"{path}: {key} is {getattr(config, key)}; expected a ControlNet that was made for this"
+                             f" base, whose is {getattr(network.config, key)}")
     return fill(build(controlnet.ControlNet, config, path), read_weights(name, "", "diffusion_pytorch_model"),
                 "the ControlNet of its config.json", dtype, device)
 
 
-def save_prior(path: pathlib.Path, mean: Tensor, std: Tensor) -> None:
+def save_prior(path: Path, mean: Tensor, std: Tensor) -> None:
     """Mean and deviation [4, h, w] of the scaled latents of real pictures."""
     save_tensors(path, dict(mean=mean.float(), std=std.float()), {"format": "pt"})
 
 
-def load_prior(path: pathlib.Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def load_prior(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """What `save_prior` wrote, for latents of this shape."""
     tensors, _ = read_tensors(path, "a prior")
     with reading(path, f"mean and std {list(shape)}, as these pictures' latents: estimate a prior of this size"
@@ -610,7 +601,7 @@ def fingerprint(network: nn.Module, but: Iterable[str] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_tensors(path: pathlib.Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     path.touch()
     mode = path.stat().st_mode  # any new file's; left alone, safetensors makes the user its only reader
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -621,13 +612,13 @@ def save_tensors(path: pathlib.Path, tensors: dict[str, Tensor], metadata: dict[
     path.chmod(mode)
 
 
-def save_folder(folder: pathlib.Path, base: Base, dtype: torch.dtype | None = None, rest: str | None = None) -> None:
+def save_folder(folder: Path, base: Base, dtype: torch.dtype | None = None, rest: str | None = None) -> None:
     """Writes what there is of a base back in the Stable Diffusion layout, which `diffusers` reads too. With the name of
     the base that the `rest` is of, no more than denoiser and schedule are written, unless that has no weights."""
     index = {}
     if rest and not base.random:
         base = Base(base.name, unet=base.unet, transformer=base.transformer, schedule=base.schedule)
-        rest = str(pathlib.Path(rest).resolve()) if rest not in BASES and pathlib.Path(rest).exists() else rest
+        rest = str(Path(rest).resolve()) if rest not in BASES and Path(rest).exists() else rest
         index["rest"] = rest if is_file(rest) else read_index(rest).get("rest", rest)
     index |= dict(_class_name="PixArtAlphaPipeline") if base.transformer else dict(
         _class_name="StableDiffusionPipeline", feature_extractor=(None, None), safety_checker=(None, None),
@@ -677,7 +668,7 @@ class Loaded:
     r: float | None  # of a stochastic model
 
 
-def save_checkpoint(path: pathlib.Path, kind: str, base: str, tensors: dict[str, Tensor], config: dict,
+def save_checkpoint(path: Path, kind: str, base: str, tensors: dict[str, Tensor], config: dict,
                     prompts: Iterable[str] = ()) -> None:
     save_tensors(path, tensors, dict(format=FORMAT, kind=kind, base=base, config=json.dumps(config),
                                      prompts=json.dumps([*prompts])))
@@ -689,7 +680,7 @@ def described(networks: dict[str, nn.Module], schedule: Schedule, tokenizer: cli
     return configs | dict(schedule=schedule.config, tokenizer=tokenizer.to_json())
 
 
-def embedded(name: str, config: dict, path: pathlib.Path, strength: float) -> Base:
+def embedded(name: str, config: dict, path: Path, strength: float) -> Base:
     """The networks that a checkpoint of everything describes, still without weights. It opens no base."""
     if strength != 1:
         raise ValueError("it holds every weight and knows no other; strength works for LoRA checkpoints only")
@@ -701,7 +692,7 @@ def embedded(name: str, config: dict, path: pathlib.Path, strength: float) -> Ba
     return base
 
 
-def save_generator(path: pathlib.Path, generator: nn.Module, kind: str, base: str, prompts: list[str],
+def save_generator(path: Path, generator: nn.Module, kind: str, base: str, prompts: list[str],
                    text_encoder: clip.TextEncoder | None = None, tokenizer: clip.Tokenizer | None = None) -> None:
     """Writes what was trained, with all that sampling needs to know in the metadata. Where everything was trained the
     file also takes the text encoder, all configurations and the tokenizer, and opens no base."""
@@ -715,7 +706,7 @@ def save_generator(path: pathlib.Path, generator: nn.Module, kind: str, base: st
     save_checkpoint(path, kind, base, tensors, config, prompts)
 
 
-def save_yoso(path: pathlib.Path, base: Base, base_name: str, trained: dict[str, Tensor],
+def save_yoso(path: Path, base: Base, base_name: str, trained: dict[str, Tensor],
               prior: tuple[Tensor, Tensor], lora_rank: int | None) -> None:
     """Writes what was trained of a one-step generator ("unet.NAME": its LoRA, or all), its prior and its schedule. A
     base without weights goes into the file too: then that opens no base."""
@@ -727,7 +718,7 @@ def save_yoso(path: pathlib.Path, base: Base, base_name: str, trained: dict[str,
     save_checkpoint(path, "yoso", base_name, tensors, config)
 
 
-def load_yoso(path: pathlib.Path, base: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
+def load_yoso(path: Path, base: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
               strength: float = 1.0) -> tuple[Base, tuple[Tensor, Tensor]]:
     """What `save_yoso` wrote: the base with the trained change added `strength` times, and the prior."""
     expected = f"a one-step generator of train_yoso.py ({FORMAT})"
@@ -757,19 +748,14 @@ def load_yoso(path: pathlib.Path, base: str | None = None, dtype: torch.dtype | 
     return found, prior
 
 
-def find_checkpoint(name: str) -> pathlib.Path:
+def find_checkpoint(name: str) -> Path:
     """A file, a run's folder, a Hub id, or a released name of the table, which is downloaded once."""
-    path = pathlib.Path(name).expanduser()
-    if path.is_dir():
-        path = path / "model.safetensors"
-    elif not path.is_file() and name in CHECKPOINTS:
-        path = find_url(f"{RELEASED}/{CHECKPOINTS[name][0]}", "img2img-turbo")
-    elif not path.suffix and not path.parent.is_dir() and re.fullmatch(HUB_ID, name):
-        path = find(name, ["model.safetensors"], "a model that a trainer here wrote")
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}; expected a file, a run's folder, a Hub id or one of"
-                         f" {', '.join(CHECKPOINTS)}")
-    return path
+    expected = f"a checkpoint, model.safetensors of a trainer here, or one of {', '.join(CHECKPOINTS)}"
+    if name not in CHECKPOINTS or Path(name).exists():
+        return locate(name, ["model.safetensors"], expected)
+    if path := find_url(f"{RELEASED}/{CHECKPOINTS[name][0]}", "img2img-turbo"):
+        return path
+    raise ValueError(f"{name} is not here and cannot be fetched; expected {expected}")
 
 
 def kind_of(checkpoint: str) -> str | None:
@@ -825,7 +811,7 @@ def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype 
     return Loaded(generator, networks.text_encoder, networks.tokenizer, kind, base, prompts, r)
 
 
-def assign(network: nn.Module, tensors: dict[str, Tensor], path: pathlib.Path, strength: float = 1.0) -> None:
+def assign(network: nn.Module, tensors: dict[str, Tensor], path: Path, strength: float = 1.0) -> None:
     """Puts a checkpoint's tensors in place of the network's trainable ones, and of buffers without a value: exactly
     those, in their shapes. Tensors that were trained in full go `strength` of the way from their value before."""
     expected = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -849,32 +835,26 @@ class Judge:
     tokenizer: clip.Tokenizer | None = None  # of CLIP
 
 
-def judge_files(name: str, fetch: bool = True) -> list[pathlib.Path]:
-    """The files of a judge, downloaded where they are not here, if `fetch`."""
-    expected = f"the weights of {name}"
-    files = [find_url(source, "judges", fetch) if "://" in source else
-             find(source, ["model.safetensors", "pytorch_model.bin"], expected, fetch) for source in JUDGES[name]]
-    for source, path in zip(JUDGES[name], files):
-        if not path.is_file():
-            raise ValueError(f"{expected} are not here; expected {source} at {path}")
-    return files
+def judge_files(name: str, fetch: bool = True) -> list[Path | None]:
+    """The files of a judge, downloaded (if `fetch`) where they are not here; None for one that is not to be had."""
+    return [find_url(source, "judges", fetch) if "://" in source else
+            find(source, ["model.safetensors", "pytorch_model.bin"], fetch=fetch) for source in JUDGES[name][1]]
 
 
 def has_judge(name: str) -> bool:
     """Whether a judge's files are on this machine."""
-    try:
-        return bool(judge_files(name, fetch=False))
-    except ValueError:
-        return False
+    return None not in judge_files(name, fetch=False)
 
 
 def load_judge(name: str, device: str = "cpu") -> Judge:
     """"lpips", "clip", "dino" or "inception", in float32."""
-    files = judge_files(name)
+    files, (module, sources) = judge_files(name), JUDGES[name]
+    if None in files:
+        raise ValueError(f"the weights of {name} are not here; expected {' and '.join(sources)}, of the Hub in"
+                         f" {hub_cache()}, others in {hub_cache().parent / 'judges'}")
     read = [read_tensors(path, f"{name}'s weights")[0] for path in files]
-    module = dict(lpips=lpips, clip=clip, dino=dino, inception=inception)[name]
     with reading(files[0], f"the weights of {name}"):
         network = module.from_state_dict(*read).float().to(device)
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    tokenizer = load_tokenizer(JUDGES[name][0], "") if name == "clip" else None
+    tokenizer = load_tokenizer(sources[0], "") if name == "clip" else None
     return Judge(network, hashlib.sha256("".join(hashes).encode()).hexdigest()[:16], tokenizer)

@@ -405,7 +405,7 @@ REFUSED = {
     "a LoRA for a U-Net on PixArt": (["--base", "D", "--lora", "lora.safetensors"], [
         "lora.safetensors", "transformer"]),
     "a LoRA of nothing": (["--base", "B", "--lora", "nothing.safetensors"], ["nothing.safetensors", "words"]),
-    "a LoRA that is not there": (["--base", "B", "--lora", "none.safetensors:0.5"], ["no LoRA none.safetensors"]),
+    "a LoRA that is not there": (["--base", "B", "--lora", "none.safetensors:0.5"], ["no none.safetensors", "a LoRA"]),
     "a LoRA with code": (["--base", "B", "--lora", "code.pt"], ["code.pt", "code in it"]),
     "a ControlNet of another width": (["--base", "B", "--controlnet", "wide", "--control_image", "in.png"], [
         "wide/config.json", "cross_attention_dim is 40", "32"]),
