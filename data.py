@@ -669,9 +669,7 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
     """Writes latents and text contexts of a data set, a shard at a time: no more is in memory. Shards that are there
     and whole are kept, so a stopped run goes on. Without pictures, contexts alone."""
     from models import weights
-    parts = weights.parts_of(base_name)
-    base = weights.load_base(base_name, tuple(p for p in parts if p in ("text_encoder", "tokenizer")),
-                             getattr(torch, dtype), device)
+    base = weights.load_base(base_name, ("text_encoder", "tokenizer"), getattr(torch, dtype), device)
     base.vae = weights.load_base(base_name, ("vae",), torch.float32, device).vae  # as in training, which compares it
     facts = dict(base=base_name, dtype=dtype, prep=prep, size=size, column=column, seed=seed, data=str(source),
                  vae=weights.fingerprint(base.vae), text_encoder=weights.fingerprint(base.text_encoder))
@@ -681,11 +679,9 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
     index = dict(format=CACHE, facts=facts, items={k: len(v) for k, v in sets.items()}, shards=dict(train=[], test=[]))
     output.mkdir(parents=True, exist_ok=True)
     if (output / "index.json").exists():
-        old = read_cache_index(output)
-        if old["facts"] != facts or old["items"] != index["items"]:
-            raise ValueError(f"{output} is a cache of {old['facts']}, and this one would be of {facts}: choose another"
-                             " --output")
-        index = old
+        wanted, index = index, read_cache_index(output)
+        if any(index[key] != wanted[key] for key in ("facts", "items")):
+            raise ValueError(f"{output} is a cache of {index['facts']}, not {facts}: choose another --output")
     elif any(output.iterdir()):
         raise ValueError(f"{output} is not empty and no cache: choose another --output")
 
@@ -711,7 +707,7 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
                 with contextlib.suppress(ValueError):
                     check_shard(output, index["shards"][split][number])
                     continue
-            rows = [items[(i, (seed, 0, i))] for i in range(start, min(start + shard_items, len(items)))]
+            rows = [items[(i, (seed, 0, i))] for i in range(len(items))[start:start + shard_items]]
             made = [encoded(rows[i:i + batch]) for i in range(0, len(rows), batch)]
             shard = dict(file=f"{split}-{number:05d}.safetensors", captions=[row["caption"] for row in rows],
                          names=[row["name"] for row in rows])

@@ -640,8 +640,8 @@ def save_folder(folder: Path, base: Base, dtype: torch.dtype | None = None, rest
     if isinstance(base.tokenizer, t5.T5Tokenizer):
         index["tokenizer"] = ("transformers", "T5Tokenizer")
         write("tokenizer/tokenizer.json", base.tokenizer.pieces.to_str())
-        write(OTHER_CONFIGS["tokenizer"], dict(tokenizer_class="T5Tokenizer", pad_token="<pad>", eos_token="</s>",
-                                         unk_token="<unk>", model_max_length=512))
+        write(OTHER_CONFIGS["tokenizer"], dict(tokenizer_class="T5Tokenizer", model_max_length=512, pad_token="<pad>",
+                                               eos_token="</s>", unk_token="<unk>"))
     elif base.tokenizer:
         index["tokenizer"] = ("transformers", "CLIPTokenizer")
         model, tokens = json.loads(base.tokenizer.pieces.to_str())["model"], base.tokenizer.tokens
@@ -853,7 +853,7 @@ def load_judge(name: str, device: str = "cpu") -> Judge:
         raise ValueError(f"the weights of {name} are not here; expected {' and '.join(sources)}, of the Hub in"
                          f" {hub_cache()}, others in {hub_cache().parent / 'judges'}")
     read = [read_tensors(path, f"{name}'s weights")[0] for path in files]
-    with reading(files[0], f"the weights of {name}"):
+    with reading(files[0], f"the weights of {name}, {' and '.join(sources)}"):
         network = module.from_state_dict(*read).float().to(device)
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     tokenizer = load_tokenizer(sources[0], "") if name == "clip" else None
