@@ -14,7 +14,8 @@ training, pictures with captions are the targets of a paired set, or any of
     FILE.txt                    captions alone, one a line: a --teacher draws the pictures
     CACHE                       what `data.py cache` made of one of these
 
-of which every tenth item is for the test, unless FOLDER has train/ and test/. Commands:
+of which every tenth item is for the test, unless FOLDER has train/ and test/. What is wrong with a folder or a file is
+a ValueError of one sentence, at construction or at the item. Commands:
 
     python data.py check FOLDER                 counts, sizes, captions, problems, and a contact sheet
     python data.py cache DATA --base B --output CACHE           latents and text contexts, computed once
@@ -59,11 +60,8 @@ CACHE = "one-step-diffusion cache 1"
 
 def open_picture(path: str | Path | BinaryIO, name: str | Path | None = None) -> Image.Image:
     """Any picture file as 8-bit RGB, upright: EXIF rotation applied, transparency over white, 16 bits rounded to 8
-    (grey; of 16-bit colour Pillow itself keeps the upper 8 bits), the first frame of an animation. Of an open file
-    `name` is what errors call it.
-
-    ValueError, one sentence naming the file: missing, not a picture, damaged or cut short, no pixel or more than
-    MAX_PIXELS, floating-point or 32-bit values."""
+    (grey; of 16-bit colour Pillow itself keeps the upper 8 bits), the first frame of an animation. Refused are no
+    pixel or more than MAX_PIXELS, floating-point and 32-bit values. Of an open file `name` is what errors call it."""
     name = name or path
     try:
         with warnings.catch_warnings():
@@ -154,7 +152,7 @@ def _arrange(pictures: Sequence[Image.Image], rng: np.random.Generator | None = 
 def prepare(name: str) -> Callable[..., list[Image.Image]]:
     """The preparation of that name: f(pictures, rng=None) -> pictures. Crop and flip are drawn from rng once for the
     whole list (the official data set draws them apart, so that its pairs do not match); without rng the crop is
-    central and nothing is flipped. All scaling is Lanczos. ValueError on an unknown name."""
+    central and nothing is flipped. All scaling is Lanczos."""
     if name == "no_resize":
         return _arrange
     if match := re.fullmatch(r"resized_(random)?crop_([1-9]\d*)(_hflip)?", name):
@@ -241,26 +239,33 @@ def _partners(a: list[str], b: list[str]) -> dict[str, str | None]:
     return {name: name if name in same else found[name][0] if len(found[name]) == 1 else None for name in a}
 
 
-def _read_text(path: Path) -> str:
+@contextlib.contextmanager
+def _reading(what: object, expected: str) -> Iterator[None]:
+    """Whatever a damaged or foreign file makes Python or a library raise becomes one sentence that names it."""
     try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        raise ValueError(f"{what} cannot be used ({text}); expected {expected}") from None
+
+
+def _read_text(path: Path) -> str:
+    with _reading(path, "text in UTF-8"):
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable text file ({error}): write it, as UTF-8") from None
 
 
 def read_prompts(path: Path) -> dict[str, str] | None:
-    """{file name: caption}, None without the file. ValueError where it is something else."""
+    """{file name: caption}, None without the file."""
     if not path.exists():
         return None
-    try:
-        prompts = json.loads(_read_text(path))
+    text = _read_text(path)
+    with _reading(path, "JSON, {file name: caption}"):
+        prompts = json.loads(text)
         if not isinstance(prompts, dict):
             raise ValueError(f"it holds a {type(prompts).__name__}")
-        for name, caption in prompts.items():
-            if not isinstance(caption, str):
-                raise ValueError(f"it gives '{name}' a {type(caption).__name__}")
-    except (ValueError, RecursionError) as error:  # RecursionError of brackets in brackets
-        raise ValueError(f"{path} cannot be used ({error}): expected JSON, {{file name: caption}}") from None
+        if odd := [name for name, caption in prompts.items() if not isinstance(caption, str)]:
+            raise ValueError(f"the caption of '{odd[0]}' is a {type(prompts[odd[0]]).__name__}")
     return prompts
 
 
@@ -286,10 +291,7 @@ def _drawing(item: int | tuple[int, tuple[int, ...]]) -> tuple[int, np.random.Ge
 
 class PairedFolder(Dataset):
     """The pairs of one split; item i, or (i, key) with key the integers from which crop and flip are drawn:
-    input [3, H, W] in [0, 1], target [3, H, W] in [-1, 1], caption, name (the file's in A).
-
-    ValueError, one sentence: at construction on a missing folder, partner or caption and on broken prompts, at an item
-    on an unreadable picture or a pair of two sizes."""
+    input [3, H, W] in [0, 1], target [3, H, W] in [-1, 1], caption, name (the file's in A)."""
 
     def __init__(self, folder: str | Path, split: str, prep: str):
         self.a, self.b = Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"
@@ -320,10 +322,7 @@ class PairedFolder(Dataset):
 
 class UnpairedFolder(Dataset):
     """The pictures of two domains; item i, or (i, key), is the i-th of A with one of B, drawn from the key (the i-th
-    without one): a, b [3, H, W] in [-1, 1], name_a, name_b. `prompts` are the two fixed captions, of A and of B.
-
-    ValueError, one sentence: at construction on a missing or empty folder or prompt, at an item on an unreadable
-    picture."""
+    without one): a, b [3, H, W] in [-1, 1], name_a, name_b. `prompts` are the two fixed captions, of A and of B."""
 
     def __init__(self, folder: str | Path, split: str, prep: str):
         self.sides, self.prepare = [Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"], prepare(prep)
@@ -367,10 +366,7 @@ def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: 
 class Captioned(Dataset):
     """Pictures with captions, of one of the places that this file's first lines name; item i, or (i, key) with key the
     integers from which crop and flip are drawn: target [3, H, W] in [-1, 1], caption, name. Captions alone have no
-    target.
-
-    ValueError, one sentence: at construction on what is none of these or has no items, at an item on an unreadable
-    picture."""
+    target."""
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
         self.source, self.prepare, self.archive = Path(source), prepare(prep), None
@@ -395,13 +391,10 @@ class Captioned(Dataset):
         self.captions = [caption for _, caption in self.items]
 
     def _in_zip(self) -> list[tuple[str, str]]:
-        try:
+        with _reading(self.source, "a zip of pictures with a dataset.json, as EDM's dataset_tool.py writes it"):
             names = sorted(n for n in self._archive().namelist() if Path(n).suffix.lower() in SUFFIXES)
             labels = json.loads(self._unzipped("dataset.json"))["labels"] or []
             classes = {name: f"class {int(label)}" for name, label in labels}
-        except Exception as error:  # of zipfile, zlib, json, and what a foreign dataset.json makes Python raise
-            raise ValueError(f"{self.source} cannot be used ({' '.join(str(error).split())}); expected a zip of"
-                             " pictures with a dataset.json, as EDM's dataset_tool.py writes it") from None
         return [(name, classes.get(name, "")) for name in names]
 
     def _archive(self) -> zipfile.ZipFile:
@@ -413,13 +406,10 @@ class Captioned(Dataset):
         return self.__dict__ | dict(archive=None)
 
     def _unzipped(self, name: str) -> bytes:
-        try:
+        with _reading(f"{name} in {self.source}", f"{MAX_UNZIPPED} bytes at most, whole: make the zip anew"):
             if (size := self._archive().getinfo(name).file_size) > MAX_UNZIPPED:
-                raise ValueError(f"it unpacks to {size} bytes, expected {MAX_UNZIPPED} at most")
+                raise ValueError(f"it unpacks to {size} bytes")
             return self._archive().read(name)
-        except Exception as error:  # of zipfile and zlib: damaged, encrypted, packed in another way
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{name} in {self.source} is not readable ({reason}): make the zip anew") from None
 
     def _in_folder(self, column: str) -> list[tuple[str, str]]:
         names, table = pictures_in(self.folder), self.folder / "metadata.jsonl"
@@ -427,12 +417,9 @@ class Captioned(Dataset):
             return [(name, _caption(self.folder / name, self.folder / name, None) or "") for name in names]
         captions = {}
         for number, line in enumerate(_read_text(table).split("\n"), start=1):
-            try:
+            with _reading(f"{table} line {number}", f"an object with file_name and {column} (--caption_column)"):
                 row = json.loads(line or "null")
                 captions |= {row["file_name"]: str(row[column])} if row else {}
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise ValueError(f"{table} line {number}: expected an object with file_name and {column}"
-                                 " (--caption_column)") from None
         return list(zip(names, _complete({name: captions.get(name) for name in names}, table)))
 
     def __len__(self) -> int:
@@ -477,7 +464,7 @@ class Cached(Dataset):
 
 
 def read_cache_index(folder: Path) -> dict:
-    try:
+    with _reading(folder / "index.json", "the index of a cache, as python data.py cache wrote it"):
         index = json.loads((folder / "index.json").read_text())
         if index["format"] != CACHE:
             raise ValueError(f"its format is {index['format']!r}")
@@ -486,14 +473,10 @@ def read_cache_index(folder: Path) -> dict:
             if not all(isinstance(text, str) for text in texts) or len(shard["captions"]) != len(shard["names"]) \
                     or not re.fullmatch(r"\w+-\d+\.safetensors", shard["file"]):
                 raise ValueError("a shard is not described as one")
-        for number in (index["items"]["train"], index["items"]["test"]):
-            if not isinstance(number, int):
-                raise ValueError(f"it counts {number!r} items")
-        index["facts"]["base"], index["facts"]["vae"]
-        return index
-    except Exception as error:  # whatever it holds in place of what was expected
-        raise ValueError(f"{folder / 'index.json'} is no index of a cache ({type(error).__name__}: {error}): expected"
-                         " what python data.py cache wrote") from None
+        if not all(isinstance(index["items"][split], int) for split in ("train", "test")) or \
+                not {"base", "dtype", "vae", "text_encoder"} <= index["facts"].keys():
+            raise ValueError("it does not say what it is of, and how much")
+    return index
 
 
 def check_shard(folder: Path, shard: dict) -> None:
@@ -636,18 +619,17 @@ def _contact_sheet(pairs: list[tuple[Path, Path, str]], side: int = 192) -> Imag
 
 
 def check(folder: str | Path, output: str | Path | None = None) -> list[str]:
-    """Prints what the splits of a data folder hold, paired or unpaired (fixed_prompt_a.txt or _b.txt and no
-    SPLIT_prompts.json), and its problems, which it returns; writes a contact sheet, FOLDER_check.png in the current
-    directory unless told otherwise. ValueError where the folder is no data set."""
+    """Prints what a data folder holds, paired or unpaired (fixed_prompt_a.txt or _b.txt and no SPLIT_prompts.json), and
+    its problems, which it returns; writes a contact sheet, FOLDER_check.png here unless told otherwise."""
     folder = Path(folder)
-    sides = [p.name for p in folder.iterdir() if p.is_dir() and p.name[-2:] in ("_A", "_B")] if folder.is_dir() else []
-    if not sides:
+    splits = [(folder / f"{split}_A", folder / f"{split}_B") for split in ("train", "test")]
+    splits = [(a, b) for a, b in splits if a.is_dir() or b.is_dir()]
+    if not splits:
         raise ValueError(f"{folder} is not a data set: expected a folder with train_A and train_B inside")
     fixed = [folder / "fixed_prompt_a.txt", folder / "fixed_prompt_b.txt"]
     paired = any(folder.glob("*_prompts.json")) or not any(path.exists() for path in fixed)
     problems, pairs = [], []
-    for split in sorted({name[:-2] for name in sides}, reverse=True):
-        a, b = folder / f"{split}_A", folder / f"{split}_B"
+    for a, b in splits:
         seen_a, seen_b = _survey(a, problems), _survey(b, problems)
         if paired:
             pairs += _compare(a, b, seen_a, seen_b, problems)

@@ -255,8 +255,8 @@ def from_json(cls: type, values: dict):
 
 
 def read_config(cls: type, fixed: dict, path: Path):
-    """A network's configuration dataclass from its `config.json`. Keys that name no field and no fixed option are for
-    training or for other libraries and are passed over."""
+    """A network's configuration dataclass from its `config.json`, whose other keys are for training or other
+    libraries."""
     found = read_json(path)
     with reading(path, "the configuration of a network of Stable Diffusion 1.x or 2.x"):
         found = found.get("text_config", found)  # of a whole CLIP model's file
@@ -302,8 +302,7 @@ def current_name(network: nn.Module, name: str) -> str | None:
 
 def fit(network: nn.Module, files: dict[Path, dict[str, Tensor]], expected: dict[str, Tensor], owner: str
         ) -> dict[str, Tensor]:
-    """The tensors of files under the network's names. Refuses all but exactly the expected ones, in their shapes.
-    `owner` is what errors call the network."""
+    """The tensors of files under a network's names (it is `owner` in errors): just those expected, in their shapes."""
     first = next(iter(files))
     with reading(first if len(files) == 1 else first.parent, f"the {len(expected)} tensors of {owner}: copy it again"):
         tensors = {current_name(network, name): t for found in files.values() for name, t in found.items()}
@@ -506,9 +505,8 @@ def load_one_file(name: str, parts: tuple[str, ...], dtype: torch.dtype | None, 
 
 
 def load_merged(formula: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Base:
-    """A base whose denoiser is a sum of bases', "a + b - c" (with spaces), made tensor by tensor from the mapped files.
-    A tensor that one of them alone has is taken from it, as is the configuration of the largest; all other parts are
-    those of the first. YOSO at 1024 is "yoso512 + pixart1024 - pixart512"."""
+    """A base whose denoiser is a sum of bases', "a + b - c" (with spaces): YOSO at 1024 is "yoso512 + pixart1024 -
+    pixart512". A tensor may be in one of them alone. Configuration is the largest's, all other parts the first's."""
     names = re.split(r"\s+([+-])\s+", formula.strip())
     signs, names = [1, *(int(f"{sign}1") for sign in names[1::2])], names[::2]
     parts = parts_of(names[0])

@@ -171,7 +171,7 @@ def test_a_stopped_cache_goes_on_and_a_damaged_one_is_noticed_and_mended(tmp_pat
     refused(data.cache, *arguments[:5], "caption", *arguments[6:], match="choose another --output")
     refused(data.cache, str(tmp_path / "cache"), "tiny", tmp_path / "second", *arguments[3:], match="a cache already")
     (tmp_path / "cache" / "index.json").write_text("[]")
-    refused(data.open_captioned, tmp_path / "cache", "train", "", match="no index of a cache")
+    refused(data.open_captioned, tmp_path / "cache", "train", "", match="index.json cannot be used")
 
 
 # -------------------- one picture
@@ -608,10 +608,10 @@ def test_bad_folders_are_refused_when_they_are_opened(tmp_path):
 
 @pytest.mark.parametrize("text,match", [
     ('{"000.png": "a",\n"001.png" "b"}', "train_prompts.json cannot be used (Expecting ':' delimiter: line 2"),
-    ('["a", "b"]', "holds a list): expected JSON, {file name: caption}"),
-    ('{"000.png": "a", "001.png": 5}', "gives '001.png' a int"),
+    ('["a", "b"]', "holds a list); expected JSON, {file name: caption}"),
+    ('{"000.png": "a", "001.png": 5}', "the caption of '001.png' is a int"),
     ('{"001.png": "b"}', "no caption for '000.png' (1 of 2 have none)"),
-    (b'{"000.png": "\xe9"}', "as UTF-8"),
+    (b'{"000.png": "\xe9"}', "text in UTF-8"),
 ])
 def test_bad_prompts_are_refused_when_the_folder_is_opened(tmp_path, text, match):
     make_pairs(tmp_path, 2)
@@ -866,7 +866,7 @@ def test_check_knows_the_unpaired_layout(tmp_path, run_check):
     assert (tmp_path / "set_check.png").exists()
     (folder / "fixed_prompt_b.txt").unlink()
     status, out, _ = run_check("check", folder)
-    assert status == 2 and "fixed_prompt_b.txt is not a readable text file" in out and "partner" not in out
+    assert status == 2 and "fixed_prompt_b.txt cannot be used" in out and "partner" not in out
 
 
 def test_check_of_a_bad_folder_is_one_line_and_status_2(tmp_path, run_check):
@@ -912,7 +912,7 @@ def test_unpaired_items_come_of_both_domains_and_follow_their_key(domains):
 
 def test_unpaired_folders_are_refused_by_name(domains):
     (domains / "fixed_prompt_b.txt").unlink()
-    with pytest.raises(ValueError, match="fixed_prompt_b.txt is not a readable text file"):
+    with pytest.raises(ValueError, match="fixed_prompt_b.txt cannot be used"):
         data.UnpairedFolder(domains, "train", "resize_16")
     with pytest.raises(ValueError, match="test_A is not a folder"):
         data.UnpairedFolder(domains, "test", "resize_16")

@@ -557,7 +557,7 @@ def test_a_file_that_is_no_kept_statistics_is_refused(content, command, folders)
     ("--real REAL --fake FAKE --metrics clip", "clip cannot be computed: it needs --captions"),
     ("--real REAL --fake FAKE --captions nowhere.json", "nowhere.json does not exist"),
     ("--real REAL --fake FAKE --captions few.json", "few.json has no caption for 1.bmp (3 of 4 have none)"),
-    ("--real REAL --fake FAKE --captions list.json", "list.json cannot be used (it holds a list): expected JSON"),
+    ("--real REAL --fake FAKE --captions list.json", "list.json cannot be used (it holds a list); expected JSON"),
     ("--real REAL --fake FAKE --captions broken.json", "in double quotes: line 2"),
     ("--real REAL --fake FAKE --metrics psnr --captions few.json", "--captions has no meaning for --metrics psnr"),
     ("--real REAL --fake FAKE --metrics psnr --stats s.npz", "--stats has no meaning for --metrics psnr"),

@@ -511,8 +511,8 @@ HARM = {  # reader: (what is done to its file, a word of the one line)
     "a number without end": ("captions", lambda whole: b"9" * 10_000, "train_prompts.json"),
     "deep metadata": ("metadata", lambda whole: b"[" * 100_000, "metadata.jsonl line 1"),
     "half a character": ("captions", with_entry(**{f"{i}.png": "\ud800" for i in range(10)}), "half a character"),
-    "a cache of /dev/zero": ("cache", cached(file="/dev/zero"), "no index of a cache"),
-    "a cache of other captions": ("cache", cached(captions=["one"]), "no index of a cache"),
+    "a cache of /dev/zero": ("cache", cached(file="/dev/zero"), "the index of a cache"),
+    "a cache of other captions": ("cache", cached(captions=["one"]), "the index of a cache"),
     "a picture of 10^10": ("png", lambda whole: png_of(100_000, 100_000), "picture"),
     "PostScript": ("png", lambda whole: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nquit\n",
                    "not a picture of a known format"),
@@ -534,7 +534,7 @@ def test_what_a_zip_unpacks_to_is_limited_and_a_damaged_picture_in_it_is_named(w
         assert "00000/0.png in" in (line := outcome(lambda: call(world))) and "CRC-32" in line
     for limit, name in [(100, "dataset.json"), (400, "00000/")]:
         monkeypatch.setattr(data, "MAX_UNZIPPED", limit)
-        assert f"expected {limit} at most" in (line := outcome(lambda: call(world))) and name in line
+        assert f"expected {limit} bytes at most" in (line := outcome(lambda: call(world))) and name in line
 
 
 def test_workers_read_a_zip_that_is_open_in_the_trainer_too(world):
