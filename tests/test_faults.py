@@ -500,7 +500,6 @@ HARM = {  # reader: (what is done to its file, a word of the one line)
     "a piece without a row": ("tokenizer/vocab.json", with_entry(zzz=979), "pieces"),
     "heads that do not divide": ("text_encoder/config.json", with_entry(num_attention_heads=3), "heads"),
     "groups of -1": ("unet/config.json", with_entry(norm_num_groups=-1), "norm_num_groups is -1"),
-    "a rest that is no name": ("model_index.json", with_entry(rest=5), "5 is no folder here"),
     "a packed .pkl": ("official paired", packed, "img2img-turbo"),
     "a packed state": ("state", packed, "is packed"),
     "code in a .pkl": ("official unpaired", with_saved(lambda s: s.update(sd_other=Code())), "code"),
