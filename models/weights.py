@@ -490,7 +490,7 @@ def load_one_file(name: str, parts: tuple[str, ...], dtype: torch.dtype | None, 
         tensors = tensors.get("state_dict", tensors)
         for begin in ("model.diffusion_model.input_blocks.", "first_stage_model.encoder.", "cond_stage_model."):
             if not any(key.startswith(begin) for key in tensors):
-                raise ValueError(f"it has no tensor {begin}...")
+                raise ValueError(f"it is a file without a tensor {begin}...")
     family = "sd21" if "cond_stage_model.model.positional_embedding" in tensors else "sd15"
     base = load_base(family, tuple(part for part in parts if part in OTHER_CONFIGS))
     base.name = name
