@@ -1,6 +1,6 @@
 """Makes pictures: from a prompt, or from pictures with a trained translator.
 
-    python sample.py                                     # a page of what the embedded base, tiny-turbo, draws
+    python sample.py                                     # a page of what the embedded base, tiny-turbo, does
     python sample.py "a red house and a blue car on grass at night in the snow"
     python sample.py "a cat on a sofa" --base stabilityai/sd-turbo
     python sample.py "a cat on a sofa" --base sd15 --steps 25 --guidance 7.5
@@ -332,18 +332,29 @@ def edit(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def draw_page(args: argparse.Namespace, device: torch.device) -> None:
-    """Twelve captions of combinations that training left out, drawn in one step, on one page."""
+    """What the embedded base draws in one step, on one page: captions of combinations that training left out, and below
+    them what its adapters make of a picture, side by side."""
     from tiny import scenes
-    base = load(args, device)
-    side, described = 160, [scenes.nth_scene("test", 0, i) for i in range(12)]
-    page = Image.new("RGB", (4 * (side + 8), 3 * (side + 40)), "white")
-    for i, scene in enumerate(described):
-        made = text_to_image(base, scenes.caption(scene), [args.seed + i], parse_size(None, base), sampler=args.sampler)
+    base, side, cells = load(args, device), 160, []
+    for i in range(12):
+        words = scenes.caption(scenes.nth_scene("test", 0, i))
+        made = text_to_image(base, words, [args.seed + i], parse_size(None, base), sampler=args.sampler)
+        cells.append((made, words))
+    for i, name in enumerate(("day2night", "clear2rain", "edges2scene", "edges2scene")):
+        scene = scenes.nth_scene("test", 1, i, time="day", weather="clear")
+        model = weights.load_generator(name, dtype=DTYPES[args.dtype], device=str(device))
+        picture, words = (scenes.draw(scene, 64), model.prompts[1]) if model.prompts else \
+            (scenes.outlines(scene, 64), scenes.caption(scene))
+        context = model.text_encoder(model.tokenizer(words).to(device))
+        made = translate_pictures(model, [picture], context, args.seed, model.r, direction="a2b")
+        cells += [(data.to_tensor(picture)[None] * 2 - 1, f"{name}: from"), (made, f"to: {words}")]
+    page = Image.new("RGB", (4 * (side + 8), 5 * (side + 40)), "white")
+    for i, (made, words) in enumerate(cells):
         left, top = i % 4 * (side + 8) + 4, i // 4 * (side + 40) + 4
         page.paste(data.to_picture(made[0].float().cpu()).resize((side, side), Image.Resampling.BICUBIC), (left, top))
-        words = "\n".join(textwrap.wrap(scenes.caption(scene), 32))
+        words = "\n".join(textwrap.wrap(words, 32))
         ImageDraw.Draw(page).multiline_text((left, top + side + 1), words, fill="black", font_size=9, spacing=1)
-    args.prompt = "twelve captions"
+    args.prompt = "twelve captions and four translations"
     save(data.to_tensor(page) * 2 - 1, args.output or pathlib.Path("out.png"), args, seed=args.seed, base=base.name)
 
 

@@ -1,6 +1,7 @@
 """Trains CycleGAN-Turbo: a one-step text-to-image model becomes a translator between two sets of unpaired pictures.
 
-    python train_cyclegan_turbo.py                        # drawn day and night, tiny base from random weights, CPU
+    python train_cyclegan_turbo.py                        # drawn days and nights, LoRA on tiny-turbo, CPU
+    python train_cyclegan_turbo.py --base tiny            # the same from random weights, CPU, ten minutes
     python train_cyclegan_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA --mixed_precision bf16
     torchrun --nproc_per_node=4 train_cyclegan_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA ...
     python train_cyclegan_turbo.py --resume runs/NAME
@@ -53,7 +54,7 @@ class Config:
     resolution: int = 256  # N of the default preparation, resize_286_randomcrop_256x256_hflip in this proportion
     dataloader_num_workers: int = 0  # processes that prepare pictures
     # model
-    base: str = "tiny"  # a folder, a Hub id such as stabilityai/sd-turbo, or a name: tiny, sd-turbo, sd15, sd21
+    base: str = "tiny-turbo"  # a folder, a Hub id or a name: tiny-turbo, tiny (random), sd-turbo, sd15, sd21
     train: Literal["lora", "all"] = "lora"  # LoRA, conv_in and skips, or every weight (for small bases)
     lora_rank_unet: int = 128  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAEs' LoRA
@@ -104,7 +105,7 @@ TINY = dict(train="all", resolution=64, learning_rate=1e-3, lr_scheduler="cosine
             lambda_idt=5.0, lambda_gan=1.0, lambda_cycle_lpips=0.0, lambda_idt_lpips=0.0, gan_disc_type="patch",
             gan_augment=False, disc_width=16, validation_steps=100, validation_num_images=16, checkpointing_steps=100)
 # Where it has learned to draw, LoRA does.
-TURBO = TINY | dict(train="lora", lora_rank_unet=8, learning_rate=5e-4, train_batch_size=4, max_train_steps=800,
+TURBO = TINY | dict(train="lora", lora_rank_unet=4, learning_rate=5e-4, train_batch_size=4, max_train_steps=800,
                     gan_augment=True, disc_width=32)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", eval_freq="validation_steps",
                num_samples_eval="validation_num_images", train_image_prep="train_img_prep",

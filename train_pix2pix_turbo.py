@@ -1,6 +1,7 @@
 """Trains pix2pix-Turbo: a one-step text-to-image model becomes a translator of pictures, from pairs.
 
-    python train_pix2pix_turbo.py                         # drawn pairs, tiny base from random weights, CPU, minutes
+    python train_pix2pix_turbo.py                         # drawn outlines to scenes, LoRA on tiny-turbo, CPU
+    python train_pix2pix_turbo.py --base tiny             # drawn circles, from random weights, CPU, six minutes
     python train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA --mixed_precision bf16
     torchrun --nproc_per_node=4 train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA ...
     python train_pix2pix_turbo.py --resume runs/NAME
@@ -47,13 +48,13 @@ from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 @dataclass
 class Config:
     # data
-    dataset_folder: str = "drawn:circles"  # a folder of pairs, drawn:circles or drawn:scenes
+    dataset_folder: str = "drawn:scenes"  # a folder of pairs, drawn:scenes or drawn:circles
     train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
     test_image_prep: str | None = None  # the same for the test pictures
     resolution: int = 512  # N of the default preparation, resized_crop_N
     dataloader_num_workers: int = 0  # processes that prepare pictures
     # model
-    base: str = "tiny"  # a folder, a Hub id such as stabilityai/sd-turbo, or a name: tiny, sd-turbo, sd15, sd21
+    base: str = "tiny-turbo"  # a folder, a Hub id or a name: tiny-turbo, tiny (random), sd-turbo, sd15, sd21
     train: Literal["lora", "all"] = "lora"  # LoRA, conv_in and skips, or every weight (for small bases)
     lora_rank_unet: int = 8  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAE's LoRA
@@ -98,11 +99,12 @@ class Config:
 
 
 # Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster and longer batches.
-TINY = dict(train="all", resolution=32, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=200,
-            train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0, lambda_gan=0.0,
-            gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
+TINY = dict(train="all", dataset_folder="drawn:circles", resolution=32, learning_rate=1e-3, lr_scheduler="cosine",
+            lr_warmup_steps=200, train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0,
+            lambda_gan=0.0, gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
 # Where it has learned to draw, LoRA does.
-TURBO = TINY | dict(train="lora", dataset_folder="drawn:scenes", resolution=64, max_train_steps=1000)
+TURBO = TINY | dict(train="lora", dataset_folder="drawn:scenes", resolution=64, train_batch_size=8, lora_rank_unet=4,
+                    lambda_gan=0.1, disc_width=32, max_train_steps=1000)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")
 
 

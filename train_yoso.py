@@ -77,6 +77,7 @@ class Config:
     snr_gamma: float = 5.0  # the largest weight of a noise level
     coop_steps: int = 250  # how much earlier the better guess is
     con_steps: int = 25  # how much earlier the consistent one
+    last_share: float = 0.0  # of the batch at the last noise level, where one step begins; the rest at any
     noise_offset: float = 0.0  # of a noise of one value a channel, added to the noise
     # optimisation
     learning_rate: float = 2e-5  # of the generator
@@ -113,9 +114,10 @@ class Config:
 
 
 # Where the base is tiny every weight trains, on small pictures, faster; the points are more so.
-PIXELS = dict(train="all", train_data_dir="cifar10.zip", resolution=32, learning_rate=4e-4, lr_warmup_steps=200,
-              adam_weight_decay=0.0, adam_beta1=0.5, adam_beta2=0.99, train_batch_size=32, max_train_steps=2000,
-              consistency="mse", viz_freq=200, checkpointing_steps=200)
+PIXELS = dict(train="all", train_data_dir="cifar10.zip", resolution=32, learning_rate=1e-4, disc_lr_ratio=2.0,
+              lr_scheduler="constant_with_warmup", lr_warmup_steps=50, adam_weight_decay=0.0, adam_beta1=0.5,
+              adam_beta2=0.99, train_batch_size=32, max_train_steps=1500, prior_pictures=0, lambda_kl=1.0,
+              consistency="mse", last_share=0.25, viz_freq=200, checkpointing_steps=200)
 TINY = dict(train="all", resolution=32, learning_rate=2e-4, disc_lr_ratio=0.5, lr_warmup_steps=200, adam_beta2=0.99,
             train_batch_size=16, max_train_steps=2000, prior_pictures=200, checkpointing_steps=200)
 GAUSSIANS = dict(train="all", learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=100, adam_weight_decay=0.0,
@@ -449,7 +451,9 @@ def main() -> None:
         for one, ratio in ((optimizer, 1.0), (optimizer_d, cfg.disc_lr_ratio)):
             for group in one.param_groups if one else ():
                 group["lr"] = ratio * learning_rate(step, cfg, last_step)
-        times = torch.randint(T, (global_batch,), generator=training.rng(cfg.seed, step, "t"))
+        rng = training.rng(cfg.seed, step, "t")
+        times = torch.randint(T, (global_batch,), generator=rng)
+        times[torch.rand(global_batch, generator=rng) < cfg.last_share] = T - 1
 
         def draw(what: str, rows: list[int], shape: tuple[int, ...] = shape, step: int = step) -> Tensor:
             every = torch.randn(global_batch, *shape, generator=training.rng(cfg.seed, step, what))

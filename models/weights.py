@@ -54,6 +54,7 @@ CHECKPOINTS: dict[str, tuple[str, str | None, str | None]] = {
     "clear_to_rainy": ("clear2rainy.pkl", "a2b", "driving in heavy rain"),
     "rainy_to_clear": ("rainy2clear.pkl", "b2a", "driving in the day"),
 }
+ADAPTERS = ROOT / "tiny" / "adapters"  # of tiny-turbo, by their names there
 # Networks that judge pictures: their file, and the addresses of their weights, or an id of the Hub.
 JUDGES = {
     "lpips": (lpips, ["https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -747,13 +748,17 @@ def load_yoso(path: Path, base: str | None = None, dtype: torch.dtype | None = N
 
 
 def find_checkpoint(name: str) -> Path:
-    """A file, a run's folder, a Hub id, or a released name of the table, which is downloaded once."""
-    expected = f"a checkpoint, model.safetensors of a trainer here, or one of {', '.join(CHECKPOINTS)}"
-    if name not in CHECKPOINTS or Path(name).exists():
+    """A file, a run's folder, a Hub id, the name of an adapter of tiny-turbo, or of a released file, which is
+    downloaded once."""
+    known = [*sorted(file.stem for file in ADAPTERS.glob("*.safetensors")), *CHECKPOINTS]
+    expected = f"a checkpoint, model.safetensors of a trainer here, or one of {', '.join(known)}"
+    if name not in known or Path(name).exists():
         return locate(name, ["model.safetensors"], expected)
-    if path := find_url(f"{RELEASED}/{CHECKPOINTS[name][0]}", "img2img-turbo"):
-        return path
-    raise ValueError(f"{name} is not here and cannot be fetched; expected {expected}")
+    own = ADAPTERS / f"{name}.safetensors"
+    path = own if own.is_file() else find_url(f"{RELEASED}/{CHECKPOINTS[name][0]}", "img2img-turbo")
+    if path is None:
+        raise ValueError(f"{name} is not here and cannot be fetched; expected {expected}")
+    return path
 
 
 def kind_of(checkpoint: str) -> str | None:

@@ -559,8 +559,9 @@ def test_weights_that_find_no_room_are_one_line(tmp_path):
 SMALL = ["--train_batch_size", "2", "--viz_freq", "1000", "--resolution", "24", "--device", "cpu", "--max_train_steps",
          "6", "--checkpointing_steps", "2"]
 TRAINERS = {
-    train_pix2pix_turbo: ["--dataset_folder", "{pairs}", "--num_samples_eval", "1"],
-    train_cyclegan_turbo: ["--dataset_folder", "{pairs}", "--validation_num_images", "1", "--disc_width", "8"],
+    train_pix2pix_turbo: ["--base", "tiny", "--dataset_folder", "{pairs}", "--num_samples_eval", "1"],
+    train_cyclegan_turbo: ["--base", "tiny", "--dataset_folder", "{pairs}", "--validation_num_images", "1",
+                           "--disc_width", "8"],
     train_yoso: ["--train_data_dir", "{pairs}", "--num_samples_eval", "1", "--prior_pictures", "2"],
 }
 
