@@ -22,21 +22,23 @@ seed): the same seed gives the same picture on every device, in every batch. Pat
 import argparse
 import pathlib
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
 import training
-from models import controlnet, diffusion, weights
+from models import controlnet, diffusion, vae, weights
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16,
           "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
+Batches = Iterator[tuple[list[pathlib.Path], Tensor, list[int]]]  # where they go, pictures, their seeds
 # By their names: which timesteps they take.
 SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list[int]]] = {
     "ddim": diffusion.timesteps, "lcm": diffusion.lcm_timesteps, "dpm": diffusion.dpm_timesteps}
@@ -85,14 +87,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--high_threshold", type=float, default=200, help="of canny [200]")
     add("--batch", type=int, default=1, help="pictures at a time [1]")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", choices=DTYPES, default="float32", help="of the networks")
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the networks [bf16 where the processor computes"
+        " in it and the picture keeps 40 dB, else float32]")
+    add("--tile", type=int, help="pixels: translate, or decode, larger pictures by overlapping squares of this side")
+    add("--compile", action="store_true", help="the networks by torch.compile: minutes once, then faster")
     args = training.parse_args(parser, argv)
     args.translator = bool(args.checkpoint) and weights.kind_of(args.checkpoint) != "yoso"
     if (args.translator and not args.input) or (args.input and not args.translator and args.prompt is None):
         raise ValueError("a translator (--checkpoint) and --input belong together; expected both, or a prompt to edit"
                          " the input by")
     args.page = all(getattr(args, name) == parser.get_default(name) for name in vars(args)
-                    if name not in ("output", "seed", "device", "dtype", "translator"))
+                    if name not in ("output", "seed", "device", "dtype", "compile", "translator"))
     if not args.translator and args.prompt is None and args.save is None and not args.page:
         raise ValueError('nothing to draw: expected a prompt, as in python sample.py "a cat on a sofa"')
     if (args.controlnet is None) != (args.control_image is None):
@@ -112,8 +117,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 raise ValueError(f"--{name} has no meaning {where}; leave it out")
     if not args.translator and (args.input or not args.checkpoint) and not 0 < args.strength <= 1:
         raise ValueError(f"--strength {args.strength}: expected a number above 0, up to 1")
-    for name, low in [("n", 1), ("steps", 1), ("batch", 1), ("seed", 0)]:
-        if getattr(args, name) < low:
+    for name, low in [("n", 1), ("steps", 1), ("batch", 1), ("seed", 0), ("tile", 32)]:
+        if getattr(args, name) is not None and getattr(args, name) < low:
             raise ValueError(f"--{name} {getattr(args, name)}: expected {low} or more")
     if args.r is not None and not 0 <= args.r <= 1:
         raise ValueError(f"--r {args.r}: expected a number from 0 to 1")
@@ -149,6 +154,49 @@ def save(picture: Tensor, path: pathlib.Path, args: argparse.Namespace, **facts)
     print(path)
 
 
+def ahead(items: Iterator) -> Iterator:
+    """The same items, each made in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def save_all(batches: Batches, args: argparse.Namespace, base: str, several: bool) -> None:
+    """Each batch is written while the next is made."""
+    for paths, pictures, seeds in tqdm(ahead(batches), disable=not several, unit="batch"):
+        for path, picture, seed in zip(paths, pictures, seeds):
+            save(picture, path, args, seed=seed, base=base, checkpoint=args.checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------------ types and speed
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the processor itself does; elsewhere bf16 is slower than float32. A PyTorch that cannot tell: no."""
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) or (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def quicken(args: argparse.Namespace, device: torch.device, vaes: list[nn.Module], denoiser: nn.Module,
+            one_epsilon: bool, graphs: Iterable[nn.Module]) -> None:
+    """--dtype auto, channels_last, and --compile of each of `graphs`. A denoiser in bf16 loses too much where x0 comes
+    of one epsilon, whose errors 1 / alpha multiplies: of float32's pictures by tiny-sd 37 dB are left. No layer alone
+    is to blame; float16's three more bits leave 59, and bf16 in the VAE 60."""
+    if args.dtype == "auto" and computes_in_bf16(device):
+        fine = "float16" if device.type == "cuda" else "float32"  # float16 is slow on a CPU
+        for network in vaes:
+            network.to(torch.bfloat16)
+        denoiser.to(DTYPES[fine] if one_epsilon else torch.bfloat16)
+        args.dtype = f"bf16, denoiser {fine}" if one_epsilon else "bf16"
+    for network in (*vaes, denoiser):
+        network.to(memory_format=torch.channels_last)
+    for network in graphs if args.compile else ():  # once for each size of picture; on a GPU as CUDA graphs
+        network.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
 # ---------------------------------------------------------------------------------------------------- text to picture
 
 
@@ -164,12 +212,12 @@ def bind(base: weights.Base, contexts: tuple[Tensor, ...], guidance: float, cont
          ) -> diffusion.Model:
     """The network as the samplers call it: all but the latent and the timestep is bound. The contexts are of what is
     wanted and, for guidance above 1, of what is not."""
-    n = 2 if guidance > 1 else 1
+    n, dtype = 2 if guidance > 1 else 1, next(base.denoiser.parameters()).dtype
 
     def predict(x: Tensor, t: int) -> Tensor:
         h, w = x.shape[-2:]
-        each = [context[:n].repeat_interleave(len(x), dim=0) for context in contexts]
-        x = x.repeat(n, 1, 1, 1)
+        each = [context[:n].repeat_interleave(len(x), dim=0).to(dtype) for context in contexts]
+        x = x.repeat(n, 1, 1, 1).to(dtype)
         if base.transformer:
             size = torch.tensor([[h, w]], device=x.device).expand(len(x), 2) * base.vae.factor
             return base.transformer(x, t, *each, size, size[:, :1] / size[:, 1:])
@@ -190,22 +238,25 @@ def bind(base: weights.Base, contexts: tuple[Tensor, ...], guidance: float, cont
 def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple[int, int], steps: int = 1,
                   sampler: str = "ddim", guidance: float = 1.0, negative: str = "", *, control: Control | None = None,
                   prior: tuple[Tensor, Tensor] | None = None, pictures: Tensor | None = None, strength: float = 1.0,
-                  contexts: tuple[Tensor, ...] | None = None) -> Tensor:
+                  contexts: tuple[Tensor, ...] | None = None, tile: int | None = None) -> Tensor:
     """Pictures [len(seeds), 3, H, W] in [-1, 1] of one prompt; size is (width, height). `pictures`, as many in [0, 1]
-    and of that size, are edited: noised to the level `strength`. `contexts`: of prompt and, for
-    guidance, negative, if known."""
-    like, schedule, factor = next(base.denoiser.parameters()), base.schedule, base.vae.factor
+    and of that size, are edited: noised to the level `strength`. `contexts`: of prompt and, for guidance, negative, if
+    known. The VAE works by squares of `tile` pixels."""
+    schedule, factor, like = base.schedule, base.vae.factor, next(base.denoiser.parameters())
+    fine = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))  # of all between the networks
     model = bind(base, contexts or base.encode([prompt, negative][:1 + (guidance > 1)]), guidance, control)
     shape = (base.denoiser.config.in_channels, size[1] // factor, size[0] // factor)
+    side = (tile or max(size)) // factor
     noise, generators = training.draw_noise(seeds, shape)
 
     def again() -> Tensor:  # the next draw of each generator
-        return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(like)
+        return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(**fine)
 
-    noise, ts = noise.to(like), SAMPLERS[sampler](schedule, steps)
+    noise, ts = noise.to(**fine), SAMPLERS[sampler](schedule, steps)
     if pictures is not None and strength < 1:
         ts = diffusion.at_strength(ts, strength)
-        z = base.vae.encode(2 * pictures.to(like) - 1)[0] * base.vae.config.scaling_factor
+        z = vae.tiled(lambda x: base.vae.encode(2 * x - 1)[0], [pictures.to(**fine)], shape[1:], side)
+        z = z * base.vae.config.scaling_factor
         x = diffusion.add_noise(z, noise, ts[0], schedule)
     elif prior:
         x = diffusion.start_from_prior(noise, again(), *prior, ts[0], schedule)
@@ -215,13 +266,13 @@ def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple
         z = diffusion.lcm(model, x, ts, schedule, again)
     else:
         z = (diffusion.dpm if sampler == "dpm" else diffusion.ddim)(model, x, ts, schedule)
-    return base.vae.decode(z / base.vae.config.scaling_factor).clamp(-1, 1)
+    return vae.tiled(base.vae.decode, [z / base.vae.config.scaling_factor], shape[1:], side).clamp(-1, 1)
 
 
 def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
     """The base, merged, with its LoRA, or a one-step generator, as the flags say; written where --save says. Fills in
     --sampler and the generator's prior."""
-    how = dict(dtype=DTYPES[args.dtype], device=str(device))
+    how = dict(dtype=DTYPES.get(args.dtype, torch.float32), device=str(device))
     name = args.base or "tiny-turbo"
     if args.checkpoint:
         strength = 1.0 if args.input else args.strength  # of an edit it is the noise
@@ -243,6 +294,9 @@ def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
         print(args.save)
     known = {"LCM": "lcm", "DPM": "dpm"}  # by the begin of the scheduler's class
     args.sampler = args.sampler or known.get(base.schedule.config.get("_class_name", "")[:3], "ddim")
+    graphs = base.denoiser, *(part for name, part in base.vae.named_children() if name in ("encoder", "decoder"))
+    one_epsilon = args.steps == 1 and base.schedule.prediction_type == "epsilon"
+    quicken(args, device, [base.vae], base.denoiser, one_epsilon, graphs)
     return base
 
 
@@ -295,34 +349,36 @@ def draw(args: argparse.Namespace, device: torch.device) -> None:
                              " expected that size")
     contexts = base.encode([args.prompt, args.negative][:1 + (args.guidance > 1)])
     base.text_encoder = None  # T5 is larger than all the rest
-    for first in tqdm(range(0, args.n, args.batch), disable=not several, unit="batch"):
-        seeds = [args.seed + i for i in range(first, min(first + args.batch, args.n))]
-        made = text_to_image(base, args.prompt, seeds, size, args.steps, args.sampler, args.guidance, args.negative,
-                             control=control, prior=prior, contexts=contexts)
-        for picture, seed in zip(made[:, :, :H, :W], seeds):
-            save(picture, output if one else output / f"{seed}.png", args, seed=seed, base=base.name,
-                 checkpoint=args.checkpoint)
+
+    def batches() -> Batches:
+        for first in range(args.seed, args.seed + args.n, args.batch):
+            seeds = list(range(first, min(first + args.batch, args.seed + args.n)))
+            made = text_to_image(base, args.prompt, seeds, size, args.steps, args.sampler, args.guidance,
+                                 args.negative, control=control, prior=prior, contexts=contexts, tile=args.tile)
+            yield [output if one else output / f"{seed}.png" for seed in seeds], made[:, :, :H, :W].cpu(), seeds
+
+    save_all(batches(), args, base.name, several)
 
 
 def edit(args: argparse.Namespace, device: torch.device) -> None:
     """Pictures of --input drawn anew from their latents with noise of the level --strength."""
-    targets, problems = plan(args), []
-    base = load(args, device)
+    targets, base = plan(args), load(args, device)
     control = load_control(args, base, None)
     contexts = base.encode([args.prompt, args.negative][:1 + (args.guidance > 1)])
     base.text_encoder = None
-    for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1):
-        x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]), base.multiple)
-        size = tuple(x.shape[:1:-1])
-        if control:
-            control.condition = read_condition(args, base, size)
-        made = text_to_image(base, args.prompt, [args.seed] * len(x), size, args.steps, args.sampler, args.guidance,
-                             args.negative, control=control, pictures=x.to(device),
-                             strength=args.strength, contexts=contexts)
-        for path, picture in zip(paths, made[:, :, :H, :W]):
-            save(picture, targets[path], args, seed=args.seed, base=base.name, checkpoint=args.checkpoint)
-    if problems:
-        raise ValueError("; ".join(problems))
+
+    def batches() -> Batches:
+        for paths, pictures in ahead(read_batches([*targets], args)):
+            x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]), base.multiple)
+            size, seeds = tuple(x.shape[:1:-1]), [args.seed] * len(x)
+            if control:
+                control.condition = read_condition(args, base, size)
+            made = text_to_image(base, args.prompt, seeds, size, args.steps, args.sampler, args.guidance,
+                                 args.negative, control=control, pictures=x.to(device), strength=args.strength,
+                                 contexts=contexts, tile=args.tile)
+            yield [targets[path] for path in paths], made[:, :, :H, :W].cpu(), seeds
+
+    save_all(batches(), args, base.name, len(targets) > 1)
 
 
 def draw_page(args: argparse.Namespace, device: torch.device) -> None:
@@ -336,7 +392,7 @@ def draw_page(args: argparse.Namespace, device: torch.device) -> None:
         cells.append((made, words))
     for i, name in enumerate(("day2night", "clear2rain", "edges2scene", "edges2scene")):
         scene = scenes.nth_scene("test", 1, i, time="day", weather="clear")
-        model = weights.load_generator(name, dtype=DTYPES[args.dtype], device=str(device))
+        model = weights.load_generator(name, dtype=torch.float32, device=str(device))
         picture, words = (scenes.draw(scene, 64), model.prompts[1]) if model.prompts else \
             (scenes.outlines(scene, 64), scenes.caption(scene))
         context = model.text_encoder(model.tokenizer(words).to(device))
@@ -361,10 +417,10 @@ def preprocess(picture: Image.Image, args: argparse.Namespace) -> Image.Image:
     return data.sketch(picture) if args.preprocess == "sketch" else picture
 
 
-def read_batches(paths: list[pathlib.Path], args: argparse.Namespace, problems: list[str]
+def read_batches(paths: list[pathlib.Path], args: argparse.Namespace
                  ) -> Iterator[tuple[list[pathlib.Path], list[Image.Image]]]:
-    """Prepared pictures of one size, up to --batch at a time. A file that cannot be read is a line in `problems`."""
-    group: list[tuple[pathlib.Path, Image.Image]] = []
+    """Prepared pictures of one size, up to --batch at a time. Files that cannot be read are an error at the end."""
+    group, problems = [], []
     for path in paths:
         try:
             picture = data.open_picture(path)
@@ -378,19 +434,27 @@ def read_batches(paths: list[pathlib.Path], args: argparse.Namespace, problems: 
         group.append((path, picture))
     if group:
         yield tuple(map(list, zip(*group)))
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 @torch.inference_mode()
 def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], context: Tensor, seed: int, r: float | None,
-                       skip_scale: float = 1.0, direction: str | None = None) -> Tensor:
-    """Pictures of any one size, padded to the VAE's factor, translated, cut back: [B, 3, H, W] in [-1, 1]."""
-    like, factor = next(model.generator.parameters()), model.generator.vae.factor
-    x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]).to(like), factor)
-    if model.kind == "cyclegan_turbo":
-        return model.generator(2 * x - 1, context.expand(len(x), -1, -1), direction, skip_scale)[:, :, :H, :W]
-    shape = (model.generator.unet.config.in_channels, x.shape[2] // factor, x.shape[3] // factor)
-    noise = None if r is None else training.draw_noise([seed] * len(x), shape)[0].to(like)
-    return model.generator(x, context.expand(len(x), -1, -1), r, noise, skip_scale)[:, :, :H, :W]
+                       skip_scale: float = 1.0, direction: str | None = None, tile: int | None = None) -> Tensor:
+    """Pictures of any one size, padded to the VAE's factor, translated, by squares of `tile` pixels where they are
+    larger, cut back: [B, 3, H, W] in [-1, 1]."""
+    factor, channels = model.generator.vae.factor, model.generator.unet.config.in_channels
+    x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]).to(context.device), factor)
+    size = x.shape[2] // factor, x.shape[3] // factor
+    inputs = [x] if r is None else [x, training.draw_noise([seed] * len(x), (channels, *size))[0].to(x)]
+
+    def run(x: Tensor, noise: Tensor | None = None) -> Tensor:
+        words = context.expand(len(x), -1, -1)
+        if model.kind == "cyclegan_turbo":
+            return model.generator(2 * x - 1, words, direction, skip_scale)
+        return model.generator(x, words, r, noise, skip_scale)
+
+    return vae.tiled(run, inputs, size, (tile or max(x.shape)) // factor)[:, :, :H, :W]
 
 
 def plan(args: argparse.Namespace) -> dict[pathlib.Path, pathlib.Path]:
@@ -416,8 +480,12 @@ def plan(args: argparse.Namespace) -> dict[pathlib.Path, pathlib.Path]:
 
 
 def translate(args: argparse.Namespace, device: torch.device) -> None:
-    targets, problems = plan(args), []
-    model = weights.load_generator(args.checkpoint, args.base, DTYPES[args.dtype], str(device), args.r, args.strength)
+    targets = plan(args)
+    model = weights.load_generator(args.checkpoint, args.base, DTYPES.get(args.dtype, torch.float32), str(device),
+                                   args.r, args.strength)
+    vaes = [part for name, part in model.generator.named_children() if name.startswith("vae")]
+    one_epsilon = model.generator.config.prediction_type == "epsilon"
+    quicken(args, device, vaes, model.generator.unet, one_epsilon, [model.generator])
     if model.kind == "cyclegan_turbo":
         _, own, caption = weights.CHECKPOINTS.get(args.checkpoint, (None, None, None))
         args.direction = args.direction or own or "a2b"
@@ -432,14 +500,16 @@ def translate(args: argparse.Namespace, device: torch.device) -> None:
     if args.prompt is None:
         raise ValueError(f'{args.checkpoint} names no caption; expected one: --input {args.input} "..."')
     args.r = model.r
-    with torch.inference_mode():
-        context = model.text_encoder(model.tokenizer(args.prompt).to(device))
-    for paths, pictures in tqdm(read_batches([*targets], args, problems), disable=len(targets) == 1):
-        made = translate_pictures(model, pictures, context, args.seed, model.r, args.skip_scale, args.direction)
-        for path, picture in zip(paths, made):
-            save(picture, targets[path], args, seed=args.seed, base=model.base, checkpoint=args.checkpoint)
-    if problems:
-        raise ValueError("; ".join(problems))
+    with torch.no_grad():
+        context = model.text_encoder(model.tokenizer(args.prompt).to(device)).to(model.generator.unet.conv_in.weight)
+
+    def batches() -> Batches:
+        for paths, pictures in ahead(read_batches([*targets], args)):
+            made = translate_pictures(model, pictures, context, args.seed, model.r, args.skip_scale, args.direction,
+                                      args.tile)
+            yield [targets[path] for path in paths], made.cpu(), [args.seed] * len(paths)
+
+    save_all(batches(), args, model.base, len(targets) > 1)
 
 
 def main() -> None:

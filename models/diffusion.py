@@ -55,11 +55,11 @@ class Schedule:
         return zero_terminal_snr(schedule) if config.get("rescale_betas_zero_snr") else schedule
 
     def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t in the type and on the device of `like` [B, ...], shaped to multiply it. t: one or
-        [B]."""
+        """alpha_t and sigma_t on the device of `like` [B, ...], shaped to multiply it, in its type but float32 at
+        least: half a type loses what 1 / alpha (14.6 at SD-Turbo's t) then multiplies. t: one or [B]."""
         t = torch.as_tensor(t, device="cpu")
-        shape = (-1,) + (1,) * (like.ndim - 1)
-        return tuple(table[t].to(device=like.device, dtype=like.dtype).reshape(shape)
+        shape, dtype = (-1,) + (1,) * (like.ndim - 1), torch.promote_types(like.dtype, torch.float32)
+        return tuple(table[t].to(device=like.device, dtype=dtype).reshape(shape)
                      for table in (self.alpha, self.sigma))
 
 

@@ -307,7 +307,7 @@ class UNet(nn.Module):
         return self.time_embedding(embedding.to(self.time_embedding.linear_1.weight.dtype))
 
     def _down(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
-        skips = [self.conv_in(x)]
+        skips = [self.conv_in(x.to(self.conv_in.weight.dtype))]
         for block in self.down_blocks:
             skips += self._run(block, skips[-1], time, context)
         return self._run(self.mid_block, skips[-1], time, context), skips

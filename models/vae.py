@@ -5,7 +5,9 @@ configuration). Module names are those of the `vae/` folder of a `diffusers` che
 as it is. Source: Rombach et al. 2022; the skips: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image
 Models", 3.2."""
 
+import itertools
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,7 +156,7 @@ class Encoder(nn.Module):
         self.checkpointing = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, skips = self.conv_in(x), []
+        x, skips = self.conv_in(x.to(self.conv_in.weight.dtype)), []
         for block in self.down_blocks:
             skips.append(x)
             x = run(block, x, self.checkpointing)
@@ -215,7 +217,37 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, skips: list[Tensor] | None = None) -> Tensor:
         """Latent [B, 4, h, w], already divided by `config.scaling_factor` -> picture [B, 3, H, W] around [-1, 1], not
         clamped. `skips`, one an up block in their order, already convolved to its width, are added to its input."""
-        return self.decoder(self.post_quant_conv(z), skips)
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)), skips)
+
+
+def tiled(network: Callable[..., Tensor], inputs: Sequence[Tensor], size: tuple[int, int], tile: int) -> Tensor:
+    """network(*inputs), by squares of `tile` latents a side where `size`, (h, w) in latents, is more: for pictures
+    beyond memory. Inputs and result [B, C, H, W] are latents or pictures. The squares overlap by a quarter at least,
+    and fade into each other linearly; none sees beyond its own edge."""
+    (h, w), overlap, total = size, max(tile // 4, 1), None
+    if max(h, w) <= tile:
+        return network(*inputs)
+
+    def cut(x: Tensor, top: int, left: int) -> Tensor:
+        scale = x.shape[-1] // w
+        return x[..., scale * top:scale * (top + tile), scale * left:scale * (left + tile)]
+
+    def starts(side: int) -> list[int]:
+        last = max(side - tile, 0)
+        n = -(-last // (tile - overlap))
+        return [last * i // max(n, 1) for i in range(n + 1)]
+
+    for top, left in itertools.product(starts(h), starts(w)):
+        part = network(*(cut(x, top, left) for x in inputs))
+        scale = part.shape[-1] // min(tile, w)
+        if total is None:
+            fine = dict(device=part.device, dtype=torch.promote_types(part.dtype, torch.float32))
+            total, weight = (torch.zeros(*n, scale * h, scale * w, **fine) for n in (part.shape[:2], (1, 1)))
+        rows, columns = (torch.arange(1, n + 1, **fine) for n in part.shape[-2:])
+        rows, columns = (torch.minimum(i, i.flip(0)).clamp(max=scale * overlap) for i in (rows, columns))
+        cut(total, top, left).add_(part * rows[:, None] * columns)
+        cut(weight, top, left).add_(rows[:, None] * columns)
+    return total / weight
 
 
 @dataclass

@@ -157,11 +157,13 @@ def test_one_ddpm_step_at_the_last_timestep_is_the_clean_latent():
     assert relative(predict_x0(prediction, x, 999, Schedule.from_config(SD), "epsilon"), theirs) < 1e-5
 
 
-def test_arithmetic_is_in_the_type_of_the_latent():
+def test_arithmetic_is_in_the_type_of_the_latent_but_float32_at_least():
     schedule = Schedule.from_config(SD)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for dtype, fine in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
         x = normal(2, 4, 5, 6, dtype=dtype)
-        assert predict_x0(x, x, 999, schedule, "epsilon").dtype == add_noise(x, x, 3, schedule).dtype == dtype
+        assert predict_x0(x, x, 999, schedule, "epsilon").dtype == add_noise(x, x, 3, schedule).dtype == fine
+        assert relative(predict_x0(x, x, 999, schedule, "epsilon").double(),
+                        predict_x0(x.double(), x.double(), 999, schedule, "epsilon")) < 1e-4
 
 
 # ----------------------------------------------------------------------------------------------------------- timesteps

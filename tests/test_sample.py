@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import diffusers.schedulers.scheduling_lcm
@@ -169,11 +170,13 @@ def checkpoints(base, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """python sample.py ..., within this process and in an empty folder: status, paths printed, stderr."""
+    """python sample.py ..., within this process, in an empty folder, in float32 unless told: status, paths printed,
+    stderr."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
     def call(*arguments: object) -> tuple[int, list[str], str]:
+        arguments += () if "--dtype" in arguments else ("--dtype", "float32")
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
         capsys.readouterr()
         try:
@@ -353,6 +356,58 @@ def test_other_types_draw_the_same_picture_nearly(base, checkpoints, command, tm
         assert (levels("out.png") - levels("other.png")).abs().mean() < (1e-3 if dtype == "float64" else 5)
 
 
+# ------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_the_next_is_made_while_the_caller_works_and_its_error_comes_in_its_turn():
+    begun = threading.Event()
+
+    def items():
+        yield "first"
+        begun.set()
+        yield "second"
+        raise ValueError("no third")
+
+    made = sample.ahead(items())
+    assert next(made) == "first" and begun.wait(60) and next(made) == "second"
+    with pytest.raises(ValueError, match="no third"):
+        next(made)
+
+
+def test_tiles_bound_what_the_networks_see_and_a_small_picture_is_the_same_bits(base, checkpoints, command, tmp_path,
+                                                                                monkeypatch):
+    small, large = picture(tmp_path / "small.png", 30, 24), picture(tmp_path / "large.png", 70, 45)
+    prompt, translate = [PROMPT, "--base", base], ["--checkpoint", checkpoints["stochastic"], "--input"]
+    seen = []
+    encode, decode = vae.VAE.encode, vae.VAE.decode
+    monkeypatch.setattr(vae.VAE, "encode", lambda self, x: (seen.append(x.shape), encode(self, x))[1])
+    monkeypatch.setattr(vae.VAE, "decode", lambda *inputs: (seen.append((made := decode(*inputs)).shape), made)[1])
+    for flags, size in [([*translate, small], (30, 24)), ([*translate, large], (70, 45)),
+                        ([*prompt, "--size", "16"], (16, 16)), ([*prompt, "--size", "64x48"], (64, 48)),
+                        ([*prompt, "--input", large, "--strength", "0.5"], (70, 45))]:
+        command(*flags, "--output", "whole.png")
+        seen.clear()
+        status, _, err = command(*flags, "--tile", 32)
+        assert status == 0 and Image.open("out.png").size == size, err
+        assert max(side for shape in seen for side in shape[-2:]) <= 32
+        assert torch.equal(levels("out.png"), levels("whole.png")) == (max(size) <= 32)
+
+
+def test_compiled_networks_draw_the_same_picture(base, checkpoints, command, tmp_path, monkeypatch):
+    """By the eager backend: whether code is made of the graph is not sample.py's business, what is a graph is."""
+    compile, how = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: (
+        how.append(options), compile(self, backend="eager", fullgraph=True, dynamic=options["dynamic"])))
+    source = picture(tmp_path / "in.png", 16, 16)
+    translate = ["--checkpoint", checkpoints["unpaired"], "--input", source]
+    for flags, graphs in [([PROMPT, "--base", base], 3), (translate, 1)]:
+        command(*flags)
+        how.clear()
+        status, _, err = command(*flags, "--compile", "--output", "compiled.png")
+        assert status == 0 and how == graphs * [dict(dynamic=False, mode=None)], err
+        assert (levels("compiled.png") - levels("out.png")).abs().max() <= 1
+
+
 # What is asked for (B a base, C and S checkpoints, P a picture, D a folder of one), and what the line must say.
 REFUSED = {
     "no prompt": (["--base", "B"], ["nothing to draw"]),
@@ -400,6 +455,7 @@ REFUSED = {
     "output into the input folder": (["--checkpoint", "C", "--input", "D", "--output", "D"], ["in.png", "folder"]),
     "output below a file": ([PROMPT, "--base", "B", "--output", "notes.txt/a.png"], ["notes.txt"]),
     "unknown device": ([PROMPT, "--base", "B", "--device", "tpu9"], ["--device tpu9", "cpu"]),
+    "a tile too small": ([PROMPT, "--base", "B", "--tile", "8"], ["--tile 8", "32 or more"]),
     "unknown type": ([PROMPT, "--base", "B", "--dtype", "int8"], ["--dtype", "int8", "bf16"]),
 }
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import sample
@@ -143,3 +144,31 @@ def test_the_page_of_the_readme_is_the_one_that_sample_draws(monkeypatch, tmp_pa
     pages = [data.to_tensor(data.open_picture(path)) for path in
              (tmp_path / "page.png", recipe.HERE.parent / "assets" / "tiny.png")]
     assert pages[0].shape == pages[1].shape and (pages[0] - pages[1]).abs().mean() < 2 / 255
+
+
+@pytest.mark.parametrize("kind", ["text", "pix2pix_turbo", "cyclegan_turbo"])
+@pytest.mark.parametrize("name, dtype", [("tiny-turbo", "bf16"), ("tiny-sd", "bf16, denoiser float32")])
+def test_the_fast_default_makes_float32s_pictures(monkeypatch, tmp_path, name, dtype, kind):
+    """To 40 dB and 1/255, on any CPU: one that does not compute in bf16 itself rounds to it. tiny-sd's x0 is of an
+    epsilon, times 14.6."""
+    monkeypatch.setattr(sample, "computes_in_bf16", lambda device: True)
+    scene, flags = scenes.nth_scene("test", 0, 1), ["--base", name]
+    if kind != "text":
+        base = weights.load_base(name)
+        generator, config, _ = weights.KINDS[kind]
+        made = generator(base.vae, base.unet, base.schedule, config(prediction_type=base.schedule.prediction_type))
+        weights.save_generator(tmp_path / "model.safetensors", made, kind, name, ["a", "b"])
+        data.to_picture(measure.held_out(2)[1][1]).save(tmp_path / "in.png")
+        flags = ["--checkpoint", str(tmp_path / "model.safetensors"), "--input", str(tmp_path / "in.png")]
+    pictures = []
+    for chosen in ("float32", "auto"):
+        output = str(tmp_path / f"{chosen}.png")
+        monkeypatch.setattr(sys, "argv", ["sample.py", scenes.caption(scene), *flags, "--dtype", chosen, "--device",
+                                          "cpu", "--output", output])
+        sample.main()
+        pictures.append(data.to_tensor(data.open_picture(output)))
+    assert Image.open(output).text["dtype"] == dtype
+    assert pictures[0].std() > 0.03
+    difference = pictures[1] - pictures[0]
+    assert measure.psnr(2 * pictures[1][None] - 1, 2 * pictures[0][None] - 1).item() >= 40
+    assert 0 < difference.abs().mean() <= 1 / 255

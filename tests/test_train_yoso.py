@@ -415,7 +415,7 @@ def test_a_checkpoint_draws_what_the_grid_showed(monkeypatch, tmp_path, pairs, w
     train(monkeypatch, "--train", way, "--train_data_dir", pairs, *SMALL, "--max_train_steps", 2,
           "--learning_rate", 1e-2, "--output_dir", tmp_path / "run")
     argv = ["sample.py", "noise", "--checkpoint", str(tmp_path / "run"), "--seed", "0", "--output",
-            str(tmp_path / "out.png")]
+            str(tmp_path / "out.png"), "--dtype", "float32"]
     monkeypatch.setattr(sys, "argv", argv)
     sample.main()
     made = trainer.data.to_tensor(trainer.data.open_picture(tmp_path / "out.png")) * 2 - 1

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import gradients, normal, parameters, randomise, relative
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from models.pix2pix_turbo import add_skip_convs, convolved_skips
-from models.vae import VAE, VAEConfig
+from models.vae import VAE, VAEConfig, tiled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,3 +175,33 @@ def test_full_size_vae_agrees_in_float32():
     assert relative(logvar, theirs.logvar) < 1e-4
     assert max(relative(a, b) for a, b in zip(skips, peer_skips(peer, x), strict=True)) < 1e-4
     assert relative(vae.decode(mean), peer.decode(mean).sample) < 1e-4
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize("size", [(40, 25), (7, 33), (16, 17)])
+def test_tiles_cover_the_picture_with_weights_that_sum_to_one_and_none_is_larger(size):
+    """A picture four times as large as its latent, and noise, through a network of single pixels."""
+    latent = normal(2, 3, *size)
+    picture, seen = F.interpolate(latent, scale_factor=4), []
+
+    def network(x: Tensor, noise: Tensor) -> Tensor:
+        seen.append((x.shape[-2:], noise.shape[-2:]))
+        return F.interpolate(noise, scale_factor=4) + x
+
+    assert (tiled(network, [picture, latent], size, 8) - 2 * picture).abs().max() < 1e-12
+    assert {shape for pair in seen for shape in pair} == {tuple(min(8, n) * k for n in size) for k in (1, 4)}
+
+
+@torch.no_grad()
+def test_a_tiled_picture_has_no_seam_and_a_small_one_is_the_same_bits():
+    network = randomise(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1)))
+    z = F.interpolate(normal(1, 4, 12, 12, dtype=torch.float32), size=(96, 96), mode="bicubic")
+    whole = network(z)
+    assert torch.equal(tiled(network, [z], (96, 96), 96), whole)
+    made = tiled(network, [z], (96, 96), 40)
+    assert (made - whole).abs().mean() < 0.02 * whole.std()
+    inner = slice(1, -1)  # where zeros beyond the picture's edge do not show, no step is larger than the whole's
+    steps = [x[..., inner, inner].diff(dim=-1).abs().amax() for x in (made, whole)]
+    assert steps[0] < 1.1 * steps[1]
