@@ -476,7 +476,8 @@ class Unpaired(Dataset):
 
     def __init__(self, task: str, split: str, size: int = 64, seed: int = 0):
         if task not in TASKS:
-            raise ValueError(f"there is no task '{task}' of the scenes: known are {', '.join(TASKS)}")
+            known = ", ".join(f"drawn:{known}" for known in TASKS)
+            raise ValueError(f"there are no unpaired drawings '{task}': known are {known}")
         self.split, self.seed, self.size = split, seed, size
         self.n = 20_000 if split == "train" else 200
         self.lights = dict(zip("ab", TASKS[task]))
