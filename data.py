@@ -14,7 +14,8 @@ training, pictures with captions are the targets of a paired set, or any of
     FILE.txt                    captions alone, one a line: a --teacher draws the pictures
     CACHE                       what `data.py cache` made of one of these
 
-of which every tenth item is for the test, unless FOLDER has train/ and test/. Commands:
+of which every tenth item is for the test, unless FOLDER has train/ and test/. What is wrong with a folder or a file is
+a ValueError of one sentence, at construction or at the item. Commands:
 
     python data.py check FOLDER                 counts, sizes, captions, problems, and a contact sheet
     python data.py cache DATA --base B --output CACHE           latents and text contexts, computed once
@@ -53,18 +54,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's: o
 MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: half a gigabyte as RGB
 MAX_UNZIPPED = 1 << 28  # bytes of one file in a zip, which may claim, and unpack to, a thousand times its size
 CACHE = "one-step-diffusion cache 1"
-DRAWN = ("circles", "scenes")  # tiny/NAME.py, reached as drawn:NAME
 
 
 # -------------------- One picture
 
 def open_picture(path: str | Path | BinaryIO, name: str | Path | None = None) -> Image.Image:
     """Any picture file as 8-bit RGB, upright: EXIF rotation applied, transparency over white, 16 bits rounded to 8
-    (grey; of 16-bit colour Pillow itself keeps the upper 8 bits), the first frame of an animation. Of an open file
-    `name` is what errors call it.
-
-    ValueError, one sentence naming the file: missing, not a picture, damaged or cut short, no pixel or more than
-    MAX_PIXELS, floating-point or 32-bit values."""
+    (grey; of 16-bit colour Pillow itself keeps the upper 8 bits), the first frame of an animation. Refused are no
+    pixel or more than MAX_PIXELS, floating-point and 32-bit values. Of an open file `name` is what errors call it."""
     name = name or path
     try:
         with warnings.catch_warnings():
@@ -120,10 +117,8 @@ def pad_to_multiple(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, tuple[i
     by reflection, in a direction where the picture is too small for that by repeating its edge."""
     height, width = x.shape[-2:]
     right, below = -width % factor, -height % factor
-    if right:
-        x = F.pad(x, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
-    if below:
-        x = F.pad(x, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
+    x = F.pad(x, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
+    x = F.pad(x, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
     return x, (height, width)
 
 
@@ -157,7 +152,7 @@ def _arrange(pictures: Sequence[Image.Image], rng: np.random.Generator | None = 
 def prepare(name: str) -> Callable[..., list[Image.Image]]:
     """The preparation of that name: f(pictures, rng=None) -> pictures. Crop and flip are drawn from rng once for the
     whole list (the official data set draws them apart, so that its pairs do not match); without rng the crop is
-    central and nothing is flipped. All scaling is Lanczos. ValueError on an unknown name."""
+    central and nothing is flipped. All scaling is Lanczos."""
     if name == "no_resize":
         return _arrange
     if match := re.fullmatch(r"resized_(random)?crop_([1-9]\d*)(_hflip)?", name):
@@ -167,9 +162,8 @@ def prepare(name: str) -> Callable[..., list[Image.Image]]:
     if match := re.fullmatch(r"resize_([1-9]\d*)_randomcrop_([1-9]\d*)x\2(_hflip)?", name):
         if int(match[1]) >= int(match[2]):
             return partial(_arrange, stretch=int(match[1]), crop=int(match[2]), random=True, flip=bool(match[3]))
-    raise ValueError(f"unknown preparation '{name}': expected resized_crop_N, resized_randomcrop_N (or with _hflip), "
-                     "resize_N, resize_NxN, "
-                     "resize_M_randomcrop_NxN or resize_M_randomcrop_NxN_hflip (M at least N), or no_resize")
+    raise ValueError(f"unknown preparation '{name}': expected resized_crop_N, resized_randomcrop_N, resize_N,"
+                     " resize_M_randomcrop_NxN (M at least N), those with a crop also with _hflip, or no_resize")
 
 
 # -------------------- Conditions drawn from a picture
@@ -224,10 +218,16 @@ def sketch(picture: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(picture) < 128).astype(np.uint8) * 255)
 
 
-# -------------------- Folders of pairs
+# -------------------- Folders
 
 def pictures_in(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+    """The names of its pictures, sorted. ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: expected one with pictures in it")
+    files = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+    if not (names := sorted(p.name for p in files)):
+        raise ValueError(f"{folder} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
+    return names
 
 
 def _partners(a: list[str], b: list[str]) -> dict[str, str | None]:
@@ -239,29 +239,33 @@ def _partners(a: list[str], b: list[str]) -> dict[str, str | None]:
     return {name: name if name in same else found[name][0] if len(found[name]) == 1 else None for name in a}
 
 
-def _read_text(path: Path) -> str:
+@contextlib.contextmanager
+def _reading(what: object, expected: str) -> Iterator[None]:
+    """Whatever a damaged or foreign file makes Python or a library raise becomes one sentence that names it."""
     try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+        raise ValueError(f"{what} cannot be used ({text}); expected {expected}") from None
+
+
+def _read_text(path: Path) -> str:
+    with _reading(path, "text in UTF-8"):
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable text file ({error}): save it as UTF-8") from None
 
 
 def read_prompts(path: Path) -> dict[str, str] | None:
-    """{file name: caption}, None without the file. ValueError where it is something else."""
+    """{file name: caption}, None without the file."""
     if not path.exists():
         return None
     text = _read_text(path)
-    try:
+    with _reading(path, "JSON, {file name: caption}"):
         prompts = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} is not JSON ({error.msg}): correct that line") from None
-    except (ValueError, RecursionError) as error:  # of numbers without end, of brackets in brackets
-        raise ValueError(f"{path} cannot be read ({error}), expected a dictionary of file name to caption") from None
-    if not isinstance(prompts, dict):
-        raise ValueError(f"{path} holds a {type(prompts).__name__}, expected a dictionary of file name to caption")
-    for name, caption in prompts.items():
-        if not isinstance(caption, str):
-            raise ValueError(f"{path} gives '{name}' a {type(caption).__name__}, expected its caption as a string")
+        if not isinstance(prompts, dict):
+            raise ValueError(f"it holds a {type(prompts).__name__}")
+        if odd := [name for name, caption in prompts.items() if not isinstance(caption, str)]:
+            raise ValueError(f"the caption of '{odd[0]}' is a {type(prompts[odd[0]]).__name__}")
     return prompts
 
 
@@ -274,76 +278,62 @@ def _caption(a: Path, b: Path, prompts: dict[str, str] | None) -> str | None:
     return None
 
 
+def _complete(captions: dict[str, str | None], source: Path) -> list[str]:
+    if missing := [name for name, caption in captions.items() if caption is None]:
+        raise ValueError(f"{source} has no caption for '{missing[0]}' ({len(missing)} of {len(captions)} have none)")
+    return list(captions.values())
+
+
+def _drawing(item: int | tuple[int, tuple[int, ...]]) -> tuple[int, np.random.Generator | None]:
+    """The index of an item, i or (i, key), and what its crop and flip are drawn from."""
+    return (item[0], np.random.default_rng(item[1])) if isinstance(item, tuple) else (item, None)
+
+
 class PairedFolder(Dataset):
     """The pairs of one split; item i, or (i, key) with key the integers from which crop and flip are drawn:
-    input [3, H, W] in [0, 1], target [3, H, W] in [-1, 1], caption, name (the file's in A).
-
-    ValueError, one sentence: at construction on a missing folder, partner or caption and on broken prompts, at an item
-    on an unreadable picture or a pair of two sizes."""
+    input [3, H, W] in [0, 1], target [3, H, W] in [-1, 1], caption, name (the file's in A)."""
 
     def __init__(self, folder: str | Path, split: str, prep: str):
         self.a, self.b = Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"
-        for path in (Path(folder), self.a, self.b):
-            if not path.is_dir():
-                raise ValueError(f"{path} is not a folder: expected a data set with {split}_A and {split}_B inside")
         self.prepare = prepare(prep)
         partners = _partners(pictures_in(self.a), pictures_in(self.b))
-        alone = [name for name, partner in partners.items() if partner is None]
-        if not partners:
-            raise ValueError(f"{self.a} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
-        if alone:
+        if alone := [name for name, partner in partners.items() if partner is None]:
             raise ValueError(f"{self.a / alone[0]} has no partner of its name or stem in {self.b.name} ({len(alone)} "
                              f"of {len(partners)} have none): add the missing pictures or remove these")
         self.pairs = list(partners.items())
-        prompts = read_prompts(Path(folder) / f"{split}_prompts.json")
-        captions = [_caption(self.a / a, self.b / b, prompts) for a, b in self.pairs]
-        self.captions = [caption or "" for caption in captions]
-        missing = [a for (a, _), caption in zip(self.pairs, captions, strict=True) if caption is None]
-        if missing and prompts is not None:
-            raise ValueError(f"{split}_prompts.json in {folder} has no caption for '{missing[0]}' ({len(missing)} of "
-                             f"{len(self.pairs)} have none): add the entries")
+        path = Path(folder) / f"{split}_prompts.json"
+        prompts = read_prompts(path)
+        captions = {a: _caption(self.a / a, self.b / b, prompts) for a, b in self.pairs}
+        self.captions = [text or "" for text in captions.values()] if prompts is None else _complete(captions, path)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index, key = item if isinstance(item, tuple) else (item, None)
+        index, rng = _drawing(item)
         name, partner = self.pairs[index]
         pair = [open_picture(self.a / name), open_picture(self.b / partner)]
         if pair[0].size != pair[1].size:
-            sizes = " and ".join(f"{w}x{h}" for w, h in (picture.size for picture in pair))
+            sizes = " and ".join("{}x{}".format(*picture.size) for picture in pair)
             raise ValueError(f"{self.a / name} and its partner in {self.b.name} are {sizes} pixels: make them equal")
-        a, b = self.prepare(pair, None if key is None else np.random.default_rng(key))
+        a, b = self.prepare(pair, rng)
         return dict(input=to_tensor(a), target=to_tensor(b) * 2 - 1, caption=self.captions[index], name=name)
 
 
 class UnpairedFolder(Dataset):
     """The pictures of two domains; item i, or (i, key), is the i-th of A with one of B, drawn from the key (the i-th
-    without one): a, b [3, H, W] in [-1, 1], name_a, name_b. `prompts` are the two fixed captions, of A and of B.
-
-    ValueError, one sentence: at construction on a missing or empty folder or prompt, at an item on an unreadable
-    picture."""
+    without one): a, b [3, H, W] in [-1, 1], name_a, name_b. `prompts` are the two fixed captions, of A and of B."""
 
     def __init__(self, folder: str | Path, split: str, prep: str):
         self.sides, self.prepare = [Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"], prepare(prep)
-        for path in (Path(folder), *self.sides):
-            if not path.is_dir():
-                raise ValueError(f"{path} is not a folder: expected a data set with {split}_A and {split}_B inside")
         self.names = [pictures_in(side) for side in self.sides]
-        for side, names in zip(self.sides, self.names):
-            if not names:
-                raise ValueError(f"{side} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
-        files = [Path(folder) / f"fixed_prompt_{domain}.txt" for domain in "ab"]
-        if missing := next((file for file in files if not file.is_file()), None):
-            raise ValueError(f"{missing} is missing: expected one line, the caption of all pictures of that domain")
-        self.prompts = tuple(_read_text(file).strip() for file in files)
+        self.prompts = tuple(_read_text(Path(folder) / f"fixed_prompt_{domain}.txt").strip() for domain in "ab")
 
     def __len__(self) -> int:
         return max(map(len, self.names))
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index, key = item if isinstance(item, tuple) else (item, None)
-        rng = None if key is None else np.random.default_rng(key)
+        index, rng = _drawing(item)
         other = index if rng is None else int(rng.integers(len(self.names[1])))
         names = [names[i % len(names)] for names, i in zip(self.names, (index, other))]
         a, b = (to_tensor(self.prepare([open_picture(side / name)], rng)[0]) * 2 - 1
@@ -354,49 +344,42 @@ class UnpairedFolder(Dataset):
 def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 64) -> Dataset:
     """A folder of two domains, or the built-in drawings drawn:day2night and drawn:clear2rain, which are drawn at `size`
     and have no use for prep."""
-    kind, colon, name = str(folder).partition(":")
-    if not (kind == "drawn" and colon):
+    if not str(folder).startswith("drawn:"):
         return UnpairedFolder(folder, split, prep)
-    if name in ("day2night", "clear2rain"):
-        from tiny.scenes import Unpaired
-        return Unpaired(name, split, size, seed)
-    raise ValueError(f"there are no unpaired drawings '{name}': known are drawn:day2night and drawn:clear2rain")
+    from tiny.scenes import Unpaired
+    return Unpaired(str(folder).removeprefix("drawn:"), split, size, seed)
 
 
 def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 32) -> Dataset:
     """A folder of pairs, or the built-in drawings drawn:circles and drawn:scenes, which are drawn at `size` and have no
     use for prep."""
-    kind, colon, name = str(folder).partition(":")
-    if not (kind == "drawn" and colon):
+    if not str(folder).startswith("drawn:"):
         return PairedFolder(folder, split, prep)
-    if name == "circles":
-        from tiny.circles import Circles
-        return Circles(split, seed, size)
-    if name == "scenes":
-        from tiny.scenes import Paired
-        return Paired(split, size, seed)
-    raise ValueError(f"there are no drawings '{name}': known are {', '.join(f'drawn:{known}' for known in DRAWN)}")
+    from tiny import circles, scenes
+    if str(folder) == "drawn:circles":
+        return circles.Circles(split, seed, size)
+    if str(folder) == "drawn:scenes":
+        return scenes.Paired(split, size, seed)
+    raise ValueError(f"there are no drawings {folder}: expected drawn:circles or drawn:scenes")
 
 
 class Captioned(Dataset):
     """Pictures with captions, of one of the places that this file's first lines name; item i, or (i, key) with key the
     integers from which crop and flip are drawn: target [3, H, W] in [-1, 1], caption, name. Captions alone have no
-    target.
-
-    ValueError, one sentence: at construction on what is none of these or has no items, at an item on an unreadable
-    picture."""
+    target."""
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
         self.source, self.prepare, self.archive = Path(source), prepare(prep), None
         folders = all((self.source / name).is_dir() for name in ("train", "test"))
         self.folder = self.source / split if folders else self.source
-        if self.source.suffix == ".zip" and self.source.is_file():
-            items = self._in_zip()
-        elif self.source.suffix == ".txt" and self.source.is_file():
-            lines = [" ".join(line.split()) for line in _read_text(self.source).splitlines()]
-            items = [(None, line) for line in lines if line]
-        elif self.folder.is_dir():
+        self.kind = "folder" if self.folder.is_dir() else self.source.suffix
+        if self.kind == "folder":
             items = self._in_folder(column)
+        elif self.kind == ".zip":
+            items = self._in_zip()
+        elif self.kind == ".txt":
+            lines = [" ".join(line.split()) for line in _read_text(self.source).splitlines()]
+            items = [(f"caption {i}", line) for i, line in enumerate(filter(None, lines))]
         else:
             raise ValueError(f"{source} is no data: expected a folder of pictures, a .zip in the layout of EDM, a .txt"
                              " of captions, a cache of data.py, or drawn:scenes")
@@ -408,13 +391,10 @@ class Captioned(Dataset):
         self.captions = [caption for _, caption in self.items]
 
     def _in_zip(self) -> list[tuple[str, str]]:
-        try:
+        with _reading(self.source, "a zip of pictures with a dataset.json, as EDM's dataset_tool.py writes it"):
             names = sorted(n for n in self._archive().namelist() if Path(n).suffix.lower() in SUFFIXES)
             labels = json.loads(self._unzipped("dataset.json"))["labels"] or []
             classes = {name: f"class {int(label)}" for name, label in labels}
-        except Exception as error:  # of zipfile, zlib, json, and what a foreign dataset.json makes Python raise
-            raise ValueError(f"{self.source} cannot be used ({' '.join(str(error).split())}); expected a zip of"
-                             " pictures with a dataset.json, as EDM's dataset_tool.py writes it") from None
         return [(name, classes.get(name, "")) for name in names]
 
     def _archive(self) -> zipfile.ZipFile:
@@ -426,13 +406,10 @@ class Captioned(Dataset):
         return self.__dict__ | dict(archive=None)
 
     def _unzipped(self, name: str) -> bytes:
-        try:
+        with _reading(f"{name} in {self.source}", f"{MAX_UNZIPPED} bytes at most, whole: make the zip anew"):
             if (size := self._archive().getinfo(name).file_size) > MAX_UNZIPPED:
-                raise ValueError(f"it unpacks to {size} bytes, expected {MAX_UNZIPPED} at most")
+                raise ValueError(f"it unpacks to {size} bytes")
             return self._archive().read(name)
-        except Exception as error:  # of zipfile and zlib: damaged, encrypted, packed in another way
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{name} in {self.source} is not readable ({reason}): make the zip anew") from None
 
     def _in_folder(self, column: str) -> list[tuple[str, str]]:
         names, table = pictures_in(self.folder), self.folder / "metadata.jsonl"
@@ -440,31 +417,22 @@ class Captioned(Dataset):
             return [(name, _caption(self.folder / name, self.folder / name, None) or "") for name in names]
         captions = {}
         for number, line in enumerate(_read_text(table).split("\n"), start=1):
-            try:
+            with _reading(f"{table} line {number}", f"an object with file_name and {column} (--caption_column)"):
                 row = json.loads(line or "null")
                 captions |= {row["file_name"]: str(row[column])} if row else {}
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise ValueError(f"{table} line {number}: expected an object with file_name and {column}"
-                                 " (--caption_column)") from None
-        if missing := [name for name in names if name not in captions]:
-            raise ValueError(f"{table} has no caption for '{missing[0]}' ({len(missing)} of {len(names)} have none)")
-        return [(name, captions[name]) for name in names]
+        return list(zip(names, _complete({name: captions.get(name) for name in names}, table)))
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index, key = item if isinstance(item, tuple) else (item, None)
-        file, caption = self.items[index]
-        if file is None:
-            return dict(caption=caption, name=f"caption {index}")
-        path = self.folder / file
-        if self.source.suffix == ".zip":
-            picture = open_picture(io.BytesIO(self._unzipped(file)), path)
-        else:
-            picture = open_picture(path)
-        picture, = self.prepare([picture], None if key is None else np.random.default_rng(key))
-        return dict(target=to_tensor(picture) * 2 - 1, caption=caption, name=file)
+        index, rng = _drawing(item)
+        name, caption = self.items[index]
+        if self.kind == ".txt":
+            return dict(caption=caption, name=name)
+        path = self.folder / name
+        picture = open_picture(io.BytesIO(self._unzipped(name)) if self.kind == ".zip" else path, path)
+        return dict(target=to_tensor(self.prepare([picture], rng)[0]) * 2 - 1, caption=caption, name=name)
 
 
 class Cached(Dataset):
@@ -472,7 +440,7 @@ class Cached(Dataset):
     context_1 [N] (a mask) of the caption, caption, name. A shard's bytes are hashed when it is first opened."""
 
     def __init__(self, folder: str | Path, split: str):
-        self.folder, self.opened = Path(folder), {}
+        self.folder, self.sound = Path(folder), set()  # the shards whose hash was found right
         index = read_cache_index(self.folder)
         self.facts, self.shards = index["facts"], index["shards"][split]
         self.items = [(i, row) for i, shard in enumerate(self.shards) for row in range(len(shard["captions"]))]
@@ -481,38 +449,34 @@ class Cached(Dataset):
             raise ValueError(f"{folder} holds {len(self.items)} of {index['items'][split]} {split} items; run python"
                              " data.py cache again, which goes on where it stood")
 
-    def __getstate__(self) -> dict:  # a worker that is not forked opens the shards itself
-        return self.__dict__ | {"opened": {}}
-
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
         i, row = self.items[item[0] if isinstance(item, tuple) else item]
-        if i not in self.opened:
-            check_shard(self.folder, self.shards[i])
-            self.opened[i] = safe_open(self.folder / self.shards[i]["file"], framework="pt")
-        file = self.opened[i]
-        return {name: file.get_slice(name)[row] for name in file.keys()} | dict(
-            caption=self.shards[i]["captions"][row], name=self.shards[i]["names"][row])
+        shard = self.shards[i]
+        if i not in self.sound:
+            check_shard(self.folder, shard)
+            self.sound.add(i)
+        with safe_open(self.folder / shard["file"], framework="pt") as file:
+            tensors = {name: file.get_slice(name)[row] for name in file.keys()}
+        return tensors | dict(caption=shard["captions"][row], name=shard["names"][row])
 
 
 def read_cache_index(folder: Path) -> dict:
-    try:
+    with _reading(folder / "index.json", "the index of a cache, as python data.py cache wrote it"):
         index = json.loads((folder / "index.json").read_text())
         if index["format"] != CACHE:
             raise ValueError(f"its format is {index['format']!r}")
-        for split in ("train", "test"):
-            for shard in index["shards"][split]:
-                texts = [shard["file"], shard["sha256"], *shard["captions"], *shard["names"]]
-                if not all(isinstance(text, str) for text in texts) or len(shard["captions"]) != len(shard["names"]) \
-                        or not re.fullmatch(r"\w+-\d+\.safetensors", shard["file"]):
-                    raise ValueError(f"a shard of {split} is not described as one")
-            int(index["items"][split]), index["facts"]["base"], index["facts"]["vae"]
-        return index
-    except Exception as error:  # whatever it holds in place of what was expected
-        raise ValueError(f"{folder / 'index.json'} is no index of a cache ({type(error).__name__}: {error}): expected"
-                         " what python data.py cache wrote") from None
+        for shard in index["shards"]["train"] + index["shards"]["test"]:
+            texts = [shard["file"], shard["sha256"], *shard["captions"], *shard["names"]]
+            if not all(isinstance(text, str) for text in texts) or len(shard["captions"]) != len(shard["names"]) \
+                    or not re.fullmatch(r"\w+-\d+\.safetensors", shard["file"]):
+                raise ValueError("a shard is not described as one")
+        if not all(isinstance(index["items"][split], int) for split in ("train", "test")) or \
+                not {"base", "dtype", "vae", "text_encoder"} <= index["facts"].keys():
+            raise ValueError("it does not say what it is of, and how much")
+    return index
 
 
 def check_shard(folder: Path, shard: dict) -> None:
@@ -547,12 +511,13 @@ def _steps(length: int, batch: int, seed: int, start: int, end: int | None, rows
 
 
 def collate(items: list[dict]) -> dict:
-    picture, name = next(((p, n) for p, n in (("input", "name"), ("a", "name_a"), ("target", "name")) if p in items[0]),
-                         (None, None))
-    for item in items:
-        if picture and item[picture].shape != items[0][picture].shape:
-            raise ValueError(f"'{items[0][name]}' and '{item[name]}' differ in size, expected one size a batch: "
-                             "choose a preparation that makes them equal, or a batch size of 1")
+    def shapes(item: dict) -> list[torch.Size]:
+        return [value.shape for value in item.values() if isinstance(value, torch.Tensor)]
+
+    if odd := next((item for item in items if shapes(item) != shapes(items[0])), None):
+        names = [item.get("name") or item["name_a"] for item in (items[0], odd)]
+        raise ValueError(f"'{names[0]}' and '{names[1]}' differ in size, expected one size a batch: "
+                         "choose a preparation that makes them equal, or a batch size of 1")
     return default_collate(items)
 
 
@@ -595,19 +560,14 @@ def _attempt(problems: list[str], function: Callable, *arguments):
 
 def _survey(side: Path, problems: list[str]) -> dict[str, tuple | None]:
     """Opens every picture of one folder and prints count and sizes: name -> (size, fingerprint), None if unreadable."""
-    def look(path: Path) -> tuple:
-        picture = open_picture(path)
-        return picture.size, hash(picture.tobytes())
-
-    names = tqdm(pictures_in(side) if side.is_dir() else [], desc=side.name, unit=" pictures")
-    seen = {name: _attempt(problems, look, side / name) for name in names}
-    sizes = sorted((found[0] for found in seen.values() if found), key=math.prod)
-    if sizes:
+    seen = {}
+    for name in tqdm(_attempt(problems, pictures_in, side) or [], desc=side.name, unit=" pictures"):
+        picture = _attempt(problems, open_picture, side / name)
+        seen[name] = (picture.size, hash(picture.tobytes())) if picture else None
+    if sizes := sorted((found[0] for found in seen.values() if found), key=math.prod):
         low, middle, high = ("{}x{}".format(*sizes[i]) for i in (0, len(sizes) // 2, -1))
         print(f"{side.name}: {len(seen)} pictures, distinct sizes {len(set(sizes))}, "
               f"min {low}, median {middle}, max {high}")
-    else:
-        problems.append(f"{side} " + ("holds no readable picture" if side.is_dir() else "is missing"))
     return seen
 
 
@@ -632,8 +592,7 @@ def _compare(a: Path, b: Path, seen_a: dict, seen_b: dict, problems: list[str]) 
     given = [caption for caption in captions.values() if caption]
     if given or prompts is not None:  # a folder without any caption is meant so, one that lacks some is not
         problems += [f"{a / name} has no caption" for name, caption in captions.items() if caption is None]
-    extra = [name for name in prompts or () if name not in seen_a and name not in seen_b]
-    if extra:
+    if extra := [name for name in prompts or () if name not in seen_a and name not in seen_b]:
         problems.append(f"{path} has {len(extra)} entries without a picture, the first '{extra[0]}'")
     print(f"{a.name[:-2]} captions: {len(given)}, {len(captions) - len(given)} empty, "
           f"longest {max(map(len, given), default=0)} characters")
@@ -660,18 +619,17 @@ def _contact_sheet(pairs: list[tuple[Path, Path, str]], side: int = 192) -> Imag
 
 
 def check(folder: str | Path, output: str | Path | None = None) -> list[str]:
-    """Prints what the splits of a data folder hold, paired or unpaired (fixed_prompt_a.txt or _b.txt and no
-    SPLIT_prompts.json), and its problems, which it returns; writes a contact sheet, FOLDER_check.png in the current
-    directory unless told otherwise. ValueError where the folder is no data set."""
+    """Prints what a data folder holds, paired or unpaired (fixed_prompt_a.txt or _b.txt and no SPLIT_prompts.json), and
+    its problems, which it returns; writes a contact sheet, FOLDER_check.png here unless told otherwise."""
     folder = Path(folder)
-    sides = [p.name for p in folder.iterdir() if p.is_dir() and p.name[-2:] in ("_A", "_B")] if folder.is_dir() else []
-    if not sides:
+    splits = [(folder / f"{split}_A", folder / f"{split}_B") for split in ("train", "test")]
+    splits = [(a, b) for a, b in splits if a.is_dir() or b.is_dir()]
+    if not splits:
         raise ValueError(f"{folder} is not a data set: expected a folder with train_A and train_B inside")
     fixed = [folder / "fixed_prompt_a.txt", folder / "fixed_prompt_b.txt"]
     paired = any(folder.glob("*_prompts.json")) or not any(path.exists() for path in fixed)
     problems, pairs = [], []
-    for split in sorted({name[:-2] for name in sides}, reverse=True):
-        a, b = folder / f"{split}_A", folder / f"{split}_B"
+    for a, b in splits:
         seen_a, seen_b = _survey(a, problems), _survey(b, problems)
         if paired:
             pairs += _compare(a, b, seen_a, seen_b, problems)
@@ -693,9 +651,7 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
     """Writes latents and text contexts of a data set, a shard at a time: no more is in memory. Shards that are there
     and whole are kept, so a stopped run goes on. Without pictures, contexts alone."""
     from models import weights
-    parts = weights.parts_of(base_name)
-    base = weights.load_base(base_name, tuple(p for p in parts if p in ("text_encoder", "tokenizer")),
-                             getattr(torch, dtype), device)
+    base = weights.load_base(base_name, ("text_encoder", "tokenizer"), getattr(torch, dtype), device)
     base.vae = weights.load_base(base_name, ("vae",), torch.float32, device).vae  # as in training, which compares it
     facts = dict(base=base_name, dtype=dtype, prep=prep, size=size, column=column, seed=seed, data=str(source),
                  vae=weights.fingerprint(base.vae), text_encoder=weights.fingerprint(base.text_encoder))
@@ -705,11 +661,9 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
     index = dict(format=CACHE, facts=facts, items={k: len(v) for k, v in sets.items()}, shards=dict(train=[], test=[]))
     output.mkdir(parents=True, exist_ok=True)
     if (output / "index.json").exists():
-        old = read_cache_index(output)
-        if old["facts"] != facts or old["items"] != index["items"]:
-            raise ValueError(f"{output} is a cache of {old['facts']}, and this one would be of {facts}: choose another"
-                             " --output")
-        index = old
+        wanted, index = index, read_cache_index(output)
+        if any(index[key] != wanted[key] for key in ("facts", "items")):
+            raise ValueError(f"{output} is a cache of {index['facts']}, not {facts}: choose another --output")
     elif any(output.iterdir()):
         raise ValueError(f"{output} is not empty and no cache: choose another --output")
 
@@ -735,7 +689,7 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
                 with contextlib.suppress(ValueError):
                     check_shard(output, index["shards"][split][number])
                     continue
-            rows = [items[(i, (seed, 0, i))] for i in range(start, min(start + shard_items, len(items)))]
+            rows = [items[(i, (seed, 0, i))] for i in range(len(items))[start:start + shard_items]]
             made = [encoded(rows[i:i + batch]) for i in range(0, len(rows), batch)]
             shard = dict(file=f"{split}-{number:05d}.safetensors", captions=[row["caption"] for row in rows],
                          names=[row["name"] for row in rows])
@@ -749,19 +703,16 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
 def prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
     """Writes mean and deviation of the scaled latents of a folder's pictures, cropped to size x size."""
     from models import diffusion, weights
-    names = pictures_in(Path(folder)) if Path(folder).is_dir() else []
-    if not names:
-        raise ValueError(f"{folder} holds no picture; expected a folder of files ending in"
-                         f" {', '.join(sorted(SUFFIXES))}")
+    names = pictures_in(Path(folder))
     vae = weights.load_base(base, ("vae",), torch.float32).vae
     if size < 1 or size % vae.factor:
         raise ValueError(f"--size {size}: expected a multiple of {vae.factor}")
 
     def latents() -> Iterator[torch.Tensor]:
         for name in tqdm(names, unit=" pictures"):
-            picture, = prepare(f"resized_crop_{size}")([open_picture(Path(folder) / name)])
+            pictures = prepare(f"resized_crop_{size}")([open_picture(Path(folder) / name)])
             with torch.inference_mode():
-                yield vae.encode(2 * to_tensor(picture)[None] - 1)[0][0] * vae.config.scaling_factor
+                yield vae.encode(2 * to_tensor(pictures[0])[None] - 1)[0][0] * vae.config.scaling_factor
 
     weights.save_prior(Path(output), *diffusion.mean_and_std(latents()))
     print(output)
@@ -769,7 +720,7 @@ def prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="data.py", description="Looks at pictures, and prepares them.")
-    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="print counts, sizes, captions and problems, write a contact sheet")
     command.add_argument("folder", help="holds train_A, train_B and so on")
     command.add_argument("--output", help="the contact sheet (default: FOLDER_check.png)")
@@ -791,18 +742,15 @@ def main() -> int:
     command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
                          help="of the text encoder [float32]")
     args = parser.parse_args()
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        return 2
     try:
+        if args.command == "check":
+            return 2 if check(args.folder, args.output) else 0
         if args.command == "prior":
             prior(args.folder, args.base, args.size, args.output)
-            return 0
-        if args.command == "cache":
+        else:
             cache(args.data, args.base, args.output, args.prep or f"resized_crop_{args.size}", args.size,
                   args.caption_column, args.seed, args.batch, args.device, args.dtype)
-            return 0
-        return 2 if check(args.folder, args.output) else 0
+        return 0
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

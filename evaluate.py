@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,6 +79,13 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
     index = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return index.unflatten(0, (-1, 3)).mean((1, 2, 3, 4))
+
+
+def fid(network: nn.Module, real: Iterable[Tensor], fake: Iterable[Tensor], device: torch.device) -> float:
+    """FID of pictures [3, H, W] of any sizes, which go through Inception one at a time."""
+    statistics_of = [statistics(torch.cat([features(network, x[None].to(device)) for x in pictures]))
+                     for pictures in (real, fake)]
+    return frechet_distance(*statistics_of[0], *statistics_of[1])
 
 
 @torch.no_grad()
@@ -151,12 +158,7 @@ def clip_score(judge: weights.Judge, x: Tensor, captions: list[str]) -> Tensor:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; expected one with pictures in it")
-    paths = [folder / name for name in data.pictures_in(folder)]
-    if not paths:
-        raise ValueError(f"{folder} holds no picture; expected files ending in {', '.join(sorted(data.SUFFIXES))}")
-    return paths
+    return [folder / name for name in data.pictures_in(folder)]
 
 
 def match(real: list[Path], fake: list[Path]) -> list[tuple[Path, Path]]:

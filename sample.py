@@ -1,6 +1,6 @@
 """Makes pictures: from a prompt, or from pictures with a trained translator.
 
-    python sample.py                                     # a page of what the embedded base, tiny-turbo, draws
+    python sample.py                                     # a page of what the embedded base, tiny-turbo, does
     python sample.py "a red house and a blue car on grass at night in the snow"
     python sample.py "a cat on a sofa" --base stabilityai/sd-turbo
     python sample.py "a cat on a sofa" --base sd15 --steps 25 --guidance 7.5
@@ -185,7 +185,9 @@ def quicken(args: argparse.Namespace, device: torch.device, vaes: list[nn.Module
     """--dtype auto, channels_last, and --compile of each of `graphs`. A denoiser in bf16 loses too much where x0 comes
     of one epsilon, whose errors 1 / alpha multiplies: of float32's pictures by tiny-sd 37 dB are left. No layer alone
     is to blame; float16's three more bits leave 59, and bf16 in the VAE 60."""
-    if args.dtype == "auto" and computes_in_bf16(device):
+    if args.dtype == "auto" and not computes_in_bf16(device):
+        args.dtype = "float32"
+    elif args.dtype == "auto":
         fine = "float16" if device.type == "cuda" else "float32"  # float16 is slow on a CPU
         for network in vaes:
             network.to(torch.bfloat16)
@@ -198,12 +200,6 @@ def quicken(args: argparse.Namespace, device: torch.device, vaes: list[nn.Module
 
 
 # ---------------------------------------------------------------------------------------------------- text to picture
-
-
-def draw_noise(seeds: list[int], shape: tuple[int, ...]) -> tuple[Tensor, list[torch.Generator]]:
-    """One generator a seed, and the first draw [len(seeds), *shape] of each, in float32 on the CPU."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]), generators
 
 
 @dataclass
@@ -253,7 +249,7 @@ def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple
     model = bind(base, contexts or base.encode([prompt, negative][:1 + (guidance > 1)]), guidance, control)
     shape = (base.denoiser.config.in_channels, size[1] // factor, size[0] // factor)
     side = (tile or max(size)) // factor
-    noise, generators = draw_noise(seeds, shape)
+    noise, generators = training.draw_noise(seeds, shape)
 
     def again() -> Tensor:  # the next draw of each generator
         return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(**fine)
@@ -388,18 +384,29 @@ def edit(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def draw_page(args: argparse.Namespace, device: torch.device) -> None:
-    """Twelve captions of combinations that training left out, drawn in one step, on one page."""
+    """What the embedded base draws in one step, on one page: captions of combinations that training left out, and below
+    them what its adapters make of a picture, side by side."""
     from tiny import scenes
-    base = load(args, device)
-    side, described = 160, [scenes.nth_scene("test", 0, i) for i in range(12)]
-    page = Image.new("RGB", (4 * (side + 8), 3 * (side + 40)), "white")
-    for i, scene in enumerate(described):
-        made = text_to_image(base, scenes.caption(scene), [args.seed + i], parse_size(None, base), sampler=args.sampler)
+    base, side, cells = load(args, device), 160, []
+    for i in range(12):
+        words = scenes.caption(scenes.nth_scene("test", 0, i))
+        made = text_to_image(base, words, [args.seed + i], parse_size(None, base), sampler=args.sampler)
+        cells.append((made, words))
+    for i, name in enumerate(("day2night", "clear2rain", "edges2scene", "edges2scene")):
+        scene = scenes.nth_scene("test", 1, i, time="day", weather="clear")
+        model = weights.load_generator(name, dtype=DTYPES[args.dtype], device=str(device))
+        picture, words = (scenes.draw(scene, 64), model.prompts[1]) if model.prompts else \
+            (scenes.outlines(scene, 64), scenes.caption(scene))
+        context = model.text_encoder(model.tokenizer(words).to(device))
+        made = translate_pictures(model, [picture], context, args.seed, model.r, direction="a2b")
+        cells += [(data.to_tensor(picture)[None] * 2 - 1, f"{name}: from"), (made, f"to: {words}")]
+    page = Image.new("RGB", (4 * (side + 8), 5 * (side + 40)), "white")
+    for i, (made, words) in enumerate(cells):
         left, top = i % 4 * (side + 8) + 4, i // 4 * (side + 40) + 4
         page.paste(data.to_picture(made[0].float().cpu()).resize((side, side), Image.Resampling.BICUBIC), (left, top))
-        words = "\n".join(textwrap.wrap(scenes.caption(scene), 32))
+        words = "\n".join(textwrap.wrap(words, 32))
         ImageDraw.Draw(page).multiline_text((left, top + side + 1), words, fill="black", font_size=9, spacing=1)
-    args.prompt = "twelve captions"
+    args.prompt = "twelve captions and four translations"
     save(data.to_tensor(page) * 2 - 1, args.output or pathlib.Path("out.png"), args, seed=args.seed, base=base.name)
 
 
@@ -441,7 +448,7 @@ def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], conte
     factor, channels = model.generator.vae.factor, model.generator.unet.config.in_channels
     x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]).to(context.device), factor)
     size = x.shape[2] // factor, x.shape[3] // factor
-    inputs = [x] if r is None else [x, draw_noise([seed] * len(x), (channels, *size))[0].to(x)]
+    inputs = [x] if r is None else [x, training.draw_noise([seed] * len(x), (channels, *size))[0].to(x)]
 
     def run(x: Tensor, noise: Tensor | None = None) -> Tensor:
         words = context.expand(len(x), -1, -1)

@@ -1,6 +1,7 @@
 """Trains CycleGAN-Turbo: a one-step text-to-image model becomes a translator between two sets of unpaired pictures.
 
-    python train_cyclegan_turbo.py                        # drawn day and night, tiny base from random weights, CPU
+    python train_cyclegan_turbo.py                        # drawn days and nights, LoRA on tiny-turbo, CPU
+    python train_cyclegan_turbo.py --base tiny            # the same from random weights, CPU, ten minutes
     python train_cyclegan_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA --mixed_precision bf16
     torchrun --nproc_per_node=4 train_cyclegan_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA ...
     python train_cyclegan_turbo.py --resume runs/NAME
@@ -19,15 +20,12 @@ and cut off; cycle and GAN leave their gradients at the cut, one after the other
 """
 
 import math
-import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -53,7 +51,7 @@ class Config:
     resolution: int = 256  # N of the default preparation, resize_286_randomcrop_256x256_hflip in this proportion
     dataloader_num_workers: int = 0  # processes that prepare pictures
     # model
-    base: str = "tiny"  # a folder, a Hub id such as stabilityai/sd-turbo, or a name: tiny, sd-turbo, sd15, sd21
+    base: str = "tiny-turbo"  # a folder, a Hub id or a name: tiny-turbo, tiny (random), sd-turbo, sd15, sd21
     train: Literal["lora", "all"] = "lora"  # LoRA, conv_in and skips, or every weight (for small bases)
     lora_rank_unet: int = 128  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAEs' LoRA
@@ -104,7 +102,7 @@ TINY = dict(train="all", resolution=64, learning_rate=1e-3, lr_scheduler="cosine
             lambda_idt=5.0, lambda_gan=1.0, lambda_cycle_lpips=0.0, lambda_idt_lpips=0.0, gan_disc_type="patch",
             gan_augment=False, disc_width=16, validation_steps=100, validation_num_images=16, checkpointing_steps=100)
 # Where it has learned to draw, LoRA does.
-TURBO = TINY | dict(train="lora", lora_rank_unet=8, learning_rate=5e-4, train_batch_size=4, max_train_steps=800,
+TURBO = TINY | dict(train="lora", lora_rank_unet=4, learning_rate=5e-4, train_batch_size=4, max_train_steps=800,
                     gan_augment=True, disc_width=32)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", eval_freq="validation_steps",
                num_samples_eval="validation_num_images", train_image_prep="train_img_prep",
@@ -155,11 +153,7 @@ def main() -> None:
                                    cfg.train_img_prep or f"resize_{n * 286 // 256}_randomcrop_{n}x{n}_hflip",
                                    cfg.seed, n)
     test_set = data.open_unpaired(cfg.dataset_folder, "test", cfg.val_img_prep or f"resize_{n}", cfg.seed, n)
-    global_batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
-    slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
-    last_step = cfg.max_train_steps
-    if cfg.num_training_epochs:
-        last_step = min(last_step, math.ceil(cfg.num_training_epochs * len(train_set) / global_batch))
+    global_batch, slices, last_step = training.plan(cfg, rank, world, len(train_set), cfg.num_training_epochs)
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
@@ -222,26 +216,15 @@ def main() -> None:
     # ---- the run's folder, and where it stood
     folder = training.open_run(cfg, "cyclegan_turbo", rank)
     start, best = 0, math.inf
+    kept = dict(trained=trained, optimizer=optimizer, scaler=scaler, discriminators=discriminators,
+                optimizer_d=optimizer_d)
     if cfg.resume:
-        with training.load_state(folder, frozen) as state:
-            start, best = state["step"], state["best"]
-            with torch.no_grad():
-                for name, p in trained.items():
-                    p.copy_(state["trained"][name])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            if discriminators:
-                discriminators.load_state_dict(state["discriminators"])
-                optimizer_d.load_state_dict(state["optimizer_d"])
+        start, best = training.restore(folder, frozen, kept, "step", "best")
 
     def save(step: int) -> None:
         """The state last: what a resumed run takes for done has been written."""
         export("model.safetensors")
-        training.save_state(folder / "state.pt", dict(
-            step=step, best=best, base=frozen, trained={n: p.detach() for n, p in trained.items()},
-            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            discriminators=discriminators.state_dict() if discriminators else None,
-            optimizer_d=optimizer_d.state_dict() if discriminators else None))
+        training.save_state(folder / "state.pt", dict(step=step, best=best, base=frozen, **kept))
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_generator(
@@ -267,10 +250,8 @@ def main() -> None:
                     error = (torch.stack(pictures) - truth).square().mean(dim=(1, 2, 3))
                     values[f"val_{name}_{direction}"] = (10 * torch.log10(4 / error)).mean().item()
             if inception:
-                real, made = (evaluate.statistics(torch.cat([evaluate.features(inception, x[None].to(device))
-                                                             for x in pictures]))
-                              for pictures in ([item[direction[2]] for item in items], [y for _, y in pairs]))
-                values[f"val_fid_{direction}"] = evaluate.frechet_distance(*real, *made)
+                real, made = [item[direction[2]] for item in items], [y for _, y in pairs]
+                values[f"val_fid_{direction}"] = evaluate.fid(inception, real, made, device)
                 distances = [structure_distance(dino, x[None].to(device), y[None].to(device)).mean().item()
                              for x, y in pairs]
                 values[f"val_structure_{direction}"] = sum(distances) / len(distances)
@@ -284,17 +265,13 @@ def main() -> None:
         return math.inf
 
     # ---- the loop
-    if rank == 0:
-        n = sum(p.numel() for p in trained.values())
-        print(f"training {n / 1e6:.2f} M weights on {len(train_set)} pictures, {device}; {folder}", file=sys.stderr)
-    log = training.open_log(folder, start) if rank == 0 else None
-    report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
     shown = [test_set[i] for i in range(min(8, len(test_set)))]
     shown = [item for item in shown if {item[d].shape for d in "ab"} == {shown[0]["a"].shape}]  # a grid is of one size
-    stop, clock = training.catch_stop(), time.monotonic()
+    training.announce(rank, trained, f"{len(train_set)} pictures", device, folder)
+    report = training.open_report(cfg, rank, folder, start, last_step, global_batch)
+    stop = training.catch_stop()
     batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)
-    bar = tqdm(total=last_step, initial=start, disable=rank != 0, unit="step")
     for step in range(start, last_step):
         batch = next(batches)
         for group in [g for o in (optimizer, optimizer_d) if o for g in o.param_groups]:
@@ -398,19 +375,12 @@ def main() -> None:
                 columns = [torch.stack([f(item) for item in shown]) for d in DIRECTIONS
                            for f in (lambda item, d=d: item[d[0]], lambda item, d=d: translated(item, d))]
                 training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
-            training.append_log(log, done, losses)
             report(done, losses)
-            rate = (done - start) * global_batch / (time.monotonic() - clock)
-            bar.set_postfix({k: f"{losses[k]:.3g}" for k in ("cycle", "idt", "gan", "disc") if k in losses}
-                            | {"pictures/s": f"{rate:.1f}"}, refresh=False)
-            bar.update()
             if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
                 save(done)
-                training.plot_losses(log, folder / "losses.png")
+                training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
-            if rank == 0:
-                print(f"stopped after step {done}, saved; go on with --resume {folder}", file=sys.stderr)
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")
     if rank == 0:
         print(folder / "model.safetensors")
 

@@ -1,6 +1,7 @@
 """Trains pix2pix-Turbo: a one-step text-to-image model becomes a translator of pictures, from pairs.
 
-    python train_pix2pix_turbo.py                         # drawn pairs, tiny base from random weights, CPU, minutes
+    python train_pix2pix_turbo.py                         # drawn outlines to scenes, LoRA on tiny-turbo, CPU
+    python train_pix2pix_turbo.py --base tiny             # drawn circles, from random weights, CPU, six minutes
     python train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA --mixed_precision bf16
     torchrun --nproc_per_node=4 train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA ...
     python train_pix2pix_turbo.py --resume runs/NAME
@@ -19,15 +20,12 @@ the crop and flip of a pair are shared; and training stops at max_train_steps.
 """
 
 import math
-import sys
-import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 import evaluate
@@ -47,13 +45,13 @@ from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 @dataclass
 class Config:
     # data
-    dataset_folder: str = "drawn:circles"  # a folder of pairs, drawn:circles or drawn:scenes
+    dataset_folder: str = "drawn:scenes"  # a folder of pairs, drawn:scenes or drawn:circles
     train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
     test_image_prep: str | None = None  # the same for the test pictures
     resolution: int = 512  # N of the default preparation, resized_crop_N
     dataloader_num_workers: int = 0  # processes that prepare pictures
     # model
-    base: str = "tiny"  # a folder, a Hub id such as stabilityai/sd-turbo, or a name: tiny, sd-turbo, sd15, sd21
+    base: str = "tiny-turbo"  # a folder, a Hub id or a name: tiny-turbo, tiny (random), sd-turbo, sd15, sd21
     train: Literal["lora", "all"] = "lora"  # LoRA, conv_in and skips, or every weight (for small bases)
     lora_rank_unet: int = 8  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAE's LoRA
@@ -98,11 +96,12 @@ class Config:
 
 
 # Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster and longer batches.
-TINY = dict(train="all", resolution=32, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=200,
-            train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0, lambda_gan=0.0,
-            gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
+TINY = dict(train="all", dataset_folder="drawn:circles", resolution=32, learning_rate=1e-3, lr_scheduler="cosine",
+            lr_warmup_steps=200, train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0,
+            lambda_gan=0.0, gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
 # Where it has learned to draw, LoRA does.
-TURBO = TINY | dict(train="lora", dataset_folder="drawn:scenes", resolution=64, max_train_steps=1000)
+TURBO = TINY | dict(train="lora", dataset_folder="drawn:scenes", resolution=64, train_batch_size=8, lora_rank_unet=4,
+                    lambda_gan=0.1, disc_width=32, max_train_steps=1000)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")
 
 
@@ -153,11 +152,7 @@ def main() -> None:
     prep = [name or f"resized_crop_{cfg.resolution}" for name in (cfg.train_image_prep, cfg.test_image_prep)]
     train_set = data.open_paired(cfg.dataset_folder, "train", prep[0], cfg.seed, cfg.resolution)
     test_set = data.open_paired(cfg.dataset_folder, "test", prep[1], cfg.seed, cfg.resolution)
-    global_batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
-    slices = training.my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps)
-    last_step = cfg.max_train_steps
-    if cfg.num_training_epochs:
-        last_step = min(last_step, math.ceil(cfg.num_training_epochs * len(train_set) / global_batch))
+    global_batch, slices, last_step = training.plan(cfg, rank, world, len(train_set), cfg.num_training_epochs)
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
@@ -221,26 +216,15 @@ def main() -> None:
     # ---- the run's folder, and where it stood
     folder = training.open_run(cfg, "pix2pix_turbo", rank)
     start, best = 0, math.inf
+    kept = dict(trained=trained, optimizer=optimizer, scaler=scaler, discriminator=discriminator,
+                optimizer_d=optimizer_d)
     if cfg.resume:
-        with training.load_state(folder, frozen) as state:
-            start, best = state["step"], state["best"]
-            with torch.no_grad():
-                for name, p in trained.items():
-                    p.copy_(state["trained"][name])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            if discriminator:
-                discriminator.load_state_dict(state["discriminator"])
-                optimizer_d.load_state_dict(state["optimizer_d"])
+        start, best = training.restore(folder, frozen, kept, "step", "best")
 
     def save(step: int) -> None:
         """The state last: what a resumed run takes for done has been written."""
         export("model.safetensors")
-        training.save_state(folder / "state.pt", dict(
-            step=step, best=best, base=frozen, trained={n: p.detach() for n, p in trained.items()},
-            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            discriminator=discriminator.state_dict() if discriminator else None,
-            optimizer_d=optimizer_d.state_dict() if discriminator else None))
+        training.save_state(folder / "state.pt", dict(step=step, best=best, base=frozen, **kept))
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_generator(
@@ -265,26 +249,21 @@ def main() -> None:
             values["val_lpips"] = torch.cat([lpips(*(x[None].to(device, dtype) for x in pair)) for pair in pairs]
                                             ).mean().item()
         if inception:
-            made, real = (evaluate.statistics(torch.cat([evaluate.features(inception, x[None].to(device)) for x in xs]))
-                          for xs in zip(*pairs))
-            values["val_fid"] = evaluate.frechet_distance(*real, *made)
+            fakes, targets = zip(*pairs)
+            values["val_fid"] = evaluate.fid(inception, targets, fakes, device)
         if judge := getattr(test_set, "judge", None):  # drawn pictures know what is right
             fakes = torch.stack([fake for fake, _ in pairs])
             values |= {f"val_{k}": v for k, v in judge(fakes, list(range(len(items)))).items()}
         return values
 
     # ---- the loop
-    if rank == 0:
-        n = sum(p.numel() for p in trained.values())
-        print(f"training {n / 1e6:.2f} M weights on {len(train_set)} pairs, {device}; {folder}", file=sys.stderr)
-    log = training.open_log(folder, start) if rank == 0 else None
-    report = training.open_reporter(cfg.report_to if rank == 0 else None, folder, cfg.tracker_project_name)
     shown = [test_set[i] for i in range(min(16, len(test_set)))]
     shown = [item for item in shown if item["target"].shape == shown[0]["target"].shape]  # a grid is of one size
-    stop, clock = training.catch_stop(), time.monotonic()
+    training.announce(rank, trained, f"{len(train_set)} pairs", device, folder)
+    report = training.open_report(cfg, rank, folder, start, last_step, global_batch)
+    stop = training.catch_stop()
     batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)
-    bar = tqdm(total=last_step, initial=start, disable=rank != 0, unit="step")
     for step in range(start, last_step):
         batch = next(batches)
         for group in [g for o in (optimizer, optimizer_d) if o for g in o.param_groups]:
@@ -369,19 +348,12 @@ def main() -> None:
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
                 columns = zip(*((item["input"] * 2 - 1, translate(item), item["target"]) for item in shown))
                 training.save_grid(folder / "samples" / f"{done:06d}.png", [torch.stack(c) for c in columns])
-            training.append_log(log, done, losses)
             report(done, losses)
-            rate = (done - start) * global_batch / (time.monotonic() - clock)
-            bar.set_postfix({k: f"{losses[k]:.3g}" for k in ("l2", "gan", "disc") if k in losses}
-                            | {"pictures/s": f"{rate:.1f}"}, refresh=False)
-            bar.update()
             if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
                 save(done)
-                training.plot_losses(log, folder / "losses.png")
+                training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
-            if rank == 0:
-                print(f"stopped after step {done}, saved; go on with --resume {folder}", file=sys.stderr)
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")
     if rank == 0:
         print(folder / "model.safetensors")
 

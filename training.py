@@ -20,7 +20,7 @@ import time
 import types
 import typing
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -42,9 +42,7 @@ REFUSED = {
     "--variant": "the files that are there are taken, full precision first",
     "--local_rank": "torchrun says it through the environment",
 }
-
-
-# -------------------------------------------------------------------------------------------------------------- flags
+SHOWN = ("l2", "cycle", "idt", "gan", "kl", "con", "adapt", "disc")  # on the bar, where a trainer has them
 
 
 def parse(cls: type, tables: dict[str, dict], aliases: dict[str, str], description: str,
@@ -64,11 +62,9 @@ def parse(cls: type, tables: dict[str, dict], aliases: dict[str, str], descripti
             choices, kind = typing.get_args(kind), str
         names = [f"--{f.name}", *(f"--{old}" for old, new in aliases.items() if new == f.name)]
         text = f"{comments.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(*names, dest=f.name, default=None, nargs="?", const=True, type=on_or_off,
-                                metavar="on|off", help=text)
-        else:
-            parser.add_argument(*names, dest=f.name, default=None, type=kind, choices=choices, help=text)
+        how = dict(nargs="?", const=True, type=on_or_off, metavar="on|off") if kind is bool else \
+            dict(type=kind, choices=choices)
+        parser.add_argument(*names, dest=f.name, default=None, help=text, **how)
     given = given_values(parser, argv)
     if "resume" in given:
         return resumed(cls, given, parser)
@@ -153,7 +149,9 @@ def run(main: Callable[[], None]) -> None:
                    f" ({first_line(error)}); the last saved state is whole: go on with --resume, and where memory was"
                    " short with fewer --dataloader_num_workers", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if stop.args and int(os.environ.get("RANK", 0)) == 0:
+            tqdm.write(stop.args[0], file=sys.stderr)
         sys.exit(130)
 
 
@@ -190,6 +188,13 @@ def my_rows(rank: int, world: int, batch: int, accumulation: int) -> list[list[i
     return [[(a * world + rank) * batch + i for i in range(batch)] for a in range(accumulation)]
 
 
+def plan(cfg, rank: int, world: int, items: int, epochs: int | None) -> tuple[int, list[list[int]], int]:
+    """Pictures in the global batch, this process's rows of it, and the number of steps."""
+    batch = world * cfg.train_batch_size * cfg.gradient_accumulation_steps
+    last = min(cfg.max_train_steps, math.ceil(epochs * items / batch)) if epochs else cfg.max_train_steps
+    return batch, my_rows(rank, world, cfg.train_batch_size, cfg.gradient_accumulation_steps), last
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean over all processes, in one bucket. Nothing to do for one process."""
     if not dist.is_initialized():
@@ -216,6 +221,12 @@ def rng(seed: int, step: int, what: str) -> torch.Generator:
     was drawn before, so resuming and splitting change nothing."""
     digest = hashlib.sha256(f"{seed} {step} {what}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def draw_noise(seeds: Iterable[int], shape: tuple[int, ...]) -> tuple[Tensor, list[torch.Generator]]:
+    """One generator a seed, and the first draw [len(seeds), *shape] of each, in float32 on the CPU."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]), generators
 
 
 def catch_stop() -> Callable[[], bool]:
@@ -280,13 +291,16 @@ def needed(load: Callable, *args, without: str):
 
 
 def save_state(path: pathlib.Path, state: dict) -> None:
+    """Of networks, optimizers and scalers what is inside; `restore` puts it back."""
+    state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in state.items()}
     write_file(path, lambda temporary: torch.save(state, temporary))
 
 
-@contextlib.contextmanager
-def load_state(folder: pathlib.Path, base: str) -> Iterator[dict]:
-    """What `save_state` wrote, to be put back in the block; tensors and plain values only, no code. `base` is the
-    fingerprint of the loaded base."""
+@torch.no_grad()
+def restore(folder: pathlib.Path, base: str, parts: dict, *names: str) -> list:
+    """Puts what `save_state` wrote back into the parts (networks, optimizers, dictionaries of tensors, None), and
+    returns the values of these names; of tensors and plain values only, no code. `base`: the fingerprint of what is
+    frozen."""
     path = folder / "state.pt"
     if not path.is_file():
         raise ValueError(f"{folder} has no state.pt to resume from: the run ended before its first save: start again")
@@ -299,10 +313,18 @@ def load_state(folder: pathlib.Path, base: str) -> Iterator[dict]:
         raise ValueError(f"{path} is damaged ({first_line(error)}); the trained weights so far are in"
                          f" {folder / 'model.safetensors'}: copy state.pt again, or start a new run") from None
     if found != base:
-        raise ValueError(f"{path} was trained on a base with fingerprint {found}, and this one has {base};"
-                         " put the original base back")
+        raise ValueError(f"{path} was trained beside frozen weights with fingerprint {found}, and these have {base};"
+                         " put the original base back, or whatever else is frozen")
     try:
-        yield state
+        if not isinstance(state["step"], int):
+            raise TypeError(f"its step is {state['step']!r:.100}")
+        for name, part in parts.items():
+            if isinstance(part, dict):
+                for key, tensor in part.items():
+                    tensor.copy_(state[name][key])
+            elif part:
+                part.load_state_dict(state[name])
+        return [state[name] for name in names]
     except Exception as error:  # other tensors, other shapes, an entry that is not there
         raise ValueError(f"{path} is not of this run ({type(error).__name__}: {first_line(error)}); put its own"
                          " state.pt back, or start a new run") from error
@@ -357,6 +379,32 @@ def open_reporter(report_to: str | None, folder: pathlib.Path, project: str) -> 
         raise ValueError(f"--report_to {report_to} needs a package of that name; pip install {report_to}, or leave the"
                          " flag out") from None
     raise ValueError(f"--report_to {report_to}: expected tensorboard, wandb or none")
+
+
+def announce(rank: int, trained: dict[str, Tensor], items: str, device: torch.device, folder: pathlib.Path) -> None:
+    if rank == 0:
+        n = sum(p.numel() for p in trained.values())
+        print(f"training {n / 1e6:.2f} M weights on {items}, {device}; {folder}", file=sys.stderr)
+
+
+def open_report(cfg, rank: int, folder: pathlib.Path, start: int, last: int, items: int
+                ) -> Callable[[int, dict[str, float]], None]:
+    """A function of a step that is done, of so many items, and its numbers: they go to the log, to who else was asked
+    for, and the losses to the bar."""
+    if rank != 0:
+        return lambda done, values: None
+    log, tell = open_log(folder, start), open_reporter(cfg.report_to, folder, cfg.tracker_project_name)
+    bar, clock = tqdm(total=last, initial=start, unit="step"), time.monotonic()
+
+    def report(done: int, values: dict[str, float]) -> None:
+        append_log(log, done, values)
+        tell(done, values)
+        rate = (done - start) * items / (time.monotonic() - clock)
+        bar.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if k in values} | {"items/s": f"{rate:.1f}"},
+                        refresh=False)
+        bar.update()
+
+    return report
 
 
 def save_grid(path: pathlib.Path, columns: list[Tensor], at_least: int = 96) -> None:

@@ -227,6 +227,9 @@ class PixelDiscriminator(nn.Module):
         self.down = nn.ModuleList([nn.Conv2d(a, b, 4, 2, padding=1) for a, b in zip(widths[1:], widths[2:])])
         self.time = nn.ModuleList([nn.Linear(width, c) for c in widths[1:]])
         self.last, self.context = nn.Linear(widths[-1], 1), nn.Linear(c_context, widths[-1])
+        for conv in (self.conv_in, *self.down):  # PyTorch's own beginning loses half of the picture at each level
+            nn.init.kaiming_normal_(conv.weight, 0.2)
+            nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
         t = timestep_embedding(torch.as_tensor(t, device=x.device).expand(len(x)), self.time[0].in_features).to(x.dtype)

@@ -276,8 +276,7 @@ def sd(tmp_path_factory) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["sd15", "sd21"])
 def test_a_one_file_model_is_the_folder_it_was_made_from(tmp_path, monkeypatch, family):
-    """Heads, layers and widths are told from the shapes: 1x1 convolutions and 8 heads, or linear layers and heads of
-    64."""
+    """Its sizes are those of its family's folder: 1x1 convolutions and 8 heads, or linear layers and heads of 64."""
     new = family == "sd21"
     unet_sizes = dict(UNET, block_out_channels=(64, 128), norm_num_groups=32, attention_head_dim=(1, 2) if new else 8,
                       use_linear_projection=new)
@@ -406,7 +405,7 @@ REFUSED = {
     "a LoRA for a U-Net on PixArt": (["--base", "D", "--lora", "lora.safetensors"], [
         "lora.safetensors", "transformer"]),
     "a LoRA of nothing": (["--base", "B", "--lora", "nothing.safetensors"], ["nothing.safetensors", "words"]),
-    "a LoRA that is not there": (["--base", "B", "--lora", "none.safetensors:0.5"], ["no LoRA none.safetensors"]),
+    "a LoRA that is not there": (["--base", "B", "--lora", "none.safetensors:0.5"], ["no none.safetensors", "a LoRA"]),
     "a LoRA with code": (["--base", "B", "--lora", "code.pt"], ["code.pt", "code in it"]),
     "a ControlNet of another width": (["--base", "B", "--controlnet", "wide", "--control_image", "in.png"], [
         "wide/config.json", "cross_attention_dim is 40", "32"]),

@@ -94,11 +94,11 @@ def test_files_that_do_not_fit_are_refused_by_the_tensors_name():
     assert "logit_scale" in tensors
     from_state_dict(tensors, *sizes)
     lacking = {name: t for name, t in tensors.items() if name != "vision_model.post_layernorm.bias"}
-    with pytest.raises(ValueError, match=r"vision_model\.post_layernorm\.bias is absent, expected \[32\]"):
+    with pytest.raises(RuntimeError, match=r"Missing.*vision_model\.post_layernorm\.bias"):
         from_state_dict(lacking, *sizes)
-    with pytest.raises(ValueError, match=r"text_projection\.bias is \[20\], expected absent"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*text_projection\.bias"):
         from_state_dict(tensors | {"text_projection.bias": torch.zeros(20)}, *sizes)
-    with pytest.raises(ValueError, match=r"visual_projection\.weight is \[8, 8\], expected \[20, 32\]"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*visual_projection\.weight"):
         from_state_dict(tensors | {"visual_projection.weight": torch.zeros(8, 8)}, *sizes)
 
 

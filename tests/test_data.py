@@ -171,7 +171,7 @@ def test_a_stopped_cache_goes_on_and_a_damaged_one_is_noticed_and_mended(tmp_pat
     refused(data.cache, *arguments[:5], "caption", *arguments[6:], match="choose another --output")
     refused(data.cache, str(tmp_path / "cache"), "tiny", tmp_path / "second", *arguments[3:], match="a cache already")
     (tmp_path / "cache" / "index.json").write_text("[]")
-    refused(data.open_captioned, tmp_path / "cache", "train", "", match="no index of a cache")
+    refused(data.open_captioned, tmp_path / "cache", "train", "", match="index.json cannot be used")
 
 
 # -------------------- one picture
@@ -592,13 +592,13 @@ def test_the_json_goes_before_text_files_and_may_hold_more_entries(tmp_path):
 
 
 def test_bad_folders_are_refused_when_they_are_opened(tmp_path):
-    refused(data.PairedFolder, tmp_path / "none", "train", "no_resize", match="none is not a folder")
+    refused(data.PairedFolder, tmp_path / "none", "train", "no_resize", match="none/train_A is not a folder")
     make_pairs(tmp_path)
     refused(data.PairedFolder, tmp_path, "test", "no_resize", match="test_A is not a folder")
     (tmp_path / "test_A").mkdir()
-    refused(data.PairedFolder, tmp_path, "test", "no_resize", match="test_B is not a folder")
-    (tmp_path / "test_B").mkdir()
     refused(data.PairedFolder, tmp_path, "test", "no_resize", match="test_A holds no picture")
+    noise(8, 8).save(tmp_path / "test_A" / "a.png")
+    refused(data.PairedFolder, tmp_path, "test", "no_resize", match="test_B is not a folder")
     refused(data.PairedFolder, tmp_path, "train", "resize_big", match="resize_big")
     (tmp_path / "train_B" / "002.png").unlink()
     (tmp_path / "train_B" / "004.png").unlink()
@@ -607,11 +607,11 @@ def test_bad_folders_are_refused_when_they_are_opened(tmp_path):
 
 
 @pytest.mark.parametrize("text,match", [
-    ('{"000.png": "a",\n"001.png" "b"}', "train_prompts.json line 2 is not JSON"),
-    ('["a", "b"]', "holds a list, expected a dictionary"),
-    ('{"000.png": "a", "001.png": 5}', "gives '001.png' a int"),
+    ('{"000.png": "a",\n"001.png" "b"}', "train_prompts.json cannot be used (Expecting ':' delimiter: line 2"),
+    ('["a", "b"]', "holds a list); expected JSON, {file name: caption}"),
+    ('{"000.png": "a", "001.png": 5}', "the caption of '001.png' is a int"),
     ('{"001.png": "b"}', "no caption for '000.png' (1 of 2 have none)"),
-    (b'{"000.png": "\xe9"}', "save it as UTF-8"),
+    (b'{"000.png": "\xe9"}', "text in UTF-8"),
 ])
 def test_bad_prompts_are_refused_when_the_folder_is_opened(tmp_path, text, match):
     make_pairs(tmp_path, 2)
@@ -637,7 +637,7 @@ def test_real_pairs_open(shared):
 
 
 def test_unknown_drawings_are_refused_with_the_known_ones():
-    refused(data.open_paired, "drawn:squares", "train", "no_resize", match="'squares': known are drawn:circles")
+    refused(data.open_paired, "drawn:squares", "train", "no_resize", match="drawn:squares: expected drawn:circles")
 
 
 # -------------------- the order of training
@@ -840,8 +840,8 @@ def test_check_reports_broken_prompts_and_a_missing_side(tmp_path, run_check):
     (folder / "test_A").mkdir()
     status, out, _ = run_check("check", folder)
     assert status == 2
-    assert "train_prompts.json line 3 is not JSON" in out
-    assert "test_B is missing" in out and "test_A holds no readable picture" in out
+    assert "train_prompts.json cannot be used (Expecting" in out and "line 3" in out
+    assert "test_B is not a folder" in out and "test_A holds no picture" in out
 
 
 def test_check_reports_text_captions_that_only_some_pictures_have(tmp_path, run_check):
@@ -866,7 +866,7 @@ def test_check_knows_the_unpaired_layout(tmp_path, run_check):
     assert (tmp_path / "set_check.png").exists()
     (folder / "fixed_prompt_b.txt").unlink()
     status, out, _ = run_check("check", folder)
-    assert status == 2 and "fixed_prompt_b.txt is not a readable text file" in out and "partner" not in out
+    assert status == 2 and "fixed_prompt_b.txt cannot be used" in out and "partner" not in out
 
 
 def test_check_of_a_bad_folder_is_one_line_and_status_2(tmp_path, run_check):
@@ -912,9 +912,9 @@ def test_unpaired_items_come_of_both_domains_and_follow_their_key(domains):
 
 def test_unpaired_folders_are_refused_by_name(domains):
     (domains / "fixed_prompt_b.txt").unlink()
-    with pytest.raises(ValueError, match="fixed_prompt_b.txt is missing"):
+    with pytest.raises(ValueError, match="fixed_prompt_b.txt cannot be used"):
         data.UnpairedFolder(domains, "train", "resize_16")
     with pytest.raises(ValueError, match="test_A is not a folder"):
         data.UnpairedFolder(domains, "test", "resize_16")
-    with pytest.raises(ValueError, match="drawn:day2night"):
+    with pytest.raises(ValueError, match="'cats' of the scenes: known are day2night"):
         data.open_unpaired("drawn:cats", "train", "resize_16")

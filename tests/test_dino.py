@@ -131,13 +131,13 @@ def test_keys_of_no_length_are_like_nothing():
 def test_files_that_do_not_fit_are_refused_by_the_tensors_name(tmp_path):
     hub, original = hub_file(peer_vit(TINY, 32, 32), tmp_path), DINO(TINY).state_dict()
     from_state_dict(original, TINY)
-    with pytest.raises(ValueError, match=r"patch_embed\.proj\.weight is \[24, 3, 16, 16\], expected \[24, 3, 8, 8\]"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*patch_embed\.proj\.weight"):
         from_state_dict(original | {"patch_embed.proj.weight": torch.zeros(24, 3, 16, 16)}, TINY)
-    with pytest.raises(ValueError, match=r"head\.weight is \[9, 24\], expected absent"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*head\.weight"):
         from_state_dict(original | {"head.weight": torch.zeros(9, 24)}, TINY)
     for file, name, ours in ((original, "norm.bias", "norm.bias"), (hub, "layernorm.bias", "norm.bias"),
                              (hub, "encoder.layer.1.attention.attention.key.bias", "blocks.1.attn.qkv.bias")):
-        with pytest.raises(ValueError, match=rf"{ours} is absent, expected \[\d+\]"):
+        with pytest.raises(RuntimeError, match=rf"Missing.*{ours}"):
             from_state_dict({n: t for n, t in file.items() if n != name}, TINY)
 
 

@@ -294,6 +294,7 @@ def test_validation_in_memory_gives_the_numbers_of_the_script_on_the_saved_pictu
     f, g = (evaluate.features(networks["inception"].network, x) for x in (a, b))
     fid = evaluate.frechet_distance(*evaluate.statistics(f), *evaluate.statistics(g))
     assert metrics["fid"]["value"] == pytest.approx(fid, rel=1e-10)
+    assert evaluate.fid(networks["inception"].network, a, b, torch.device("cpu")) == pytest.approx(fid, rel=1e-4)
     assert metrics["kid"]["value"] == pytest.approx(evaluate.kid(f, g, torch.Generator()).item(), rel=1e-10)
     assert metrics["psnr"]["value"] == pytest.approx(evaluate.psnr(a, b).mean().item(), rel=1e-9)
     assert metrics["ssim"]["value"] == pytest.approx(evaluate.ssim(a, b).mean().item(), rel=1e-9)
@@ -546,7 +547,7 @@ def test_a_file_that_is_no_kept_statistics_is_refused(content, command, folders)
 
 @pytest.mark.parametrize("arguments, reason", [
     ("--real nowhere --fake FAKE", "nowhere is not a folder"),
-    ("--real REAL --fake empty", "empty holds no picture; expected files ending in .bmp"),
+    ("--real REAL --fake empty", "empty holds no picture: expected files ending in .bmp"),
     ("--real REAL", "the following arguments are required: --fake"),
     ("--fake FAKE --metrics fid", "--real is missing"),
     ("--fake FAKE", "--real is missing"),
@@ -557,8 +558,8 @@ def test_a_file_that_is_no_kept_statistics_is_refused(content, command, folders)
     ("--real REAL --fake FAKE --metrics clip", "clip cannot be computed: it needs --captions"),
     ("--real REAL --fake FAKE --captions nowhere.json", "nowhere.json does not exist"),
     ("--real REAL --fake FAKE --captions few.json", "few.json has no caption for 1.bmp (3 of 4 have none)"),
-    ("--real REAL --fake FAKE --captions list.json", "list.json holds a list, expected a dictionary"),
-    ("--real REAL --fake FAKE --captions broken.json", "broken.json line 2 is not JSON"),
+    ("--real REAL --fake FAKE --captions list.json", "list.json cannot be used (it holds a list); expected JSON"),
+    ("--real REAL --fake FAKE --captions broken.json", "in double quotes: line 2"),
     ("--real REAL --fake FAKE --metrics psnr --captions few.json", "--captions has no meaning for --metrics psnr"),
     ("--real REAL --fake FAKE --metrics psnr --stats s.npz", "--stats has no meaning for --metrics psnr"),
     ("--real REAL --fake FAKE --metrics fid --paired", "--paired has no meaning for --metrics fid"),

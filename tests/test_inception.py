@@ -165,15 +165,15 @@ def test_the_torchscript_file_gives_the_same_network(weights):
 def test_files_that_do_not_fit_are_refused_by_the_tensors_name(weights):
     counted = weights | {"Mixed_5b.branch1x1.bn.num_batches_tracked": torch.tensor(0)}  # newer files have it
     assert all(not p.requires_grad for p in from_state_dict(counted).parameters())
-    with pytest.raises(ValueError, match=r"fc\.bias is \[1000\], expected \[1008\]"):  # torchvision's own
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*fc\.bias"):  # torchvision's own
         from_state_dict(weights | {"fc.bias": torch.zeros(1000)})
-    with pytest.raises(ValueError, match=r"AuxLogits\.fc\.bias is \[1000\], expected absent"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*AuxLogits\.fc\.bias"):
         from_state_dict(weights | {"AuxLogits.fc.bias": torch.zeros(1000)})
-    with pytest.raises(ValueError, match=r"Mixed_6a\.branch3x3\.bn\.running_var is absent, expected \[384\]"):
+    with pytest.raises(RuntimeError, match=r"Missing.*Mixed_6a\.branch3x3\.bn\.running_var"):
         from_state_dict({n: t for n, t in weights.items() if n != "Mixed_6a.branch3x3.bn.running_var"})
     file = torchscript_file(weights)
     del file["layers.mixed_3.conv.beta"]
-    with pytest.raises(ValueError, match=r"Mixed_6a\.branch3x3\.bn\.bias is absent, expected \[384\]"):
+    with pytest.raises(RuntimeError, match=r"Missing.*Mixed_6a\.branch3x3\.bn\.bias"):
         from_state_dict(file)
 
 

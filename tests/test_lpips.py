@@ -73,11 +73,11 @@ def test_pixels_without_features_give_gradients_that_are_numbers(files):
 
 def test_files_that_do_not_fit_are_refused_by_the_tensors_name(files):
     vgg, lin = files
-    with pytest.raises(ValueError, match=r"features\.28\.bias is absent, expected \[512\]"):
+    with pytest.raises(RuntimeError, match=r"Missing.*features\.28\.bias"):
         from_state_dict({name: t for name, t in vgg.items() if name != "features.28.bias"}, lin)
-    with pytest.raises(ValueError, match=r"lin0\.model\.1\.weight is \[1, 192, 1, 1\], expected \[1, 64, 1, 1\]"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*lin0\.model\.1\.weight"):
         from_state_dict(vgg, lin | {"lin0.model.1.weight": torch.zeros(1, 192, 1, 1)})
-    with pytest.raises(ValueError, match=r"lin5\.model\.1\.weight is \[1, 512, 1, 1\], expected absent"):
+    with pytest.raises(RuntimeError, match=r"Unexpected.*lin5\.model\.1\.weight"):
         from_state_dict(vgg, lin | {"lin5.model.1.weight": torch.zeros(1, 512, 1, 1)})
 
 

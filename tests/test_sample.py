@@ -114,7 +114,7 @@ def test_full_size_sd_turbo_draws_what_the_pipeline_draws_in_float32():
     base.schedule = Schedule.from_config(json.loads(scheduler.to_json_string()))
     pipe = StableDiffusionPipeline(**peers, tokenizer=tokenizer, scheduler=scheduler, safety_checker=None,
                                    feature_extractor=None, requires_safety_checker=False)
-    noise, _ = sample.draw_noise([0], (4, 32, 32))
+    noise, _ = training.draw_noise([0], (4, 32, 32))
     theirs = pipe(PROMPT, width=256, height=256, latents=noise, num_inference_steps=1, guidance_scale=0.0,
                   output_type="pt").images
     ours = sample.text_to_image(base, PROMPT, [0], (256, 256))
@@ -123,7 +123,7 @@ def test_full_size_sd_turbo_draws_what_the_pipeline_draws_in_float32():
 
 
 def test_noise_is_one_generators_a_picture_from_its_first_draw_on():
-    noise, generators = sample.draw_noise([7, 8, 9], (4, 2, 3))
+    noise, generators = training.draw_noise([7, 8, 9], (4, 2, 3))
     again = torch.Generator().manual_seed(8)
     assert noise.dtype == torch.float32
     assert torch.equal(noise[1:2], torch.randn(1, 4, 2, 3, generator=again))

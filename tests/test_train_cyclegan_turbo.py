@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, judges  # noqa: F401
+from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, from_nothing, judges  # noqa: F401
 
 import train_cyclegan_turbo as trainer
 import training
@@ -23,11 +23,11 @@ SMALL = ["--train_batch_size", "1", "--validation_num_images", "1", "--viz_freq"
 
 def command(*argv, processes=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *torchrun, str(ROOT / "train_cyclegan_turbo.py"), *map(str, argv)]
+    return [sys.executable, *torchrun, str(ROOT / "train_cyclegan_turbo.py"), *from_nothing(argv)]
 
 
 def train(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["train_cyclegan_turbo.py", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", ["train_cyclegan_turbo.py", *from_nothing(argv)])
     monkeypatch.setattr(training, "catch_stop", lambda: lambda: False)
     training.run(trainer.main)
 

@@ -25,9 +25,14 @@ SMALL = ["--train_batch_size", "2", "--num_samples_eval", "2", "--viz_freq", "10
          "cpu", "--resolution", "24", "--disc_width", "8"]
 
 
+def from_nothing(argv):
+    """The flags, with the base of random weights where they name none."""
+    return [*([] if {"--base", "--resume"} & set(argv) else ["--base", "tiny"]), *map(str, argv)]
+
+
 def train(monkeypatch, *argv):
     """Runs the trainer in this process; signal handlers are put back."""
-    monkeypatch.setattr(sys, "argv", ["train_pix2pix_turbo.py", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", ["train_pix2pix_turbo.py", *from_nothing(argv)])
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         training.run(trainer.main)
@@ -38,7 +43,7 @@ def train(monkeypatch, *argv):
 
 def command(*argv, processes=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *torchrun, str(ROOT / "train_pix2pix_turbo.py"), *map(str, argv)]
+    return [sys.executable, *torchrun, str(ROOT / "train_pix2pix_turbo.py"), *from_nothing(argv)]
 
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,9 +13,9 @@ import torch
 from conftest import normal, relative
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_bases import dit, sd  # noqa: F401 (fixtures)
-from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, pairs  # noqa: F401
+from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, from_nothing, pairs  # noqa: F401
 
 import sample
 import train_yoso as trainer
@@ -33,11 +34,11 @@ SMALL = ["--train_batch_size", "2", "--prior_pictures", "3", "--num_samples_eval
 
 def command(*argv, processes=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *torchrun, str(ROOT / "train_yoso.py"), *map(str, argv)]
+    return [sys.executable, *torchrun, str(ROOT / "train_yoso.py"), *from_nothing(argv)]
 
 
 def train(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["train_yoso.py", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", ["train_yoso.py", *from_nothing(argv)])
     monkeypatch.setattr(training, "catch_stop", lambda: lambda: False)
     training.run(trainer.main)
 
@@ -118,10 +119,11 @@ def test_consistency_pulls_the_noisier_side_only_and_with_the_weight_of_the_pape
 
 def test_the_v_adaptation_asks_for_the_v_of_the_teachers_epsilon():
     v, eps, x = normal(5, 4, 2, 2).requires_grad_(), normal(5, 4, 2, 2, seed=1), normal(5, 4, 2, 2, seed=2)
-    loss = trainer.adapt_v_loss(v, eps, x, T, SCHEDULE)
+    old = Schedule.from_config(SCHEDULE.config | dict(prediction_type="epsilon"))
+    loss = trainer.adapt_loss(v, eps, x, x, T, old, SCHEDULE)
     loss.backward()
     alpha, sigma = (torch.tensor(u, dtype=torch.float64).view(-1, 1, 1, 1) for u in tables(T.tolist()))
-    target = (eps - sigma * x) / alpha  # alpha eps - sigma (x - sigma eps) / alpha, as alpha^2 + sigma^2 = 1
+    target = alpha * eps - sigma * (x - sigma * eps) / alpha
     assert loss.item() == pytest.approx(((v - target) ** 2).mean().item(), rel=1e-9)
     assert relative(v.grad, 2 * (v.detach() - target) / v.numel()) < 1e-9
 
@@ -131,7 +133,7 @@ def test_the_zero_snr_adaptation_asks_for_the_teachers_picture_on_the_new_schedu
     v.requires_grad_()
     new = zero_terminal_snr(SCHEDULE)
     x, x_new = (diffusion.add_noise(x0, eps, T, schedule) for schedule in (SCHEDULE, new))
-    loss = trainer.adapt_zsnr_loss(v, told, x, x_new, T, SCHEDULE, new)
+    loss = trainer.adapt_loss(v, told, x, x_new, T, SCHEDULE, new)
     loss.backward()
     alpha, sigma = (torch.tensor(u, dtype=torch.float64).view(-1, 1, 1, 1) for u in tables(T.tolist()))
     first, last = tables([0, 999])[0]
@@ -227,6 +229,48 @@ def test_the_discriminators_real_side_is_what_the_flag_says(monkeypatch, tmp_pat
         assert relative(real, wanted) < 1e-12 and relative(fake, G(t)) < 1e-12
         assert torch.equal(t_real, t) and torch.equal(t_fake, t)
     assert torch.equal(through, fake)
+
+
+@pytest.mark.parametrize("flag, offset, text", [(["--noise_offset", 0.5], 0.5, "noise"),
+                                                (["--unconditional"], 0.0, "")], ids=["offset", "no captions"])
+def test_noise_is_offset_and_captions_are_left_out_on_request(monkeypatch, tmp_path, pairs, flag, offset, text):  # noqa: F811
+    """The first step written out, whose noise has one more value a channel, or whose captions are empty."""
+    train(monkeypatch, "--train_data_dir", pairs, *flag, "--dtype", "float64", "--train_batch_size", 2,
+          "--max_train_steps", 1, "--resolution", 24, "--center_crop", "--prior_pictures", 0, "--num_samples_eval", 1,
+          "--lambda_gan", 0, "--lambda_con", 0, "--device", "cpu", "--output_dir", tmp_path / "run")
+    log = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    base = weights.load_base("tiny", dtype=torch.float64, seed=42)
+    batch = next(trainer.data.batches(trainer.data.open_paired(pairs, "train", "resized_crop_24"), 2, 42))
+    assert batch["caption"] == ["noise"] * 2
+
+    def draw(what, *shape):
+        return torch.randn(2, 4, *shape, generator=training.rng(42, 0, what)).double()
+
+    mean, logvar, _ = base.vae.encode(batch["target"].double())
+    x0 = (mean + (logvar / 2).exp() * draw("latent", 6, 6)) * base.vae.config.scaling_factor
+    t = torch.randint(1000, (2,), generator=training.rng(42, 0, "t"))
+    x = diffusion.add_noise(x0, draw("noise", 6, 6) + offset * draw("offset", 1, 1), t, base.schedule)
+    kl = [trainer.kl_loss(trainer.generated(base.unet(x, t, *base.encode(texts)), x, t, base.schedule), x0, t,
+                          base.schedule, 5.0).item() / 2 for texts in ([text] * 2, ["another"] * 2)]
+    assert log["kl"] == pytest.approx(kl[0], rel=1e-9) and log["kl"] != pytest.approx(kl[1], rel=1e-9)
+
+
+def test_the_grid_shows_the_validation_prompts(monkeypatch, tmp_path, pairs):  # noqa: F811
+    seen = []
+    monkeypatch.setattr(training, "save_grid", lambda path, columns: seen.append(columns))
+    train(monkeypatch, "--train_data_dir", pairs, "--validation_prompts", "fog|rain", *SMALL, "--dtype", "float64",
+          "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+    made, = (columns[1] for columns in seen)
+    base, prior = weights.load_yoso(tmp_path / "run" / "model.safetensors", dtype=torch.float64)
+    assert len(made) == 2
+    for i, (own, other) in enumerate([("fog", "rain"), ("rain", "fog")]):
+        (noise, again), T = training.draw_noise([i], (4, 6, 6)), len(base.schedule.alpha)
+        again = torch.randn(1, 4, 6, 6, generator=again[0])
+        x = diffusion.start_from_prior(noise.double(), again.double(), *prior, T - 1, base.schedule)
+        t = torch.tensor([T - 1])
+        expected = [base.vae.decode(trainer.generated(base.unet(x, t, *base.encode([text])), x, t, base.schedule)
+                                    / base.vae.config.scaling_factor)[0].float() for text in (own, other)]
+        assert relative(made[i], expected[0]) < 1e-6 < relative(made[i], expected[1])
 
 
 # -------------------------------------------------------------------------------------------------- stages and files
@@ -484,6 +528,24 @@ def test_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     subprocess.run(command("--resume", tmp_path / "cut"), env=ENV, check=True, capture_output=True)
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
     assert_same(*(torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "cut")), 0)
+
+
+@pytest.mark.parametrize("flag", ["--base", "--teacher", "--disc_base"])
+def test_resuming_beside_other_frozen_weights_is_refused(monkeypatch, capsys, tmp_path, dit, sd, flag):  # noqa: F811
+    """The base, what draws the pictures, and what looks at latents."""
+    places = {"--base": dit["512"], "--teacher": sd, "--disc_base": sd}
+    shutil.copytree(places[flag], tmp_path / "other")
+    train(monkeypatch, *(word for pair in (places | {flag: tmp_path / "other"}).items() for word in pair),
+          "--train", "lora", "--lora_rank", 2, "--train_data_dir", text_file(tmp_path), *SMALL[:-4], "--resolution", 16,
+          "--prior_pictures", 0, "--lambda_con", 0, "--device", "cpu", "--max_train_steps", 1, "--output_dir",
+          tmp_path / "run")
+    path, = (tmp_path / "other" / ("transformer" if flag == "--base" else "unet")).glob("*.safetensors")
+    tensors = load_file(path)
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, path, dict(format="pt"))
+    with pytest.raises(SystemExit):
+        train(monkeypatch, "--resume", tmp_path / "run", "--max_train_steps", 2)
+    assert "fingerprint" in capsys.readouterr().err
 
 
 def test_a_last_save_that_failed_is_made_good_by_resuming(monkeypatch, tmp_path):

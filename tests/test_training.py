@@ -14,79 +14,8 @@ import training
 
 @dataclass
 class Config:
-    base: str = "sd-turbo"  # where from
-    learning_rate: float = 1e-4  # how fast
-    epochs: int | None = None
-    use_ema: bool = False
-    kind: Literal["a", "b"] = "a"
-    max_train_steps: int = 10
-    output_dir: str | None = None
+    output_dir: str
     resume: str | None = None
-    dataloader_num_workers: int = 0
-    seed: int = 0
-
-
-TINY = dict(learning_rate=1e-2, seed=7)
-
-
-def parse(*argv):
-    return training.parse(Config, dict(tiny=TINY), dict(old_name="base"), "doc", list(argv))
-
-
-def test_flags_fill_the_dataclass_with_its_types():
-    cfg = parse("--learning_rate", "0.5", "--epochs", "3", "--use_ema", "--kind", "b", "--old_name", "x/y")
-    assert cfg == Config("x/y", 0.5, 3, True, "b")
-    assert parse("--use_ema", "off") == Config() and parse("--use_ema", "on") == parse("--use_ema") != Config()
-
-
-def test_tiny_bases_have_other_defaults_which_flags_override(capsys):
-    assert parse("--base", "tiny") == Config("tiny", 1e-2, seed=7)
-    assert "--learning_rate 0.01" in capsys.readouterr().err
-    assert parse("--base", "tiny-turbo", "--seed", "1").seed == 1
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["--learning_rat", "1"], ["unknown argument --learning_rat", "--learning_rate"]),
-    (["--kind", "c"], ["--kind", "'a'", "'b'"]),
-    (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
-    (["--allow_tf32"], ["--allow_tf32 is not needed"]),
-    (["--enable_xformers_memory_efficient_attention"], ["fused"]),
-    (["stray"], ["stray"]),
-    (["--learning_rate"], ["--learning_rate", "expected one argument"]),
-])
-def test_wrong_flags_are_one_line_that_helps(argv, words):
-    with pytest.raises(ValueError) as caught:
-        parse(*argv)
-    assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value)
-
-
-def test_help_shows_the_comment_and_the_default(capsys):
-    with pytest.raises(SystemExit):
-        parse("--help")
-    out = capsys.readouterr().out
-    assert "how fast [0.0001]" in out and "--old_name" in out
-
-
-def test_resume_keeps_the_settings_and_lets_only_steps_change(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(dict(base="b", learning_rate=0.25, max_train_steps=10)))
-    cfg = parse("--resume", str(tmp_path), "--max_train_steps", "20", "--base", "b")
-    assert (cfg.base, cfg.learning_rate, cfg.max_train_steps, cfg.output_dir) == ("b", 0.25, 20, str(tmp_path))
-    with pytest.raises(ValueError, match="--learning_rate 0.5 differs from the 0.25"):
-        parse("--resume", str(tmp_path), "--learning_rate", "0.5")
-    assert parse("--resume", str(tmp_path), "--dataloader_num_workers", "3").dataloader_num_workers == 3
-    with pytest.raises(ValueError, match="no config.json"):
-        parse("--resume", str(tmp_path / "nowhere"))
-
-
-@pytest.mark.parametrize("text, says", [
-    ('{"base": "b"', "Expecting"), ("[1]", "items"), ("[" * 100_000, "recursion"), ('{"seed": "x"}', "--seed"),
-    ('{"use_ema": 3}', "--use_ema"), ('{"kind": "c"}', "--kind"), ('{"seed": -1}', "--seed -1"),
-])
-def test_settings_that_no_flag_would_take_are_refused_on_resuming(tmp_path, text, says):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json does not hold the settings of a run") as caught:
-        parse("--resume", str(tmp_path))
-    assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_error_of_the_user_is_one_line_and_status_2_and_a_bug_keeps_its_traceback(capsys):
@@ -138,33 +67,56 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["state.pt"]
 
 
-def load_state(folder, base):
-    with training.load_state(folder, base) as state:
-        return state["step"]
+def test_a_state_goes_back_into_what_it_was_taken_from(tmp_path):
+    def parts():
+        network = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(network.parameters())
+        network(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return dict(trained=dict(network.named_parameters()), mean=dict(weight=torch.randn(2, 3)), network=network,
+                    optimizer=optimizer, discriminator=None)
+
+    one, other = parts(), parts()
+    trained, mean = dict(other["trained"]), other["mean"]["weight"]
+    training.save_state(tmp_path / "state.pt", dict(step=1, base="abc", best=0.5, **one))
+    assert training.restore(tmp_path, "abc", other, "step", "best") == [1, 0.5]
+    assert all(torch.equal(p, one["trained"][name]) for name, p in trained.items())  # in place
+    assert torch.equal(mean, one["mean"]["weight"])
+    for name in ("network", "optimizer"):
+        a, b = (str(part[name].state_dict()) for part in (one, other))
+        assert a == b
+
+
+def restore(folder, base):
+    return training.restore(folder, base, {}, "step")[0]
 
 
 def test_a_state_cut_anywhere_or_with_code_in_it_is_refused_in_one_line(tmp_path):
     path = tmp_path / "state.pt"
     training.save_state(path, dict(step=1, base="abc", trained=dict(w=torch.arange(100.0))))
     whole = path.read_bytes()
-    assert load_state(tmp_path, "abc") == 1
+    assert restore(tmp_path, "abc") == 1
     with pytest.raises(ValueError, match="fingerprint"):
-        load_state(tmp_path, "other")
+        restore(tmp_path, "other")
     for cut in [0, 1, 50, len(whole) // 2, len(whole) - 60, len(whole) - 1]:
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="is damaged") as caught:
-            load_state(tmp_path, "abc")
+            restore(tmp_path, "abc")
         assert "\n" not in str(caught.value)
     for state in (dict(step=1, base="abc", code=training.rng), dict(step=1), [1, 2]):
         torch.save(state, path)
         with pytest.raises(ValueError, match="is damaged"):
-            load_state(tmp_path, "abc")
-    torch.save(dict(base="abc"), path)
-    with pytest.raises(ValueError, match="state.pt is not of this run .KeyError: 'step'.; put its own"):
-        load_state(tmp_path, "abc")
+            restore(tmp_path, "abc")
+    for state, said in ((dict(base="abc"), "KeyError: 'step'"), (dict(base="abc", step=0.5), "TypeError: .* 0.5")):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=f"state.pt is not of this run .{said}.; put its own"):
+            restore(tmp_path, "abc")
+    torch.save(dict(base="abc", step=1, trained=dict(w=torch.zeros(3))), path)
+    with pytest.raises(ValueError, match="state.pt is not of this run"):
+        training.restore(tmp_path, "abc", dict(trained=dict(w=torch.zeros(2))), "step")
     path.unlink()
     with pytest.raises(ValueError, match="has no state.pt"):
-        load_state(tmp_path, "abc")
+        restore(tmp_path, "abc")
 
 
 def test_a_run_is_never_overwritten(tmp_path):
@@ -211,3 +163,83 @@ def test_an_unknown_device_and_a_missing_reporter_are_refused(tmp_path):
         training.pick_device("warp")
     with pytest.raises(ValueError, match="expected tensorboard, wandb or none"):
         training.open_reporter("printer", tmp_path, "p")
+
+
+# -------------------- The command line
+
+
+@dataclass
+class Settings:
+    base: str = "sd-turbo"  # where from
+    learning_rate: float = 1e-4  # how fast
+    epochs: int | None = None
+    use_ema: bool = False
+    kind: Literal["a", "b"] = "a"
+    max_train_steps: int = 10
+    output_dir: str | None = None
+    resume: str | None = None
+    dataloader_num_workers: int = 0
+    seed: int = 0
+
+
+TINY = dict(learning_rate=1e-2, seed=7)
+
+
+def parse(*argv):
+    return training.parse(Settings, dict(tiny=TINY), dict(old_name="base"), "doc", list(argv))
+
+
+def test_flags_fill_the_dataclass_with_its_types():
+    cfg = parse("--learning_rate", "0.5", "--epochs", "3", "--use_ema", "--kind", "b", "--old_name", "x/y")
+    assert cfg == Settings("x/y", 0.5, 3, True, "b")
+    assert parse("--use_ema", "off") == Settings() and parse("--use_ema", "on") == parse("--use_ema") != Settings()
+
+
+def test_tiny_bases_have_other_defaults_which_flags_override(capsys):
+    assert parse("--base", "tiny") == Settings("tiny", 1e-2, seed=7)
+    assert "--learning_rate 0.01" in capsys.readouterr().err
+    assert parse("--base", "tiny-turbo", "--seed", "1").seed == 1
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--learning_rat", "1"], ["unknown argument --learning_rat", "--learning_rate"]),
+    (["--kind", "c"], ["--kind", "'a'", "'b'"]),
+    (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
+    (["--allow_tf32"], ["--allow_tf32 is not needed"]),
+    (["--enable_xformers_memory_efficient_attention"], ["fused"]),
+    (["stray"], ["stray"]),
+    (["--learning_rate"], ["--learning_rate", "expected one argument"]),
+])
+def test_wrong_flags_are_one_line_that_helps(argv, words):
+    with pytest.raises(ValueError) as caught:
+        parse(*argv)
+    assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value)
+
+
+def test_help_shows_the_comment_and_the_default(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    out = capsys.readouterr().out
+    assert "how fast [0.0001]" in out and "--old_name" in out
+
+
+def test_resume_keeps_the_settings_and_lets_only_steps_change(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(base="b", learning_rate=0.25, max_train_steps=10)))
+    cfg = parse("--resume", str(tmp_path), "--max_train_steps", "20", "--base", "b")
+    assert (cfg.base, cfg.learning_rate, cfg.max_train_steps, cfg.output_dir) == ("b", 0.25, 20, str(tmp_path))
+    with pytest.raises(ValueError, match="--learning_rate 0.5 differs from the 0.25"):
+        parse("--resume", str(tmp_path), "--learning_rate", "0.5")
+    assert parse("--resume", str(tmp_path), "--dataloader_num_workers", "3").dataloader_num_workers == 3
+    with pytest.raises(ValueError, match="no config.json"):
+        parse("--resume", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"base": "b"', "Expecting"), ("[1]", "items"), ("[" * 100_000, "recursion"), ('{"seed": "x"}', "--seed"),
+    ('{"use_ema": 3}', "--use_ema"), ('{"kind": "c"}', "--kind"), ('{"seed": -1}', "--seed -1"),
+])
+def test_settings_that_no_flag_would_take_are_refused_on_resuming(tmp_path, text, says):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json does not hold the settings of a run") as caught:
+        parse("--resume", str(tmp_path))
+    assert says in str(caught.value) and "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ runs the same loss functions in a minute or two on one thread. What comes out, b
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -56,6 +57,8 @@ class Points(Dataset):
 class MLP(nn.Module):
     """x [B, 2], t one timestep or [B] in 0 ... 999 -> [B, c_out]; there is no context to look at. Generator with c_out
     2, discriminator with 1."""
+
+    config = SimpleNamespace(in_channels=2)
 
     def __init__(self, c_out: int, width: int = 128, layers: int = 3):
         super().__init__()

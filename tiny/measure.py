@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import evaluate
 import sample
 import training
 from models import weights
@@ -126,12 +127,73 @@ def measure_text(judge: Judge, name: str, steps: int, guidance: float, seed: int
                 milliseconds=1000 * seconds)
 
 
+def edges(pictures: Tensor) -> Tensor:
+    """[N, 3, H, W] in [-1, 1] -> Canny edges [N, 1, H, W], 0 or 1."""
+    return torch.stack([data.to_tensor(data.canny(data.to_picture(x), 50, 100))[:1] for x in pictures])
+
+
+def edge_f(made: Tensor, goal: Tensor) -> Tensor:
+    """F-score [N] of edges [N, 1, H, W] that may be one pixel away from those they should be."""
+    def share(a: Tensor, b: Tensor) -> Tensor:  # of a's edges that b has
+        return (a * F.max_pool2d(b, 3, 1, 1)).sum((1, 2, 3)) / a.sum((1, 2, 3)).clamp(min=1)
+    precision, recall = share(made, goal), share(goal, made)
+    return 2 * precision * recall / (precision + recall).clamp(min=1e-6)
+
+
+@torch.inference_mode()
+def translated(checkpoint: str, x: Tensor, captions: list[str], direction: str | None = None, seed: int = 0,
+               **how: float) -> Tensor:
+    """Pictures [N, 3, 64, 64] through `sample.translate_pictures`, each with its own caption, all from one noise."""
+    names = ("r", "strength")
+    model = weights.load_generator(checkpoint, dtype=torch.float32, **{k: v for k, v in how.items() if k in names})
+    made = []
+    for start in tqdm(range(0, len(x), 50), checkpoint):
+        rows = slice(start, start + 50)
+        context = model.text_encoder(model.tokenizer(captions[rows]))
+        made.append(sample.translate_pictures(model, [data.to_picture(one) for one in x[rows]], context, seed, model.r,
+                                              how.get("skip_scale", 1.0), direction))
+    return torch.cat(made)
+
+
+def measure_unpaired(task: str, checkpoint: str | None = None) -> dict:
+    """How near each direction comes to the true drawing, beside doing nothing, the adapter at strength 0 (the base and
+    the right caption) and the adapter with its skips shut."""
+    world, results = scenes.Unpaired(task, "test"), {}
+    for direction in ("a2b", "b2a"):
+        x = torch.stack([world[i][direction[0]] for i in range(N)])
+        truth = torch.stack([world.truth(i, direction) for i in range(N)])
+        captions = [world.prompts[direction == "a2b"]] * N
+        outputs = {"doing nothing": x} | {name: translated(checkpoint or task, x, captions, direction, **how) for
+                                          name, how in {"untrained adapter": dict(strength=0.0), "adapter": {},
+                                                        "without skips": dict(skip_scale=0.0)}.items()}
+        results[direction] = {name: dict(psnr=spread(psnr(y, truth)), ssim=evaluate.ssim(y, truth).mean().item(),
+                                         edges=edge_f(edges(y), edges(truth)).mean().item())
+                              for name, y in outputs.items()}
+    return results
+
+
+def measure_edges(judge: Judge, checkpoint: str = "edges2scene", several: int = 4) -> dict:
+    """Outlines to scenes: nearness to the truth and captions obeyed, by r; and how far `several` noises lead apart."""
+    described, truth = held_out()
+    x = torch.stack([data.to_tensor(scenes.outlines(scene, SIZE)) * 2 - 1 for scene in described])
+    captions, goal, results = [scenes.caption(scene) for scene in described], edges(truth), {}
+    for r in (1.0, 0.7, 0.4, 0.0):
+        made = torch.stack([translated(checkpoint, x, captions, None, seed, r=r) for seed in range(several)])
+        apart = [(a - b).abs().mean().item() for i, a in enumerate(made) for b in made[:i]]
+        results[f"r {r}"] = dict(psnr=spread(psnr(made[0], truth)), edges=edge_f(edges(made[0]), goal).mean().item(),
+                                 obeyed=obeyed(judge, made[0], described), apart=sum(apart) / len(apart))
+    return results
+
+
 def main() -> None:
     what = {
         "vae": measure_vae,
         "turbo": lambda judge: [measure_text(judge, "tiny-turbo", 1, 1.0, seed) for seed in (0, 1000, 2000)],
         "sd": lambda judge: [measure_text(judge, "tiny-sd", 25, guidance, 0) for guidance in (1.0, 3.0)],
         "sd one step": lambda judge: [measure_text(judge, "tiny-sd", 1, 1.0, 0)],
+        "day2night": lambda judge: measure_unpaired("day2night"),
+        "clear2rain": lambda judge: measure_unpaired("clear2rain"),
+        "edges2scene": measure_edges,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"of {', '.join(what)} [all]")

@@ -5,6 +5,7 @@
     python -m tiny.recipe judge            what reads attributes from pictures, for measuring
     python -m tiny.recipe sd               tiny-sd, an ordinary diffusion model: text encoder and U-Net, epsilon
     python -m tiny.recipe turbo            tiny-turbo, its one-step model: train_yoso.py, in three stages
+    python -m tiny.recipe adapters         translators: train_cyclegan_turbo.py twice, train_pix2pix_turbo.py
 
 A stage that is stopped goes on where it stood; its logs and pictures are in runs/recipe/STAGE. Minutes, machine and
 figures of the committed weights: tiny/README.md.
@@ -127,11 +128,9 @@ def train(stage: str, network: nn.Module, loss: Callable[[int], Tensor], look: C
     trained = dict(network.requires_grad_(True).named_parameters())
     mean = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99), weight_decay=1e-2)
+    kept = dict(network=network, mean=mean, optimizer=optimizer)
     if (folder / "state.pt").is_file():
-        with training.load_state(folder, stage) as state:
-            start, mean = state["step"], state["mean"]
-            network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
+        start, = training.restore(folder, stage, kept, "step")
     log, clock = training.open_log(folder, start), time.monotonic()
     for step in tqdm(range(start, steps), stage, steps, initial=start):
         fall = max(0.0, (step - 200) / (steps - 200))
@@ -153,8 +152,7 @@ def train(stage: str, network: nn.Module, loss: Callable[[int], Tensor], look: C
             values |= look(done) | {"minutes": (time.monotonic() - clock) / 60}
             print({k: round(v, 4) for k, v in values.items()}, file=sys.stderr)
             network.load_state_dict(now, strict=False)
-            training.save_state(folder / "state.pt", dict(
-                base=stage, step=done, network=network.state_dict(), mean=mean, optimizer=optimizer.state_dict()))
+            training.save_state(folder / "state.pt", dict(base=stage, step=done, **kept))
         training.append_log(log, done, values)
     training.plot_losses(log, folder / "losses.png")
     network.load_state_dict(mean, strict=False)
@@ -296,36 +294,57 @@ def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
 STAGES = {  # of train_yoso.py: v instead of epsilon, then pure noise at the end, then one step
     "adapt_v": dict(max_train_steps=250, learning_rate=3e-4, lr_scheduler="cosine"),
     "adapt_zsnr": dict(max_train_steps=250, learning_rate=3e-4, lr_scheduler="cosine"),
-    "yoso": dict(max_train_steps=1600, learning_rate=1.5e-4, disc_lr_ratio=5.0, lr_scheduler="cosine"),
+    "yoso": dict(max_train_steps=4000, learning_rate=1.5e-4, disc_lr_ratio=5.0, lr_scheduler="cosine"),
 }
 COMMON = dict(train="all", train_batch_size=32, mixed_precision="bf16", resolution=SIZE, lr_warmup_steps=100,
               adam_beta2=0.99, prior_pictures=0, ema_decay=0.998, viz_freq=500, eval_freq=500, checkpointing_steps=250,
               seed=SEED)
 
 
-def train_turbo(device: torch.device) -> None:
-    def run(script: str, *argv: object) -> None:
-        subprocess.run([sys.executable, HERE.parent / script, *map(str, argv)], check=True)
+def run(script: str, *argv: object) -> None:
+    subprocess.run([sys.executable, HERE.parent / script, *map(str, argv)], check=True)
 
+
+def run_or_resume(script: str, folder: pathlib.Path, **flags: object) -> None:
+    if (folder / "state.pt").is_file():
+        run(script, "--resume", folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        run(script, "--output_dir", folder, *(word for name, value in flags.items() for word in (f"--{name}", value)))
+
+
+def train_turbo(device: torch.device) -> None:
     cache, base = RUNS / "cache", "tiny-sd"
     run("data.py", "cache", "drawn:scenes", "--base", base, "--size", SIZE, "--output", cache, "--batch", 64)
     for stage, own in STAGES.items():
-        folder, flags = RUNS / stage, {**COMMON, **own}
-        if (folder / "state.pt").is_file():
-            run("train_yoso.py", "--resume", folder)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            run("train_yoso.py", "--base", base, "--stage", stage, "--train_data_dir", cache, "--device", device,
-                "--output_dir", folder, *(word for name, value in flags.items() for word in (f"--{name}", value)))
-        base = folder / "base"
+        run_or_resume("train_yoso.py", RUNS / stage, base=base, stage=stage, train_data_dir=cache, device=device,
+                      **COMMON, **own)
+        base = RUNS / stage / "base"
     made = weights.load_base(str(base), dtype=torch.float32)
     made.schedule = diffusion.Schedule.from_config(made.schedule.config | dict(_class_name="LCMScheduler"))
     weights.save_folder(HERE / "tiny-turbo", made, torch.float16)
 
 
+# -------------------- Translators: adapters of tiny-turbo, by the trainers' own settings for it
+
+ADAPTERS = {
+    "day2night": ("train_cyclegan_turbo.py", dict(dataset_folder="drawn:day2night")),
+    "clear2rain": ("train_cyclegan_turbo.py", dict(dataset_folder="drawn:clear2rain")),
+    "edges2scene": ("train_pix2pix_turbo.py", dict(dataset_folder="drawn:scenes", stochastic=True)),
+}
+
+
+def train_adapters(device: torch.device) -> None:
+    for name, (script, own) in ADAPTERS.items():
+        run_or_resume(script, RUNS / name, base="tiny-turbo", device=device, seed=SEED, mixed_precision="bf16", **own)
+        tensors, metadata = weights.read_tensors(RUNS / name / "model.safetensors", "a translator")
+        weights.save_tensors(weights.ADAPTERS / f"{name}.safetensors",
+                             {key: tensor.half() for key, tensor in tensors.items()}, metadata)
+
+
 def main() -> None:
     stages = dict(tokenizer=lambda device: write_tokenizer(HERE / "tiny" / "tokenizer"), vae=train_vae,
-                  judge=train_judge, sd=train_sd, turbo=train_turbo)
+                  judge=train_judge, sd=train_sd, turbo=train_turbo, adapters=train_adapters)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
