@@ -394,7 +394,7 @@ def draw_page(args: argparse.Namespace, device: torch.device) -> None:
         cells.append((made, words))
     for i, name in enumerate(("day2night", "clear2rain", "edges2scene", "edges2scene")):
         scene = scenes.nth_scene("test", 1, i, time="day", weather="clear")
-        model = weights.load_generator(name, dtype=DTYPES[args.dtype], device=str(device))
+        model = weights.load_generator(name, dtype=torch.float32, device=str(device))
         picture, words = (scenes.draw(scene, 64), model.prompts[1]) if model.prompts else \
             (scenes.outlines(scene, 64), scenes.caption(scene))
         context = model.text_encoder(model.tokenizer(words).to(device))
