@@ -185,7 +185,9 @@ def quicken(args: argparse.Namespace, device: torch.device, vaes: list[nn.Module
     """--dtype auto, channels_last, and --compile of each of `graphs`. A denoiser in bf16 loses too much where x0 comes
     of one epsilon, whose errors 1 / alpha multiplies: of float32's pictures by tiny-sd 37 dB are left. No layer alone
     is to blame; float16's three more bits leave 59, and bf16 in the VAE 60."""
-    if args.dtype == "auto" and computes_in_bf16(device):
+    if args.dtype == "auto" and not computes_in_bf16(device):
+        args.dtype = "float32"
+    elif args.dtype == "auto":
         fine = "float16" if device.type == "cuda" else "float32"  # float16 is slow on a CPU
         for network in vaes:
             network.to(torch.bfloat16)

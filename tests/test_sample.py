@@ -374,6 +374,16 @@ def test_the_next_is_made_while_the_caller_works_and_its_error_comes_in_its_turn
         next(made)
 
 
+@pytest.mark.parametrize("able, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_default_type_is_bf16_where_the_processor_computes_in_it(monkeypatch, able, dtype):
+    """And the chosen type is known by its name from there on."""
+    monkeypatch.setattr(sample, "computes_in_bf16", lambda device: able)
+    args = sample.parse(["a circle", "--base", "tiny-turbo"])
+    loaded = sample.load(args, torch.device("cpu"))
+    assert {p.dtype for network in (loaded.vae, loaded.unet) for p in network.parameters()} == {dtype}
+    assert sample.DTYPES[args.dtype] == dtype
+
+
 def test_tiles_bound_what_the_networks_see_and_a_small_picture_is_the_same_bits(base, checkpoints, command, tmp_path,
                                                                                 monkeypatch):
     small, large = picture(tmp_path / "small.png", 30, 24), picture(tmp_path / "large.png", 70, 45)
