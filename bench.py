@@ -199,6 +199,12 @@ def quicken(network: nn.Module, args: argparse.Namespace) -> None:
         network.compile(mode="reduce-overhead" if args.device == "cuda" else None)
 
 
+def as_sampled(args: argparse.Namespace, vae: nn.Module, unet: nn.Module, graphs: list[nn.Module]) -> None:
+    """--fast is what sample.py does where no --dtype is given, with a model of one epsilon step."""
+    how = argparse.Namespace(dtype="auto" if args.fast else "float32", compile=args.compile)
+    sample.quicken(how, torch.device(args.device), [vae], unet, True, graphs)
+
+
 def module_inputs(args: argparse.Namespace, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Picture, latent of an eighth of its size, context [B, 77, width], token ids."""
     rng, B, n = torch.Generator().manual_seed(0), args.batch, args.size
@@ -220,8 +226,8 @@ def our_modules(args: argparse.Namespace, asked: Generator) -> None:
 
 @torch.inference_mode()
 def our_translation(args: argparse.Namespace, asked: Generator) -> None:
-    model = weights.load_generator(args.checkpoint, dtype=our_dtype(args), device=args.device)
-    quicken(model.generator, args)
+    model = weights.load_generator(args.checkpoint, dtype=args.dtype, device=args.device)
+    as_sampled(args, model.generator.vae, model.generator.unet, [model.generator])
     context = model.text_encoder(model.tokenizer(PROMPT).to(args.device))
 
     def translate(task: tuple[int, int]) -> Tensor:
@@ -233,9 +239,8 @@ def our_translation(args: argparse.Namespace, asked: Generator) -> None:
 
 
 def our_text(args: argparse.Namespace, asked: Generator) -> None:
-    base = weights.load_base(args.base, dtype=our_dtype(args), device=args.device)
-    for network in (base.unet, base.vae.decoder):
-        quicken(network, args)
+    base = weights.load_base(args.base, dtype=args.dtype, device=args.device)
+    as_sampled(args, base.vae, base.unet, [base.unet, base.vae.decoder])
     answer(asked, lambda task: sample.text_to_image(base, PROMPT, list(range(task[1])), (task[0], task[0])))
 
 
@@ -655,7 +660,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--batches", type=numbers, default=[1, 2, 4], metavar="N,N", help="of growth, at --size")
     add("--dtype", choices=["float32", "bf16"], default="float32")
     add("--device", choices=["cpu", "cuda"], default="cpu")
-    add("--fast", action="store_true", help="our side in bf16 and channels_last, whatever --dtype is")
+    add("--fast", action="store_true", help="our side as sample.py chooses; of other whats in bf16 and channels_last")
     add("--compile", action="store_true", help="our side compiled")
     add("--gan", action="store_true", help="train: with a patch discriminator on both sides")
     add("--runs", type=int, default=5)
@@ -696,7 +701,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = compare(args, {side: SIDES[args.what][side] for side in ("ours", args.against)},
                            tasks.get(args.what, [(args.size, args.batch)]))
     size = f", {args.size} px, batch {args.batch}" if args.what in ("load", "modules") else ""
-    quick = " (ours bf16, channels_last)" * args.fast + " (ours compiled)" * args.compile
+    quick = " (ours fast)" * args.fast + " (ours compiled)" * args.compile
     title = f"{args.what}: {of}{size}, {dtype}{quick}, {args.device.upper()}"
     command = f"python bench.py {' '.join(argv)}"
     print(json.dumps(dict(title=title, command=command, runs=args.runs, machine=machine(args), rows=rows), indent=1))
