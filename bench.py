@@ -148,8 +148,8 @@ def count_flops() -> flop_counter.FlopCounterMode:
 def requests(pipe: Connection, args: argparse.Namespace) -> Generator:
     """Yields the tasks that are asked for, one at a time, and answers what the caller's work on each took; the work's
     result may be sent to the `yield`. A request is (task, look): to look is to count FLOPs and to hand over the
-    result, and its time does not count. Memory is what came on top of this file's imports."""
-    device, idle = args.device, peak_gb(args.device, reset=True)
+    result, and its time does not count. Memory is the whole process's at its largest."""
+    device = args.device
     while request := pipe.recv():
         task, look = request
         peak_gb(device, reset=True)
@@ -162,7 +162,7 @@ def requests(pipe: Connection, args: argparse.Namespace) -> Generator:
             result = yield task
             if device == "cuda":
                 torch.cuda.synchronize()
-            answer = dict(seconds=time.perf_counter() - begin, peak_gb=peak_gb(device) - idle)
+            answer = dict(seconds=time.perf_counter() - begin, peak_gb=peak_gb(device))
         if look:
             answer |= dict(tflop=counter.get_total_flops() / 1e12,
                            result=None if result is None else result.float().cpu().numpy())
