@@ -14,7 +14,7 @@ LPIPS, CLIP similarity and the vision-aided discriminator look through networks 
 --lambda_lpips 0, --lambda_clipsim 0 and --gan_disc_type patch do without. Of the validations the best one's weights are
 kept in best.safetensors (by LPIPS, else by L2).
 
-Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", sections 3.2 and 3.3. Unlike in the
+Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3. Unlike in the
 released script, the generator takes one step an iteration, on the sum of its losses and from one forward pass, not two;
 the crop and flip of a pair are shared; and training stops at max_train_steps.
 """
