@@ -916,5 +916,5 @@ def test_unpaired_folders_are_refused_by_name(domains):
         data.UnpairedFolder(domains, "train", "resize_16")
     with pytest.raises(ValueError, match="test_A is not a folder"):
         data.UnpairedFolder(domains, "test", "resize_16")
-    with pytest.raises(ValueError, match="'cats' of the scenes: known are day2night"):
+    with pytest.raises(ValueError, match="no unpaired drawings 'cats': known are drawn:day2night"):
         data.open_unpaired("drawn:cats", "train", "resize_16")

@@ -221,7 +221,7 @@ def test_a_scene_that_cannot_be_is_refused_in_one_sentence(fields, word):
 
 
 def test_unknown_tasks_and_splits_are_refused():
-    with pytest.raises(ValueError, match="known are day2night, clear2rain"):
+    with pytest.raises(ValueError, match="known are drawn:day2night, drawn:clear2rain"):
         Unpaired("day2dawn", "train")
     with pytest.raises(ValueError, match="known are train, test"):
         Paired("val")[0]
