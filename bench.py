@@ -145,10 +145,10 @@ def count_flops() -> flop_counter.FlopCounterMode:
         back: lambda gradient, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(gradient, q, k, v)})
 
 
-def requests(pipe: Connection, args: argparse.Namespace) -> Generator:
+def requests(pipe: Connection, args: argparse.Namespace, idle: float) -> Generator:
     """Yields the tasks that are asked for, one at a time, and answers what the caller's work on each took; the work's
     result may be sent to the `yield`. A request is (task, look): to look is to count FLOPs and to hand over the
-    result, and its time does not count. Memory is the whole process's at its largest."""
+    result, and its time does not count. Memory is what came on top of the `idle` process, before loading."""
     device = args.device
     while request := pipe.recv():
         task, look = request
@@ -162,7 +162,7 @@ def requests(pipe: Connection, args: argparse.Namespace) -> Generator:
             result = yield task
             if device == "cuda":
                 torch.cuda.synchronize()
-            answer = dict(seconds=time.perf_counter() - begin, peak_gb=peak_gb(device))
+            answer = dict(seconds=time.perf_counter() - begin, peak_gb=peak_gb(device) - idle)
         if look:
             answer |= dict(tflop=counter.get_total_flops() / 1e12,
                            result=None if result is None else result.float().cpu().numpy())
@@ -180,7 +180,7 @@ def serve(pipe: Connection, side: Callable, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.empty(0, device=args.device)  # before anything asks for its memory
-    asked = requests(pipe, args)
+    asked = requests(pipe, args, peak_gb(args.device, reset=True))
     with contextlib.suppress(KeyboardInterrupt, EOFError):
         side(args, asked)
 
