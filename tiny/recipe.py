@@ -6,6 +6,7 @@
     python -m tiny.recipe sd               tiny-sd, an ordinary diffusion model: text encoder and U-Net, epsilon
     python -m tiny.recipe turbo            tiny-turbo, its one-step model: train_yoso.py, in three stages
     python -m tiny.recipe adapters         translators: train_cyclegan_turbo.py twice, train_pix2pix_turbo.py
+    python -m tiny.recipe all              one after the other
 
 A stage that is stopped goes on where it stood; its logs and pictures are in runs/recipe/STAGE. Minutes, machine and
 figures of the committed weights: tiny/README.md.
@@ -346,10 +347,11 @@ def main() -> None:
     stages = dict(tokenizer=lambda device: write_tokenizer(HERE / "tiny" / "tokenizer"), vae=train_vae,
                   judge=train_judge, sd=train_sd, turbo=train_turbo, adapters=train_adapters)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=stages)
+    parser.add_argument("stage", choices=[*stages, "all"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
     args = training.parse_args(parser)
-    stages[args.stage](training.pick_device(args.device))
+    for stage in stages if args.stage == "all" else [args.stage]:
+        stages[stage](training.pick_device(args.device))
 
 
 if __name__ == "__main__":
