@@ -102,8 +102,8 @@ TINY = dict(train="all", resolution=64, learning_rate=1e-3, lr_scheduler="cosine
             lambda_idt=5.0, lambda_gan=1.0, lambda_cycle_lpips=0.0, lambda_idt_lpips=0.0, gan_disc_type="patch",
             gan_augment=False, disc_width=16, validation_steps=100, validation_num_images=16, checkpointing_steps=100)
 # Where it has learned to draw, LoRA does.
-TURBO = TINY | dict(train="lora", lora_rank_unet=4, learning_rate=5e-4, train_batch_size=4, max_train_steps=500,
-                    disc_width=32)
+PRETRAINED = TINY | dict(train="lora", lora_rank_unet=4, learning_rate=5e-4, train_batch_size=4, max_train_steps=500,
+                         disc_width=32)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", eval_freq="validation_steps",
                num_samples_eval="validation_num_images", train_image_prep="train_img_prep",
                test_image_prep="val_img_prep")
@@ -141,7 +141,7 @@ def learning_rate(step: int, config: Config, last: int) -> float:
 
 
 def main() -> None:
-    cfg = training.parse(Config, {"tiny-": TURBO, "tiny": TINY}, ALIASES, __doc__)
+    cfg = training.parse(Config, {"tiny-": PRETRAINED, "tiny": TINY}, ALIASES, __doc__)
     rank, world, device = training.start_ranks(cfg.device)
     dtype = getattr(torch, cfg.dtype)
     half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]

@@ -100,8 +100,8 @@ TINY = dict(train="all", dataset_folder="drawn:circles", resolution=32, learning
             lr_warmup_steps=200, train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0,
             lambda_gan=0.0, gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
 # Where it has learned to draw, LoRA does.
-TURBO = TINY | dict(train="lora", dataset_folder="drawn:scenes", resolution=64, train_batch_size=8, lora_rank_unet=4,
-                    lambda_gan=0.1, disc_width=32, max_train_steps=1000)
+PRETRAINED = TINY | dict(train="lora", dataset_folder="drawn:scenes", resolution=64, train_batch_size=8,
+                         lora_rank_unet=4, lambda_gan=0.1, disc_width=32, max_train_steps=1000)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")
 
 
@@ -142,7 +142,7 @@ def learning_rate(step: int, config: Config, last: int) -> float:
 
 
 def main() -> None:
-    cfg = training.parse(Config, {"tiny-": TURBO, "tiny": TINY}, ALIASES, __doc__)
+    cfg = training.parse(Config, {"tiny-": PRETRAINED, "tiny": TINY}, ALIASES, __doc__)
     rank, world, device = training.start_ranks(cfg.device)
     dtype = getattr(torch, cfg.dtype)
     half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]

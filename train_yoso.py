@@ -115,8 +115,8 @@ class Config:
 # to draw, LoRA does.
 TINY = dict(train="all", resolution=32, learning_rate=2e-4, disc_lr_ratio=0.5, lr_warmup_steps=200, adam_beta2=0.99,
             train_batch_size=16, max_train_steps=2000, prior_pictures=200, checkpointing_steps=200)
-SMALL = TINY | dict(train="lora", resolution=64, lora_rank=16, learning_rate=5e-4, disc_lr_ratio=1.0,
-                    max_train_steps=300)
+PRETRAINED = TINY | dict(train="lora", resolution=64, lora_rank=16, learning_rate=5e-4, disc_lr_ratio=1.0,
+                         max_train_steps=300)
 PIXELS = TINY | dict(train_data_dir="cifar10.zip", learning_rate=1e-4, disc_lr_ratio=2.0, adam_weight_decay=0.0,
                      lr_scheduler="constant_with_warmup", lr_warmup_steps=50, adam_beta1=0.5, train_batch_size=32,
                      max_train_steps=1500, prior_pictures=0, lambda_kl=1.0, consistency="mse", last_share=0.25,
@@ -214,7 +214,7 @@ def check(cfg: Config, schedule: Schedule) -> None:
 
 
 def main() -> None:
-    tables = {"tiny-": SMALL, "tiny": TINY, "pixels": PIXELS, "gaussians": GAUSSIANS}
+    tables = {"tiny-": PRETRAINED, "tiny": TINY, "pixels": PIXELS, "gaussians": GAUSSIANS}
     cfg = training.parse(Config, tables, ALIASES, __doc__)
     rank, world, device = training.start_ranks(cfg.device)
     dtype, points = getattr(torch, cfg.dtype), cfg.base == "gaussians"

@@ -142,9 +142,13 @@ def set_scale(module: nn.Module, r: float) -> None:
 
 def merge(module: nn.Module) -> nn.Module:
     """Puts plain layers back in place of all adapters, their change added at its present scale: nothing left to
-    compute."""
-    for name, layer in [(n, m) for n, m in module.named_modules() if isinstance(m, ADAPTERS)]:
-        replace(module, name, layer.merged())
+    compute. What has no adapter is copied: one bias left in the file's mapping would keep all of it in memory."""
+    merged = {name: layer.merged() for name, layer in module.named_modules() if isinstance(layer, ADAPTERS)}
+    for name, layer in merged.items():
+        replace(module, name, layer)
+    own = {id(layer.weight) for layer in merged.values()}
+    for p in module.parameters() if merged else ():
+        p.data = p.data if id(p) in own else p.data.clone()
     return module
 
 

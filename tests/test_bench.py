@@ -77,7 +77,7 @@ def test_growth_is_drawn(measure, tmp_path):
 
 
 def test_memory_of_a_training_step(measure):
-    (ours, theirs), _ = measure("--size 32 --runs 1 --what memory")
+    (ours, theirs), _ = measure("--size 64 --runs 1 --what memory")
     assert 0 < ours["peak_gb"] < theirs["peak_gb"]
 
 

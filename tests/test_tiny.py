@@ -137,6 +137,20 @@ def test_outlines_become_scenes_that_keep_them_and_obey_the_caption(judge, monke
     assert measure.obeyed(judge, near, described)["all"] > 0.8
 
 
+def test_the_recipe_trains_adapters_that_load_and_goes_on_with_what_is_done(monkeypatch, tmp_path):
+    few = dict(max_train_steps=1, train_batch_size=1)
+    monkeypatch.setattr(recipe, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(weights, "ADAPTERS", tmp_path / "adapters")
+    monkeypatch.setattr(recipe, "ADAPTERS", {name: (script, own | few | {count: 1}) for (name, (script, own)), count in
+                                             zip([*recipe.ADAPTERS.items()][1:],
+                                                 ("validation_num_images", "num_samples_eval"))})
+    for _ in range(2):
+        recipe.train_adapters(torch.device("cpu"))
+    assert weights.load_generator("clear2rain").prompts == ["a scene in the day in clear weather",
+                                                            "a scene in the day in the rain"]
+    assert weights.load_generator("edges2scene").r == 0.4
+
+
 def test_the_page_of_the_readme_is_the_one_that_sample_draws(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--output", str(tmp_path / "page.png"), "--device", "cpu"])
     sample.main()

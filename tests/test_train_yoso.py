@@ -231,6 +231,17 @@ def test_the_discriminators_real_side_is_what_the_flag_says(monkeypatch, tmp_pat
     assert torch.equal(through, fake)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_the_last_noise_level_gets_its_share_of_the_batch(monkeypatch, tmp_path, share):
+    seen, kl_loss = [], trainer.kl_loss
+    monkeypatch.setattr(trainer, "kl_loss", lambda fake, x0, t, *rest: seen.append(t) or kl_loss(fake, x0, t, *rest))
+    train(monkeypatch, *POINTS, "--train_batch_size", 1000, "--max_train_steps", 1, "--last_share", share,
+          "--output_dir", tmp_path / "run")
+    t, = seen
+    assert abs((t == 999).float().mean() - share) < 0.05
+    assert abs(t[t < 999].float().mean() - 500) < 40
+
+
 @pytest.mark.parametrize("flag, offset, text", [(["--noise_offset", 0.5], 0.5, "noise"),
                                                 (["--unconditional"], 0.0, "")], ids=["offset", "no captions"])
 def test_noise_is_offset_and_captions_are_left_out_on_request(monkeypatch, tmp_path, pairs, flag, offset, text):  # noqa: F811

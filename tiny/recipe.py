@@ -336,9 +336,10 @@ ADAPTERS = {
 
 
 def train_adapters(device: torch.device) -> None:
+    weights.ADAPTERS.mkdir(exist_ok=True)
     for name, (script, own) in ADAPTERS.items():
         run_or_resume(script, RUNS / name, base="tiny-turbo", device=device, seed=SEED, mixed_precision="bf16", **own)
-        tensors, metadata = weights.read_tensors(RUNS / name / "model.safetensors", "a translator")
+        tensors, metadata = weights.read_tensors(RUNS / name / "model.safetensors")
         weights.save_tensors(weights.ADAPTERS / f"{name}.safetensors",
                              {key: tensor.half() for key, tensor in tensors.items()}, metadata)
 
