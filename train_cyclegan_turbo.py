@@ -56,6 +56,7 @@ class Config:
     lora_rank_unet: int = 128  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAEs' LoRA
     skips: bool = True  # skip connections from encoder to decoder
+    conv_in: bool = True  # beside the LoRA, train the U-Net's first convolution in full
     # losses
     lambda_cycle: float = 1.0  # weight of |G(G(a)) - a|
     lambda_idt: float = 1.0  # weight of |G(b) - b| for b that is already where G leads
@@ -159,8 +160,8 @@ def main() -> None:
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
     base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
     generator = CycleGANTurbo(base.vae, base.unet, base.schedule, CycleGANTurboConfig(
-        lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, skips=cfg.skips, train=cfg.train,
-        prediction_type=base.schedule.prediction_type), training.rng(cfg.seed, 0, "lora")).train()
+        lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, skips=cfg.skips, conv_in=cfg.conv_in,
+        train=cfg.train, prediction_type=base.schedule.prediction_type), training.rng(cfg.seed, 0, "lora")).train()
     tokenizer, text_encoder = base.tokenizer, base.text_encoder.requires_grad_(cfg.train == "all")
     trained = {n: p for n, p in generator.named_parameters() if p.requires_grad}
     trained |= {f"text_encoder.{n}": p for n, p in text_encoder.named_parameters() if p.requires_grad}

@@ -56,6 +56,7 @@ class Config:
     lora_rank_unet: int = 8  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAE's LoRA
     stochastic: bool = False  # train r, the noise map and the twin conv_in (section 3.4)
+    conv_in: bool = True  # beside the LoRA, train the U-Net's first convolution in full
     # losses
     lambda_l2: float = 1.0  # weight of the squared difference to the target
     lambda_lpips: float = 5.0  # weight of the perceptual distance to the target; 0 needs no VGG
@@ -159,8 +160,9 @@ def main() -> None:
     base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
     prompts = sorted({*train_set.captions})
     generator = Pix2PixTurbo(base.vae, base.unet, base.schedule, Pix2PixTurboConfig(
-        lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, stochastic=cfg.stochastic, train=cfg.train,
-        prediction_type=base.schedule.prediction_type), training.rng(cfg.seed, 0, "lora")).train()
+        lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, stochastic=cfg.stochastic,
+        conv_in=cfg.conv_in, train=cfg.train, prediction_type=base.schedule.prediction_type),
+        training.rng(cfg.seed, 0, "lora")).train()
     tokenizer, text_encoder = base.tokenizer, base.text_encoder.requires_grad_(cfg.train == "all")
     trained = {n: p for n, p in generator.named_parameters() if p.requires_grad}
     trained |= {f"text_encoder.{n}": p for n, p in text_encoder.named_parameters() if p.requires_grad}

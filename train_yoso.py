@@ -61,6 +61,7 @@ class Config:
     # model
     base: str = "tiny-sd"  # a folder, a Hub id or a name: tiny-sd, tiny (random), gaussians, pixels, sd15, pixart512
     disc_base: str = "sd15"  # whose U-Net looks at latents where the base is PixArt
+    disc_random: bool = False  # the discriminator begins at random weights, not at a U-Net's
     stage: Literal["yoso", "adapt_v", "adapt_zsnr"] = "yoso"  # or first: predict v; then: begin at pure noise
     train: Literal["lora", "all"] = "lora"  # LoRA, or every weight of the denoiser
     lora_rank: int = 64
@@ -73,6 +74,7 @@ class Config:
     adversarial: Literal["coop", "data", "noisy"] = "coop"  # real: G's better guess, the data, or the data noised again
     consistency: Literal["perceptual", "mse"] = "perceptual"  # distance of a frozen U-Net's features, or of latents
     snr_gamma: float = 5.0  # the largest weight of a noise level
+    snr_floor: float = 0.0  # its smallest in the distance to the data
     coop_steps: int = 250  # how much earlier the better guess is
     con_steps: int = 25  # how much earlier the consistent one
     last_share: float = 0.0  # of the batch at the last noise level, where one step begins; the rest at any
@@ -160,10 +162,11 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).to(torch.promote_types(a.dtype, torch.float32)).square().flatten(1).mean(1)
 
 
-def kl_loss(fake: Tensor, x0: Tensor, t: Tensor, schedule: Schedule, gamma: float) -> Tensor:
-    """L_KL = min(SNR_t, gamma) |G(x_t) - x0|^2, SNR = alpha^2 / sigma^2."""
+def kl_loss(fake: Tensor, x0: Tensor, t: Tensor, schedule: Schedule, gamma: float, floor: float = 0.0) -> Tensor:
+    """L_KL = min(SNR_t, gamma) |G(x_t) - x0|^2, SNR = alpha^2 / sigma^2. In pure noise that weighs nothing; a floor of
+    1 is what the square of a difference of v weighs there."""
     snr = (schedule.alpha[t] / schedule.sigma[t]) ** 2
-    return (snr.clamp(max=gamma).to(x0) * mean_square(fake, x0)).mean()
+    return (snr.clamp(floor, gamma).to(x0) * mean_square(fake, x0)).mean()
 
 
 def consistency_loss(seen: Tensor, goal: Tensor, t: Tensor, s: Tensor, schedule: Schedule, gamma: float) -> Tensor:
@@ -251,6 +254,8 @@ def main() -> None:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
         discriminator = (gaussians.MLP(1) if points else LatentDiscriminator(critic.unet) if base.vae.factor > 1 else
                          PixelDiscriminator(shape[0], cfg.resolution, generator.config.cross_attention_dim))
+        for layer in discriminator.modules() if cfg.disc_random else ():
+            getattr(layer, "reset_parameters", lambda: None)()
         discriminator.to(device, dtype).requires_grad_(True)
     schedule, T, scaling = base.schedule, len(base.schedule.alpha), base.vae.config.scaling_factor
     if cfg.train == "lora":
@@ -405,7 +410,7 @@ def main() -> None:
                         terms["gan"] = cfg.lambda_gan * generator_gan_loss(judged(fake, t, seen, step, "fake", rows))
                         pairs.append((real, fake.detach(), t, seen))
                     if cfg.lambda_kl:
-                        terms["kl"] = cfg.lambda_kl * kl_loss(fake, x0, t, schedule, cfg.snr_gamma)
+                        terms["kl"] = cfg.lambda_kl * kl_loss(fake, x0, t, schedule, cfg.snr_gamma, cfg.snr_floor)
                     if cfg.lambda_con:
                         sides = [judge.features(y, 0, seen) if judge else y for y in (fake, goal)]
                         terms["con"] = cfg.lambda_con * consistency_loss(*sides, t, s, schedule, cfg.snr_gamma)

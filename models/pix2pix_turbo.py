@@ -27,6 +27,7 @@ class Pix2PixTurboConfig:
     lora_rank_vae: int = 4
     lora_alpha: float = 8.0  # peft's default whatever the rank, so the official scales are 8 / 8 = 1 and 8 / 4 = 2
     stochastic: bool = False  # r, the noise map and the twin conv_in
+    conv_in: bool = True  # trained in full
     train: str = "lora"  # "lora" | "all"
     timestep: int = 999
     prediction_type: str = "epsilon"  # of the base
@@ -76,7 +77,8 @@ class Pix2PixTurbo(nn.Module):
         for name, parameter in vae.named_parameters():
             if "skip_conv" in name:
                 parameter.requires_grad_(True)
-        unet.conv_in.requires_grad_(True)
+        if config.conv_in:
+            unet.conv_in.requires_grad_(True)
 
     def forward(self, x: Tensor, context: Tensor, r: float | None = None, noise: Tensor | None = None,
                 skip_scale: float = 1.0, latent_noise: Tensor | None = None) -> Tensor:

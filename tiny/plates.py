@@ -1,0 +1,409 @@
+"""Every idea of the two papers turned off, and looked at.
+
+    python -m tiny.plates --list               # the ideas
+    python -m tiny.plates skips cycle          # two of them, three seeds each
+    python -m tiny.plates --seeds 1            # all, one seed: two hours of one core
+    python -m tiny.plates --page               # IDEAS.md and the plates again, of what was measured before
+
+Each idea trains the tiny base with and without it, by the ordinary trainers as processes: equal steps, equal seeds,
+nothing else changed, settings chosen before. The runs are in runs/plates and are shared between ideas; a run that was
+stopped goes on where it stood, one that was measured is not made again. Figures of 200 held-out drawings go to
+assets/plates/results.json, a plate of each idea's first seed beside them, the table to IDEAS.md.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import sample
+import training
+from models import diffusion, weights
+from tiny import gaussians, measure, recipe, scenes
+
+ROOT = pathlib.Path(__file__).parent.parent
+PLATES, RUNS = ROOT / "assets" / "plates", pathlib.Path("runs/plates")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trainer, the flags that all runs of its kind share, and those of this one. `after`: it goes on from there."""
+    kind: str
+    flags: tuple[tuple[str, object], ...] = ()
+    after: "Run | None" = None
+
+    @property
+    def name(self) -> str:
+        own = [f"{flag}={value}" for flag, value in self.flags]
+        return "+".join([self.after.name if self.after else self.kind, *own])
+
+
+def run(kind: str, after: Run | None = None, **flags: object) -> Run:
+    return Run(kind, tuple(flags.items()), after)
+
+
+KINDS = {
+    "unpaired": ("train_cyclegan_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:day2night",
+                                                 max_train_steps=150)),
+    "paired": ("train_pix2pix_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:scenes", max_train_steps=300)),
+    "yoso": ("train_yoso.py", dict(base="tiny-sd", max_train_steps=200, last_share=0.25)),
+    "gaussians": ("train_yoso.py", dict(base="gaussians")),
+}
+UNPAIRED, PAIRED, YOSO = run("unpaired"), run("paired"), run("yoso")
+ADAPT = dict(train="all", prior_pictures=0, learning_rate=3e-4)
+FROM_V = run("yoso", run("yoso", run("yoso", stage="adapt_v", **ADAPT), stage="adapt_zsnr"), stage="yoso")
+
+
+@dataclass(frozen=True)
+class Idea:
+    says: str  # what it is for
+    formula: str
+    where: str  # FILE:FUNCTION
+    flag: str  # that turns it off
+    runs: dict[str, Run]  # with it, and without
+    figures: dict[str, str]  # what is measured: its name there, its name here
+    found: str = ""  # what was seen
+
+
+IDEAS = {
+    "skips": Idea(
+        "Detail goes past the latent.", "decoder + gamma conv(encoder)", "models/pix2pix_turbo.py:convolved_skips",
+        "--skips off", {"with": UNPAIRED, "without": run("unpaired", skips="off")},
+        dict(edges="edges kept", psnr="PSNR, dB")),
+    "base": Idea(
+        "What the one-step model knows of pictures need not be learned again.", "W = W_base + s B A",
+        "models/lora.py:changed", "--base tiny", {"with": UNPAIRED, "without": run(
+            "unpaired", base="tiny", train="lora", lora_rank_unet=4, learning_rate=5e-4, train_batch_size=4,
+            disc_width=32)}, dict(psnr="PSNR, dB")),
+    "lora": Idea(
+        "A few weights learn the task; the base stays as it was.", "W x + b + s B (A x)", "models/lora.py:changed",
+        "--train all", {"LoRA": PAIRED, "all weights": run("paired", train="all")},
+        dict(psnr="PSNR, dB", trained="weights trained, M", words="captions that the base then obeys")),
+    "conv_in": Idea(
+        "The first layer learns to take pictures where noise was.", "z = E(x) in place of eps",
+        "models/pix2pix_turbo.py:forward", "--conv_in off",
+        {"trained": PAIRED, "frozen": run("paired", conv_in="off")}, dict(psnr="PSNR, dB")),
+    "r": Idea(
+        "One number leads from the input's picture to the noise's.", "r z + (1 - r) eps, adapters times r",
+        "models/pix2pix_turbo.py:forward", "--stochastic off",
+        {"with r": run("paired", stochastic="on"), "without": PAIRED},
+        {f"{what}_{r}": f"{name} at r = {r}" for r in (1.0, 0.7, 0.4, 0.0)
+         for what, name in (("psnr", "PSNR, dB"), ("apart", "four noises apart"))}),
+    "cycle": Idea(
+        "There and back again: nothing of the picture may be lost.", "|G(G(a)) - a|",
+        "train_cyclegan_turbo.py:cycle_loss", "--lambda_cycle 0",
+        {"with": UNPAIRED, "without": run("unpaired", lambda_cycle=0)}, dict(edges="edges kept", psnr="PSNR, dB")),
+    "identity": Idea(
+        "What is already there stays as it is.", "|G(b) - b|", "train_cyclegan_turbo.py:identity_loss",
+        "--lambda_idt 0", {"with": UNPAIRED, "without": run("unpaired", lambda_idt=0)},
+        dict(drift="colour drift of nights, of 2", psnr="PSNR, dB")),
+    "gan": Idea(
+        "Only the discriminator says what a night looks like.", "cross-entropy of D(G(a))",
+        "train_cyclegan_turbo.py:generator_gan_loss", "--lambda_gan 0",
+        {"with": UNPAIRED, "without": run("unpaired", lambda_gan=0)},
+        dict(night="judged to be night", psnr="PSNR, dB")),
+    "coop": Idea(
+        "The discriminator's real side is G's own better guess.", "D compares G(x_t) with G(x_{t-k})",
+        "train_yoso.py:discriminator_loss", "--adversarial data",
+        {"coop": YOSO, "data": run("yoso", adversarial="data"), "noisy": run("yoso", adversarial="noisy")},
+        dict(all="attributes right", disc_right="D right in training")),
+    "gaussians": Idea(
+        "The same in the plane: 25 modes, one step.", "D compares G(x_t) with G(x_{t-k})",
+        "train_yoso.py:discriminator_loss", "--adversarial data",
+        {"coop": run("gaussians"), "data": run("gaussians", adversarial="data"),
+         "noisy": run("gaussians", adversarial="noisy")},
+        dict(modes="modes of 25", good="samples within three deviations")),
+    "kl": Idea(
+        "A steady pull towards the data.", "min(SNR, 5) |G(x_t) - x0|^2", "train_yoso.py:kl_loss", "--lambda_kl 0",
+        {"with": YOSO, "without": run("yoso", lambda_kl=0)}, dict(all="attributes right", sharp="sharpness, of 1")),
+    "consistency": Idea(
+        "Neighbouring steps agree.", "w |f(G(x_t)) - f(G(x_{t-25}))|^2", "train_yoso.py:consistency_loss",
+        "--lambda_con 0", {"with": YOSO, "without": run("yoso", lambda_con=0)},
+        dict(all="attributes right", neighbours="distance of neighbouring steps")),
+    "perceptual": Idea(
+        "Distances as a frozen U-Net sees them.", "f: features of the way down", "models/discriminator.py:lower_half",
+        "--consistency mse", {"with": YOSO, "without": run("yoso", consistency="mse")},
+        dict(all="attributes right", sharp="sharpness, of 1")),
+    "disc_init": Idea(
+        "The discriminator begins as half of the diffusion model.", "D = head(lower half of the U-Net)",
+        "models/discriminator.py:lower_half", "--disc_random",
+        {"from the U-Net": YOSO, "random": run("yoso", disc_random="on")},
+        dict(all="attributes right", disc_right="D right in training")),
+    "prior": Idea(
+        "A model that predicts noise begins at noised latents.", "alpha_T x_prior + sigma_T eps",
+        "models/diffusion.py:start_from_prior", "--prior_pictures 0",
+        {"with": YOSO, "without": run("yoso", prior_pictures=0)},
+        dict(all="attributes right", brightness="spread of brightness, of 1")),
+    "adaption": Idea(
+        "First v for epsilon, then pure noise at the end.", "v' = (alpha' x' - x0) / sigma'",
+        "train_yoso.py:adapt_loss", "--stage",
+        {"with": FROM_V, "without": run("yoso", **ADAPT)},
+        dict(all="attributes right", darkest="brightness of the darkest captions", brightest="of the brightest")),
+}
+
+
+# -------------------- What a run's checkpoint can do, in figures, and the pictures of a plate
+
+
+def unpaired(checkpoint: str) -> tuple[dict[str, float], Tensor]:
+    """Days to nights, and nights to where they are."""
+    world = scenes.Unpaired("day2night", "test")
+    day, night, truth = (torch.stack([f(i) for i in range(measure.N)]) for f in (
+        lambda i: world[i]["a"], lambda i: world[i]["b"], lambda i: world.truth(i, "a2b")))
+    made, same = (measure.translated(checkpoint, x, [world.prompts[1]] * measure.N, "a2b") for x in (day, night))
+    dark = torch.cat([measure.load_judge()(x)[1].argmax(1) for x in made.split(50)]) == scenes.TIMES.index("night")
+    return dict(psnr=measure.psnr(made, truth).mean().item(),
+                edges=measure.edge_f(measure.edges(made), measure.edges(day)).mean().item(),
+                drift=(same.mean((2, 3)) - night.mean((2, 3))).abs().mean().item(),
+                night=dark.double().mean().item()), made
+
+
+def paired(checkpoint: str) -> tuple[dict[str, float], Tensor]:
+    """Outlines to scenes; and what the base makes of captions when the adapters have gone."""
+    described, truth = measure.held_out()
+    lines = torch.stack([data.to_tensor(scenes.outlines(scene, measure.SIZE)) * 2 - 1 for scene in described])
+    captions = [scenes.caption(scene) for scene in described]
+    model = weights.load_generator(checkpoint, dtype=torch.float32)
+    tensors = weights.read_tensors(weights.find_checkpoint(checkpoint))[0]
+    stochastic = model.r is not None
+    figures, shown = dict(trained=sum(t.numel() for t in tensors.values()) / 1e6), None
+    for r in (1.0, 0.7, 0.4, 0.0) if stochastic else (1.0,):
+        made = [measure.translated(checkpoint, lines, captions, seed=seed, **(dict(r=r) if stochastic else {}))
+                for seed in range(4 if stochastic else 1)]
+        apart = [(a - b).abs().mean().item() for i, a in enumerate(made) for b in made[:i]]
+        figures |= {f"psnr_{r}": measure.psnr(made[0], truth).mean().item(),
+                    f"apart_{r}": statistics.mean(apart) if stochastic else 0.0}
+        shown = made[0] if shown is None else shown
+    base = weights.load_base("tiny-turbo", dtype=torch.float32)
+    if model.generator.config.train == "all":
+        base.unet, base.vae, base.text_encoder = model.generator.unet, model.generator.vae, model.text_encoder
+    figures |= dict(psnr=figures["psnr_1.0"], words=obeyed(texts(base, None))["all"])
+    return figures, shown
+
+
+def texts(base: weights.Base, prior: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The held-out captions, drawn in one step."""
+    return torch.cat([sample.text_to_image(base, scenes.caption(scene), [i], (measure.SIZE,) * 2, 1, "lcm", prior=prior)
+                      for i, scene in enumerate(measure.held_out()[0])])
+
+
+def obeyed(pictures: Tensor) -> dict[str, float]:
+    return measure.obeyed(measure.load_judge(), pictures, measure.held_out()[0])
+
+
+def slopes(pictures: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels."""
+    return sum(pictures.diff(dim=d).square().mean() for d in (2, 3))
+
+
+@torch.inference_mode()
+def yoso(checkpoint: str) -> tuple[dict[str, float], Tensor]:
+    """Captions in one step; neighbouring steps of the same noise."""
+    described, truth = measure.held_out()
+    path = weights.find_checkpoint(checkpoint)
+    base, prior = weights.load_yoso(path, dtype=torch.float32)
+    made = texts(base, prior if prior[1].any() else None)
+    light, real = (x.mean((1, 2, 3)) for x in (made, truth))
+    tenth = max(len(real) // 10, 1)
+    z = torch.cat([base.vae.encode(x)[0] for x in truth.split(50)]) * base.vae.config.scaling_factor
+    contexts = base.encode([scenes.caption(scene) for scene in described])
+    distances = []
+    for t in (999, 750, 500, 250):
+        eps, outputs = training.draw_noise(range(len(z)), z.shape[1:])[0], []
+        for level in (t, t - 25):
+            levels = torch.full((len(z),), level)
+            x = diffusion.add_noise(z, eps, levels, base.schedule)
+            v = torch.cat([base.unet(a, level, b) for a, b in zip(x.split(50), contexts[0].split(50))])
+            outputs.append(diffusion.predict_x0(v, x, levels, base.schedule, base.schedule.prediction_type))
+        distances.append((outputs[0] - outputs[1]).square().mean().item())
+    log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+    right = [(line["disc_right_on_real"] + line["disc_right_on_fake"]) / 2 for line in log if "disc" in line]
+    return dict(obeyed(made), sharp=(slopes(made) / slopes(truth)).item(), brightness=(light.std() / real.std()).item(),
+                darkest=light[real.argsort()[:tenth]].mean().item(),
+                brightest=light[real.argsort()[-tenth:]].mean().item(), neighbours=statistics.mean(distances),
+                disc_right=statistics.mean(right) if right else 0.5), made
+
+
+def points(folder: str) -> tuple[dict[str, float], Tensor]:
+    """The trainer's own last validation and picture."""
+    last = json.loads((pathlib.Path(folder) / "log.jsonl").read_text().splitlines()[-1])
+    page = data.to_tensor(Image.open(max((pathlib.Path(folder) / "samples").glob("*.png")))) * 2 - 1
+    return dict(modes=last["val_modes"], good=last["val_good"]), page[None, :, :, page.shape[2] // 2:]
+
+
+MEASURES = dict(unpaired=unpaired, paired=paired, yoso=yoso, gaussians=points)
+
+
+def strip(kind: str, shown: list[int]) -> dict[str, Tensor]:
+    """What a plate has above and below what was made: the input, and the truth."""
+    if kind == "unpaired":
+        world = scenes.Unpaired("day2night", "test")
+        return {"input": torch.stack([world[i]["a"] for i in shown]),
+                "truth": torch.stack([world.truth(i, "a2b") for i in shown])}
+    if kind == "gaussians":
+        return {"truth": gaussians.scatter(gaussians.Points("test").points)[None]}
+    described, truth = measure.held_out()
+    lines = {"input": torch.stack([data.to_tensor(scenes.outlines(described[i], measure.SIZE)) * 2 - 1 for i in shown])}
+    return (lines if kind == "paired" else {}) | {"a drawing of it": truth[shown]}
+
+
+SHOWN = [0, 3, 5, 8, 11, 14, 17]
+
+
+def write_plate(path: pathlib.Path, name: str, idea: Idea, rows: dict[str, Tensor], figures: dict[str, str]) -> None:
+    """A row of pictures for each, with its figures beside; at most 150 KB."""
+    first = next(iter(rows.values()))
+    side = 320 if len(first) == 1 else 96
+    cell = side + 4
+    across = max(len(pictures) for pictures in rows.values())
+    page = Image.new("RGB", (190 + across * cell, 30 + len(rows) * cell), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((6, 8), f"{name}: {idea.says}  {idea.formula}", fill="black")
+    for i, (label, pictures) in enumerate(rows.items()):
+        pen.multiline_text((6, 34 + i * cell), "\n".join([label, *figures.get(label, [])]), fill="black", spacing=2)
+        for j, x in enumerate(pictures):
+            page.paste(data.to_picture(x).resize((side, side), Image.Resampling.BICUBIC), (190 + j * cell, 30 + i * cell))
+    for colours in (256, 128, 64):
+        small = page.quantize(colours, dither=Image.Dither.NONE)
+        training.write_file(path, lambda temporary, small=small: small.save(temporary, format="PNG", optimize=True))
+        if path.stat().st_size <= 150_000:
+            break
+
+
+# -------------------- Training, results, and the page
+
+
+def folder_of(one: Run, seed: int, steps: int | None = None) -> pathlib.Path:
+    return RUNS / (f"{one.name}-seed{seed}" + (f"-{steps}steps" if steps else ""))
+
+
+def execute(one: Run, seed: int, steps: int | None = None) -> pathlib.Path:
+    """The run's folder, trained to its end."""
+    script, shared = KINDS[one.kind]
+    folder = folder_of(one, seed, steps)
+    flags = shared | dict(one.flags) | dict(seed=seed) | ({"max_train_steps": steps} if steps else {})
+    if one.after:
+        flags |= dict(base=execute(one.after, seed, steps) / "base") | {k: v for k, v in one.after.flags if k != "stage"}
+    log = folder / "log.jsonl"
+    if not (log.is_file() and (folder / "model.safetensors").is_file()
+            and json.loads(log.read_text().splitlines()[-1])["step"] >= json.loads(
+                (folder / "config.json").read_text())["max_train_steps"]):
+        recipe.run_or_resume(script, folder, **flags)
+    return folder
+
+
+def read_results(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def line_of(where: str) -> tuple[str, str, int]:
+    """"FILE:FUNCTION" -> file, function, the line of its def."""
+    file, _, function = where.partition(":")
+    lines = (ROOT / file).read_text().splitlines()
+    return file, function, next(i for i, line in enumerate(lines, 1) if re.match(rf"\s*def {function}\(", line))
+
+
+def spread(values: list[float]) -> str:
+    """Mean over seeds, and the range."""
+    def short(x: float) -> str:
+        return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3g}"
+    mean = short(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ({short(min(values))} to {short(max(values))})"
+
+
+def figures_of(idea: Idea, results: dict, label: str) -> dict[str, str]:
+    """What is known of one side of an idea: a figure's name here -> its mean and range over seeds."""
+    seeds = results.get(idea.runs[label].name, {})
+    return {shown: spread(values) for key, shown in idea.figures.items()
+            if (values := [of[key] for of in seeds.values() if key in of])}
+
+
+def page(results: dict) -> str:
+    """IDEAS.md of what was measured."""
+    rows = []
+    for name, idea in IDEAS.items():
+        file, function, line = line_of(idea.where)
+        sides = [f"{label}: " + "; ".join(f"{k} {v}" for k, v in figures_of(idea, results, label).items())
+                 for label in idea.runs if figures_of(idea, results, label)]
+        seeds = min(len(results.get(one.name, {})) for one in idea.runs.values())
+        plate = f"[plate](assets/plates/{name}.png)" if seeds else "not yet"
+        rows.append(f"| **{name}**. {idea.says} {idea.found} | {idea.formula.replace('|', chr(92) + '|')} | "
+                    f"[`{function}`]({file}#L{line}) | `{idea.flag}` | {plate} | {'<br>'.join(sides)} | {seeds} |")
+    return HEAD + "\n".join(rows) + "\n"
+
+
+HEAD = """# Ideas, turned off
+
+Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer, steps
+and seeds, one flag changed. `python -m tiny.plates IDEA` makes a row anew. Figures are of 200 held-out drawings, means over
+seeds (with their range where there are several); attributes are shares that the judge of
+[tiny/measure.py](tiny/measure.py) finds right. Settings were chosen before and are not tuned until an idea wins. These are
+minutes of training at 64 x 64 pixels: what shows no effect here may show one at size.
+
+| idea | formula | function | turned off by | pictures | figures | seeds |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("idea", nargs="*", help="names of --list [all]")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each side, of seeds 0, 1, ... [3]")
+    parser.add_argument("--steps", type=int, help="steps of every run, in place of the settings (to try it)")
+    parser.add_argument("--output", type=pathlib.Path, default=PLATES, help="where results and plates go [assets/plates]")
+    parser.add_argument("--list", action="store_true", help="only name the ideas")
+    parser.add_argument("--page", action="store_true", help="only draw again what was measured")
+    args = training.parse_args(parser)
+    if unknown := [name for name in args.idea if name not in IDEAS]:
+        raise ValueError(f"there is no idea called {unknown[0]}; expected {', '.join(IDEAS)}")
+    if args.seeds < 1 or (args.steps or 1) < 1:
+        raise ValueError("--seeds and --steps: expected 1 or more")
+    names = args.idea or [*IDEAS]
+    if args.list:
+        for name in names:
+            print(f"{name:12} {IDEAS[name].says}  {IDEAS[name].flag}")
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    store = args.output / "results.json"
+    todo = [(one, seed) for seed in range(args.seeds)
+            for one in dict.fromkeys(one for name in names for one in IDEAS[name].runs.values())]
+    for one, seed in tqdm(todo if not args.page else [], "runs"):
+        results = read_results(store)
+        if str(seed) in results.get(one.name, {}):
+            continue
+        folder = execute(one, seed, args.steps)
+        figures, made = MEASURES[one.kind](str(folder))
+        if seed == 0:
+            torch.save(made[SHOWN].clone() if len(made) > 1 else made, folder / "shown.pt")
+        results = read_results(store)  # another process may have written
+        results.setdefault(one.name, {})[str(seed)] = figures
+        training.write_file(store, lambda path, results=results: path.write_text(json.dumps(results, indent=1)))
+    results = read_results(store)
+    for name in names:
+        idea = IDEAS[name]
+        pictures = {label: folder_of(one, 0, args.steps) / "shown.pt" for label, one in idea.runs.items()}
+        if all(path.is_file() for path in pictures.values()):
+            around = strip(next(iter(idea.runs.values())).kind, SHOWN)
+            made = {label: torch.load(path, weights_only=True) for label, path in pictures.items()}
+            rows = {k: v for k, v in around.items() if k == "input"} | made | \
+                {k: v for k, v in around.items() if k != "input"}
+            lines = {label: [line for k, v in figures_of(idea, results, label).items()
+                             for line in textwrap.wrap(f"{k} {v}", 30)] for label in idea.runs}
+            write_plate(args.output / f"{name}.png", name, idea, rows, lines)
+            print(args.output / f"{name}.png")
+    if args.output == PLATES:
+        training.write_file(ROOT / "IDEAS.md", lambda path: path.write_text(page(results)))
+
+
+if __name__ == "__main__":
+    training.run(main)
