@@ -21,14 +21,13 @@ seed): the same seed gives the same picture on every device, in every batch. Pat
 
 import argparse
 import pathlib
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -384,30 +383,11 @@ def edit(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def draw_page(args: argparse.Namespace, device: torch.device) -> None:
-    """What the embedded base draws in one step, on one page: captions of combinations that training left out, and below
-    them what its adapters make of a picture, side by side."""
-    from tiny import scenes
-    base, side, cells = load(args, device), 160, []
-    for i in range(12):
-        words = scenes.caption(scenes.nth_scene("test", 0, i))
-        made = text_to_image(base, words, [args.seed + i], parse_size(None, base), sampler=args.sampler)
-        cells.append((made, words))
-    for i, name in enumerate(("day2night", "clear2rain", "edges2scene", "edges2scene")):
-        scene = scenes.nth_scene("test", 1, i, time="day", weather="clear")
-        model = weights.load_generator(name, dtype=torch.float32, device=str(device))
-        picture, words = (scenes.draw(scene, 64), model.prompts[1]) if model.prompts else \
-            (scenes.outlines(scene, 64), scenes.caption(scene))
-        context = model.text_encoder(model.tokenizer(words).to(device))
-        made = translate_pictures(model, [picture], context, args.seed, model.r, direction="a2b")
-        cells += [(data.to_tensor(picture)[None] * 2 - 1, f"{name}: from"), (made, f"to: {words}")]
-    page = Image.new("RGB", (4 * (side + 8), 5 * (side + 40)), "white")
-    for i, (made, words) in enumerate(cells):
-        left, top = i % 4 * (side + 8) + 4, i // 4 * (side + 40) + 4
-        page.paste(data.to_picture(made[0].float().cpu()).resize((side, side), Image.Resampling.BICUBIC), (left, top))
-        words = "\n".join(textwrap.wrap(words, 32))
-        ImageDraw.Draw(page).multiline_text((left, top + side + 1), words, fill="black", font_size=9, spacing=1)
+    """What the embedded base does in one step, on one page."""
+    from tiny import page
+    picture = page.draw(load(args, device), args.sampler, args.seed)
     args.prompt = "twelve captions and four translations"
-    save(data.to_tensor(page) * 2 - 1, args.output or pathlib.Path("out.png"), args, seed=args.seed, base=base.name)
+    save(picture, args.output or pathlib.Path("out.png"), args, seed=args.seed, base="tiny-turbo")
 
 
 # ------------------------------------------------------------------------------------------------- picture to picture

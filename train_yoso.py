@@ -254,7 +254,7 @@ def main() -> None:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
         discriminator = (gaussians.MLP(1) if points else LatentDiscriminator(critic.unet) if base.vae.factor > 1 else
                          PixelDiscriminator(shape[0], cfg.resolution, generator.config.cross_attention_dim))
-        for layer in discriminator.modules() if cfg.disc_random else ():
+        for layer in getattr(discriminator, "unet", nn.Module()).modules() if cfg.disc_random else ():
             getattr(layer, "reset_parameters", lambda: None)()
         discriminator.to(device, dtype).requires_grad_(True)
     schedule, T, scaling = base.schedule, len(base.schedule.alpha), base.vae.config.scaling_factor

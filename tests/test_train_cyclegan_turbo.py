@@ -103,8 +103,9 @@ def test_gradients_through_the_cut_are_those_of_one_joint_backward(monkeypatch, 
         assert (piece - whole).abs().max() <= 1e-9 * max(whole.abs().max(), 1e-12)
 
 
-@pytest.mark.parametrize("flags", [["--train", "lora"], ["--train", "lora", "--skips", "off"], ["--train", "all"]],
-                         ids=["lora", "no skips", "all"])
+@pytest.mark.parametrize("flags", [["--train", "lora"], ["--train", "lora", "--skips", "off"],
+                                   ["--train", "lora", "--conv_in", "off"], ["--train", "all"]],
+                         ids=["lora", "no skips", "conv_in frozen", "all"])
 def test_ten_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_path, domains, flags):
     made, calls, average = [], [], training.average_gradients
 
@@ -136,6 +137,7 @@ def test_ten_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_path
     for name, network, before in made:
         for k, p in network.named_parameters():
             assert torch.equal(p, before[k]) != (p.requires_grad or name == "PatchDiscriminator"), (name, k)
+            assert k != "unet.conv_in.weight" or p.requires_grad == ("--conv_in" not in flags)
 
 
 def test_killed_half_way_and_resumed_ends_in_the_same_bits(tmp_path, domains):

@@ -87,12 +87,13 @@ def test_adversarial_losses_are_softplus_of_each_sample_and_so_are_their_gradien
     assert relative(fake.grad, -1 / (1 + fake.detach().exp()) / 6) < 1e-12
 
 
-def test_kl_is_the_square_weighted_by_the_smaller_of_snr_and_gamma():
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_kl_is_the_square_weighted_by_snr_between_floor_and_gamma(floor):
     fake, x0 = normal(5, 4, 3, 3).requires_grad_(), normal(5, 4, 3, 3, seed=1)
-    loss = trainer.kl_loss(fake, x0, T, SCHEDULE, GAMMA)
+    loss = trainer.kl_loss(fake, x0, T, SCHEDULE, GAMMA, floor)
     loss.backward()
-    w = [min((a / s) ** 2, GAMMA) for a, s in zip(*tables(T.tolist()))]
-    assert w[0] == GAMMA and w[-1] < 0.005
+    w = [min(max((a / s) ** 2, floor), GAMMA) for a, s in zip(*tables(T.tolist()))]
+    assert w[0] == GAMMA and floor <= w[-1] < floor + 0.005
     expected = sum(wi * ((f - x) ** 2).sum().item() / 36 for wi, f, x in zip(w, fake, x0)) / 5
     assert loss.item() == pytest.approx(expected, rel=1e-9)
     w = torch.tensor(w, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -149,9 +150,10 @@ def test_the_zero_snr_adaptation_asks_for_the_teachers_picture_on_the_new_schedu
 
 
 @pytest.mark.parametrize("flags", [["--train", "lora"], ["--train", "lora", "--adversarial", "noisy", "--consistency",
-                                   "mse"], ["--adversarial", "data"]], ids=["lora", "noisy", "all, data"])
+                                   "mse"], ["--adversarial", "data"], ["--disc_random"]],
+                         ids=["lora", "noisy", "all, data", "random"])
 def test_generator_and_discriminator_take_turns_and_nothing_else_changes(monkeypatch, tmp_path, pairs, flags):  # noqa: F811
-    made, average, calls = {}, training.average_gradients, []
+    made, average, calls, first = {}, training.average_gradients, [], []
     load, build, half = trainer.weights.load_base, trainer.LatentDiscriminator, trainer.lower_half
 
     def keep(name, network):
@@ -171,6 +173,7 @@ def test_generator_and_discriminator_take_turns_and_nothing_else_changes(monkeyp
     def watch(parameters):
         parameters = list(parameters)
         calls.append(parameters)
+        first.append({k: v.clone() for k, v in made["discriminator"][0].unet.state_dict().items()})
         idle = made["discriminator" if len(calls) % 2 else "unet"][0]
         assert all(p.grad is None for p in idle.parameters())
         assert all(p.grad is not None for p in parameters)
@@ -181,6 +184,8 @@ def test_generator_and_discriminator_take_turns_and_nothing_else_changes(monkeyp
           "--max_train_steps", 3, "--learning_rate", 1e-3)
     assert len(calls) == 6 and {id(p) for p in calls[1]} == {id(p) for p in made["discriminator"][0].parameters()}
     trained = {id(p) for p in calls[0] + calls[1]}
+    assert all(torch.equal(v, made["unet"][1][k]) == ("--disc_random" not in flags) for k, v in first[0].items()
+               if v.ndim > 1)  # the discriminator's half begins as the base's own
     for name, (network, before) in made.items():
         for k, p in network.named_parameters():
             if k in before:
@@ -240,6 +245,13 @@ def test_the_last_noise_level_gets_its_share_of_the_batch(monkeypatch, tmp_path,
     t, = seen
     assert abs((t == 999).float().mean() - share) < 0.05
     assert abs(t[t < 999].float().mean() - 500) < 40
+
+
+def test_the_floor_of_the_weights_reaches_the_loss(monkeypatch, tmp_path):
+    seen, kl_loss = [], trainer.kl_loss
+    monkeypatch.setattr(trainer, "kl_loss", lambda *args: seen.append(args[-1]) or kl_loss(*args))
+    train(monkeypatch, *POINTS, "--max_train_steps", 1, "--snr_floor", 0.7, "--output_dir", tmp_path / "run")
+    assert seen == [0.7]
 
 
 @pytest.mark.parametrize("flag, offset, text", [(["--noise_offset", 0.5], 0.5, "noise"),

@@ -17,7 +17,6 @@ import pathlib
 import re
 import statistics
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +43,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        own = [f"{flag}={value}" for flag, value in self.flags]
-        return "+".join([self.after.name if self.after else self.kind, *own])
+        own = [f"{flag}={value}" for flag, value in self.flags if (flag, value) not in getattr(self.after, "flags", ())]
+        return "+".join([self.after.name + "+then" if self.after else self.kind, *own])
 
 
 def run(kind: str, after: Run | None = None, **flags: object) -> Run:
@@ -56,12 +55,12 @@ KINDS = {
     "unpaired": ("train_cyclegan_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:day2night",
                                                  max_train_steps=150)),
     "paired": ("train_pix2pix_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:scenes", max_train_steps=300)),
-    "yoso": ("train_yoso.py", dict(base="tiny-sd", max_train_steps=200, last_share=0.25)),
+    "yoso": ("train_yoso.py", dict(base="tiny-sd", max_train_steps=200, lambda_gan=0.1, snr_floor=1, last_share=0.25)),
     "gaussians": ("train_yoso.py", dict(base="gaussians")),
 }
 UNPAIRED, PAIRED, YOSO = run("unpaired"), run("paired"), run("yoso")
 ADAPT = dict(train="all", prior_pictures=0, learning_rate=3e-4)
-FROM_V = run("yoso", run("yoso", run("yoso", stage="adapt_v", **ADAPT), stage="adapt_zsnr"), stage="yoso")
+FROM_V = run("yoso", run("yoso", run("yoso", stage="adapt_v", **ADAPT), stage="adapt_zsnr", **ADAPT), **ADAPT)
 
 
 @dataclass(frozen=True)
@@ -270,9 +269,10 @@ def write_plate(path: pathlib.Path, name: str, idea: Idea, rows: dict[str, Tenso
     pen = ImageDraw.Draw(page)
     pen.text((6, 8), f"{name}: {idea.says}  {idea.formula}", fill="black")
     for i, (label, pictures) in enumerate(rows.items()):
-        pen.multiline_text((6, 34 + i * cell), "\n".join([label, *figures.get(label, [])]), fill="black", spacing=2)
+        pen.multiline_text((6, 34 + i * cell), "\n".join([label, *figures.get(label, [])]), fill="black")
         for j, x in enumerate(pictures):
-            page.paste(data.to_picture(x).resize((side, side), Image.Resampling.BICUBIC), (190 + j * cell, 30 + i * cell))
+            picture = data.to_picture(x).resize((side, side), Image.Resampling.BICUBIC)
+            page.paste(picture, (190 + j * cell, 30 + i * cell))
     for colours in (256, 128, 64):
         small = page.quantize(colours, dither=Image.Dither.NONE)
         training.write_file(path, lambda temporary, small=small: small.save(temporary, format="PNG", optimize=True))
@@ -293,11 +293,10 @@ def execute(one: Run, seed: int, steps: int | None = None) -> pathlib.Path:
     folder = folder_of(one, seed, steps)
     flags = shared | dict(one.flags) | dict(seed=seed) | ({"max_train_steps": steps} if steps else {})
     if one.after:
-        flags |= dict(base=execute(one.after, seed, steps) / "base") | {k: v for k, v in one.after.flags if k != "stage"}
-    log = folder / "log.jsonl"
-    if not (log.is_file() and (folder / "model.safetensors").is_file()
-            and json.loads(log.read_text().splitlines()[-1])["step"] >= json.loads(
-                (folder / "config.json").read_text())["max_train_steps"]):
+        flags["base"] = execute(one.after, seed, steps) / "base"
+    config, log = folder / "config.json", folder / "log.jsonl"
+    last = json.loads(log.read_text().splitlines()[-1])["step"] if log.is_file() else 0
+    if not last or last < json.loads(config.read_text())["max_train_steps"]:
         recipe.run_or_resume(script, folder, **flags)
     return folder
 
@@ -344,11 +343,11 @@ def page(results: dict) -> str:
 
 HEAD = """# Ideas, turned off
 
-Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer, steps
-and seeds, one flag changed. `python -m tiny.plates IDEA` makes a row anew. Figures are of 200 held-out drawings, means over
-seeds (with their range where there are several); attributes are shares that the judge of
-[tiny/measure.py](tiny/measure.py) finds right. Settings were chosen before and are not tuned until an idea wins. These are
-minutes of training at 64 x 64 pixels: what shows no effect here may show one at size.
+Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer,
+steps and seeds, one flag changed. `python -m tiny.plates IDEA` makes a row anew. Figures are of 200 held-out drawings,
+means over seeds (with their range where there are several); attributes are shares that the judge of
+[tiny/measure.py](tiny/measure.py) finds right. Settings were chosen before and are not tuned until an idea wins. These
+are minutes of training at 64 x 64 pixels: what shows no effect here may show one at size.
 
 | idea | formula | function | turned off by | pictures | figures | seeds |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -360,7 +359,7 @@ def main() -> None:
     parser.add_argument("idea", nargs="*", help="names of --list [all]")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each side, of seeds 0, 1, ... [3]")
     parser.add_argument("--steps", type=int, help="steps of every run, in place of the settings (to try it)")
-    parser.add_argument("--output", type=pathlib.Path, default=PLATES, help="where results and plates go [assets/plates]")
+    parser.add_argument("--output", type=pathlib.Path, default=PLATES, help="a folder for both [assets/plates]")
     parser.add_argument("--list", action="store_true", help="only name the ideas")
     parser.add_argument("--page", action="store_true", help="only draw again what was measured")
     args = training.parse_args(parser)

@@ -4,7 +4,7 @@
     python -m tiny.recipe vae              the autoencoder of drawn scenes
     python -m tiny.recipe judge            what reads attributes from pictures, for measuring
     python -m tiny.recipe sd               tiny-sd, an ordinary diffusion model: text encoder and U-Net, epsilon
-    python -m tiny.recipe turbo            tiny-turbo, its one-step model: train_yoso.py, in three stages
+    python -m tiny.recipe turbo            tiny-turbo, its one-step model: train_yoso.py, in four stages
     python -m tiny.recipe adapters         translators: train_cyclegan_turbo.py twice, train_pix2pix_turbo.py
     python -m tiny.recipe all              one after the other
 
@@ -292,14 +292,19 @@ def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
 
 # -------------------- tiny-turbo: one step instead of 25
 
-STAGES = {  # of train_yoso.py: v instead of epsilon, then pure noise at the end, then one step
-    "adapt_v": dict(max_train_steps=250, learning_rate=3e-4, lr_scheduler="cosine"),
-    "adapt_zsnr": dict(max_train_steps=250, learning_rate=3e-4, lr_scheduler="cosine"),
-    "yoso": dict(max_train_steps=4000, learning_rate=1.5e-4, disc_lr_ratio=5.0, lr_scheduler="cosine"),
+# Of train_yoso.py: v instead of epsilon; pure noise at the end; the data alone, so that pure noise with a caption
+# becomes blobs of the right colours (an ordinary diffusion model is hardly trained there); then one step.
+HEARD = dict(snr_floor=1, last_share=0.25)
+STAGES = {
+    "adapt_v": dict(stage="adapt_v", max_train_steps=250, learning_rate=3e-4),
+    "adapt_zsnr": dict(stage="adapt_zsnr", max_train_steps=250, learning_rate=3e-4),
+    "data": dict(lambda_gan=0, lambda_con=0, max_train_steps=1500, learning_rate=5e-4, lr_warmup_steps=50,
+                 ema_decay=0.995, **HEARD),
+    "yoso": dict(lambda_gan=0.1, max_train_steps=3000, learning_rate=2e-4, disc_lr_ratio=4.0, **HEARD),
 }
-COMMON = dict(train="all", train_batch_size=32, mixed_precision="bf16", resolution=SIZE, lr_warmup_steps=100,
-              adam_beta2=0.99, prior_pictures=0, ema_decay=0.998, viz_freq=500, eval_freq=500, checkpointing_steps=250,
-              seed=SEED)
+COMMON = dict(train="all", train_batch_size=32, mixed_precision="bf16", resolution=SIZE, lr_scheduler="cosine",
+              lr_warmup_steps=100, adam_beta2=0.99, prior_pictures=0, ema_decay=0.998, viz_freq=500, eval_freq=500,
+              checkpointing_steps=250, seed=SEED)
 
 
 def run(script: str, *argv: object) -> None:
@@ -318,8 +323,8 @@ def train_turbo(device: torch.device) -> None:
     cache, base = RUNS / "cache", "tiny-sd"
     run("data.py", "cache", "drawn:scenes", "--base", base, "--size", SIZE, "--output", cache, "--batch", 64)
     for stage, own in STAGES.items():
-        run_or_resume("train_yoso.py", RUNS / stage, base=base, stage=stage, train_data_dir=cache, device=device,
-                      **COMMON, **own)
+        run_or_resume("train_yoso.py", RUNS / stage, base=base, train_data_dir=cache, device=device,
+                      **(COMMON | own))
         base = RUNS / stage / "base"
     made = weights.load_base(str(base), dtype=torch.float32)
     made.schedule = diffusion.Schedule.from_config(made.schedule.config | dict(_class_name="LCMScheduler"))
