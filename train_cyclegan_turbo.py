@@ -60,8 +60,8 @@ class Config:
     # losses
     lambda_cycle: float = 1.0  # weight of |G(G(a)) - a|
     lambda_idt: float = 1.0  # weight of |G(b) - b| for b that is already where G leads
-    lambda_cycle_lpips: float = 10.0  # weight of the same difference to VGG's eye; 0 needs no VGG
-    lambda_idt_lpips: float = 1.0  # weight of the same difference to VGG's eye; 0 needs no VGG
+    lambda_cycle_lpips: float = 10.0  # weight of G(G(a)) against a as VGG sees them; 0 needs no VGG
+    lambda_idt_lpips: float = 1.0  # weight of G(b) against b as VGG sees them; 0 needs no VGG
     lambda_gan: float = 0.5  # weight of the adversarial loss; 0 trains no discriminator
     gan_disc_type: Literal["vagan_clip", "patch"] = "vagan_clip"  # look through CLIP, or need no download
     gan_loss_type: Literal["multilevel_sigmoid", "multilevel_sigmoid_s"] = "multilevel_sigmoid"  # "real" is 1, or 0.8
@@ -165,7 +165,7 @@ def main() -> None:
     tokenizer, text_encoder = base.tokenizer, base.text_encoder.requires_grad_(cfg.train == "all")
     trained = {n: p for n, p in generator.named_parameters() if p.requires_grad}
     trained |= {f"text_encoder.{n}": p for n, p in text_encoder.named_parameters() if p.requires_grad}
-    frozen = weights.fingerprint(generator, trained.keys())
+    frozen = weights.fingerprint(generator, trained) + (weights.fingerprint(text_encoder) if cfg.train == "lora" else "")
     if half:
         weights.cast_frozen(generator, half)
     for network in (generator.unet, *(part for vae in (generator.vae_a2b, generator.vae_b2a)

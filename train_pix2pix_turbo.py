@@ -55,7 +55,7 @@ class Config:
     train: Literal["lora", "all"] = "lora"  # LoRA, conv_in and skips, or every weight (for small bases)
     lora_rank_unet: int = 8  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAE's LoRA
-    stochastic: bool = False  # train r, the noise map and the twin conv_in (section 3.4)
+    stochastic: bool = False  # pictures that vary: r drawn at each step, a noise map, a twin conv_in (section 3.4)
     conv_in: bool = True  # beside the LoRA, train the U-Net's first convolution in full
     # losses
     lambda_l2: float = 1.0  # weight of the squared difference to the target
@@ -96,7 +96,7 @@ class Config:
     tracker_project_name: str = "train_pix2pix_turbo"  # W&B project
 
 
-# Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster and longer batches.
+# Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster, in larger batches.
 TINY = dict(train="all", dataset_folder="drawn:circles", resolution=32, learning_rate=1e-3, lr_scheduler="cosine",
             lr_warmup_steps=200, train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0,
             lambda_gan=0.0, gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
@@ -166,7 +166,7 @@ def main() -> None:
     tokenizer, text_encoder = base.tokenizer, base.text_encoder.requires_grad_(cfg.train == "all")
     trained = {n: p for n, p in generator.named_parameters() if p.requires_grad}
     trained |= {f"text_encoder.{n}": p for n, p in text_encoder.named_parameters() if p.requires_grad}
-    frozen = weights.fingerprint(generator, trained.keys())
+    frozen = weights.fingerprint(generator, trained) + (weights.fingerprint(text_encoder) if cfg.train == "lora" else "")
     if half:
         weights.cast_frozen(generator, half)
     for network in (generator.unet, generator.vae.encoder, generator.vae.decoder):
@@ -187,7 +187,7 @@ def main() -> None:
         discriminator.to(device, dtype)
     factor, channels = generator.vae.factor, generator.vae.config.latent_channels
 
-    # ---- captions: a frozen encoder is asked once for each and then let go
+    # ---- captions: of up to 2,000 a frozen encoder is asked once for each and then let go
     contexts = {}
     if cfg.train == "lora":
         captions = sorted({*train_set.captions, *test_set.captions})

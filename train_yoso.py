@@ -5,7 +5,8 @@
     python train_yoso.py --base pixels --train_data_dir cifar10.zip       # raw pictures, from scratch (README: in two)
     python train_yoso.py --base sd15 --train_data_dir DATA --mixed_precision bf16
     python train_yoso.py --base sd15 --train_data_dir captions.txt --teacher sd-turbo --mixed_precision bf16
-    python train_yoso.py --base pixart512 --train all --stage adapt_v ...; then --base runs/NAME/base --stage adapt_zsnr
+    python train_yoso.py --base pixart512 --train all --stage adapt_v ...
+    python train_yoso.py --base runs/NAME/base --train all --stage adapt_zsnr ...
     torchrun --nproc_per_node=4 train_yoso.py --base sd15 --train_data_dir DATA ...
     python train_yoso.py --resume runs/NAME
 
@@ -163,8 +164,8 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
 
 
 def kl_loss(fake: Tensor, x0: Tensor, t: Tensor, schedule: Schedule, gamma: float, floor: float = 0.0) -> Tensor:
-    """L_KL = min(SNR_t, gamma) |G(x_t) - x0|^2, SNR = alpha^2 / sigma^2. In pure noise that weighs nothing; a floor of
-    1 is what the square of a difference of v weighs there."""
+    """L_KL = min(max(SNR_t, floor), gamma) |G(x_t) - x0|^2, SNR = alpha^2 / sigma^2. Pure noise has SNR 0 and weighs
+    nothing; with floor 1 it weighs 1, as in a loss on v, whose weight is SNR + 1."""
     snr = (schedule.alpha[t] / schedule.sigma[t]) ** 2
     return (snr.clamp(floor, gamma).to(x0) * mean_square(fake, x0)).mean()
 
@@ -439,7 +440,7 @@ def main() -> None:
                     logits_fake = judged(fake, t, seen, step, "fake", rows)
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
                 scaler.scale(loss / len(slices)).backward()
-                losses["disc"] += loss.item() / len(slices)  # 2 ln 2 = 1.386 is chance
+                losses["disc"] += loss.item() / len(slices)  # lambda_gan times 2 ln 2 = 1.386 is chance
                 losses["disc_right_on_real"] += share_right([logits_real], True) / len(slices)
                 losses["disc_right_on_fake"] += share_right([logits_fake], False) / len(slices)
                 losses["logit_gap"] += (logits_real - logits_fake).mean().item() / len(slices)  # 0: it sees nothing

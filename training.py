@@ -30,8 +30,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "dataloader_num_workers", "resume",
-              "output_dir"}
+MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "validation_steps", "resume",
+              "dataloader_num_workers", "output_dir"}
 AT_LEAST = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0, "prior_pictures": 0}  # other whole numbers: 1
 REFUSED = {
     "--enable_xformers_memory_efficient_attention": "attention is always fused here (scaled_dot_product_attention)",

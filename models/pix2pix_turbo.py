@@ -22,10 +22,10 @@ VAE_TARGETS = ("conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out",
 
 @dataclass
 class Pix2PixTurboConfig:
-    """Alpha 8 is peft's default: scale 1 in the U-Net, 2 in the VAE."""
+    """lora_alpha 8 is peft's default whatever the rank: scale 8 / 8 = 1 in the U-Net, 8 / 4 = 2 in the VAE."""
     lora_rank_unet: int = 8
     lora_rank_vae: int = 4
-    lora_alpha: float = 8.0  # peft's default whatever the rank, so the official scales are 8 / 8 = 1 and 8 / 4 = 2
+    lora_alpha: float = 8.0
     stochastic: bool = False  # r, the noise map and the twin conv_in
     conv_in: bool = True  # trained in full
     train: str = "lora"  # "lora" | "all"

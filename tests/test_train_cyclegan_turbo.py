@@ -187,6 +187,20 @@ def test_all_losses_of_the_paper_and_both_measures_run_on_judges(monkeypatch, tm
     assert all(torch.equal(kept[k], one[k]) for k in one) == (fids[1] < fids[0])
 
 
+def test_resuming_asks_for_the_same_text_encoder_and_lets_the_intervals_change(monkeypatch, tmp_path, domains):
+    base = trainer.weights.load_base("tiny", dtype=torch.float32, seed=0)
+    trainer.weights.save_folder(tmp_path / "base", base)
+    train(monkeypatch, "--base", tmp_path / "base", "--dataset_folder", domains, *SMALL, "--lambda_cycle_lpips", 0,
+          "--lambda_idt_lpips", 0, "--gan_disc_type", "patch", "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+    more = ["--resume", tmp_path / "run", "--max_train_steps", 2, "--validation_steps", 2]
+    train(monkeypatch, *more)
+    next(base.text_encoder.parameters()).data.mul_(2)
+    trainer.weights.save_folder(tmp_path / "base", base)
+    with pytest.raises(SystemExit):
+        train(monkeypatch, *more[:2], "--max_train_steps", 3)
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
 BAD = {
     "no second domain": (lambda folder: subprocess.run(["rm", "-r", folder / "train_B"], check=True), [], ["train_B"]),
     "no caption": (lambda folder: (folder / "fixed_prompt_b.txt").unlink(), [], ["fixed_prompt_b.txt"]),

@@ -5,10 +5,10 @@
     python -m tiny.plates --seeds 1            # all, one seed: two hours of one core
     python -m tiny.plates --page               # IDEAS.md and the plates again, of what was measured before
 
-Each idea trains the tiny base with and without it, by the ordinary trainers as processes: equal steps, equal seeds,
-nothing else changed, settings chosen before. The runs are in runs/plates and are shared between ideas; a run that was
-stopped goes on where it stood, one that was measured is not made again. Figures of 200 held-out drawings go to
-assets/plates/results.json, a plate of each idea's first seed beside them, the table to IDEAS.md.
+Each idea trains the tiny base with and without it, by the ordinary trainers as processes: equal steps of the stage that
+has it, equal seeds, nothing else changed, settings chosen before. The runs are in runs/plates and are shared between
+ideas; a run that was stopped goes on where it stood, one that was measured is not made again. Figures of 200 held-out
+drawings go to assets/plates/results.json, a plate of each idea's first seed beside them, the table to IDEAS.md.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import pathlib
 import re
 import statistics
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image, ImageDraw
@@ -31,36 +31,58 @@ from models import diffusion, weights
 from tiny import gaussians, measure, recipe, scenes
 
 ROOT = pathlib.Path(__file__).parent.parent
-PLATES, RUNS = ROOT / "assets" / "plates", pathlib.Path("runs/plates")
+PLATES, FOLDER = ROOT / "assets" / "plates", pathlib.Path("runs/plates")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A trainer, the flags that all runs of its kind share, and those of this one. `after`: it goes on from there."""
+    """Flags of a trainer, beside those of all runs of its kind. It begins at the base that the run `after` wrote."""
     kind: str
-    flags: tuple[tuple[str, object], ...] = ()
-    after: "Run | None" = None
-
-    @property
-    def name(self) -> str:
-        own = [f"{flag}={value}" for flag, value in self.flags if (flag, value) not in getattr(self.after, "flags", ())]
-        return "+".join([self.after.name + "+then" if self.after else self.kind, *own])
-
-
-def run(kind: str, after: Run | None = None, **flags: object) -> Run:
-    return Run(kind, tuple(flags.items()), after)
+    flags: dict[str, object] = field(default_factory=dict)
+    after: str | None = None
 
 
 KINDS = {
     "unpaired": ("train_cyclegan_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:day2night",
-                                                 max_train_steps=150)),
-    "paired": ("train_pix2pix_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:scenes", max_train_steps=300)),
-    "yoso": ("train_yoso.py", dict(base="tiny-sd", max_train_steps=200, lambda_gan=0.1, snr_floor=1, last_share=0.25)),
+                                                 mixed_precision="bf16", max_train_steps=150)),
+    "paired": ("train_pix2pix_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:scenes", mixed_precision="bf16",
+                                              max_train_steps=300)),
+    "yoso": ("train_yoso.py", recipe.COMMON | recipe.STAGES["yoso"] | dict(
+        base="tiny-sd", max_train_steps=200, lr_warmup_steps=50, ema_decay=0.99)),
     "gaussians": ("train_yoso.py", dict(base="gaussians")),
 }
-UNPAIRED, PAIRED, YOSO = run("unpaired"), run("paired"), run("yoso")
-ADAPT = dict(train="all", prior_pictures=0, learning_rate=3e-4)
-FROM_V = run("yoso", run("yoso", run("yoso", stage="adapt_v", **ADAPT), stage="adapt_zsnr", **ADAPT), **ADAPT)
+ADAPT, LORA = dict(learning_rate=3e-4, max_train_steps=250), dict(train="lora", lora_rank=16, learning_rate=5e-4)
+RUNS = {
+    "unpaired": Run("unpaired"),
+    "no-skips": Run("unpaired", dict(skips="off")),
+    "random-base": Run("unpaired", dict(base="tiny", train="lora", lora_rank_unet=4, learning_rate=5e-4,
+                                        train_batch_size=4, disc_width=32)),
+    "no-cycle": Run("unpaired", dict(lambda_cycle=0)),
+    "no-identity": Run("unpaired", dict(lambda_idt=0)),
+    "no-gan": Run("unpaired", dict(lambda_gan=0)),
+    "paired": Run("paired"),
+    "all-weights": Run("paired", dict(train="all")),
+    "conv-in-frozen": Run("paired", dict(conv_in="off")),
+    "stochastic": Run("paired", dict(stochastic="on")),
+    "v": Run("yoso", dict(stage="adapt_v", **ADAPT)),
+    "zero-snr": Run("yoso", dict(stage="adapt_zsnr", **ADAPT), "v"),
+    "heard": Run("yoso", recipe.STAGES["data"] | dict(max_train_steps=1000), "zero-snr"),
+    "yoso": Run("yoso", after="heard"),
+    "real-is-data": Run("yoso", dict(adversarial="data"), "heard"),
+    "real-is-noisy": Run("yoso", dict(adversarial="noisy"), "heard"),
+    "no-discriminator": Run("yoso", dict(lambda_gan=0), "heard"),
+    "no-kl": Run("yoso", dict(lambda_kl=0), "heard"),
+    "no-consistency": Run("yoso", dict(lambda_con=0), "heard"),
+    "mse": Run("yoso", dict(consistency="mse"), "heard"),
+    "random-discriminator": Run("yoso", dict(disc_random="on"), "heard"),
+    "adapted": Run("yoso", after="zero-snr"),
+    "not-adapted": Run("yoso"),
+    "prior": Run("yoso", LORA | dict(prior_pictures=1000)),
+    "no-prior": Run("yoso", LORA),
+    "gaussians-coop": Run("gaussians"),
+    "gaussians-data": Run("gaussians", dict(adversarial="data")),
+    "gaussians-noisy": Run("gaussians", dict(adversarial="noisy")),
+}
 
 
 @dataclass(frozen=True)
@@ -69,85 +91,78 @@ class Idea:
     formula: str
     where: str  # FILE:FUNCTION
     flag: str  # that turns it off
-    runs: dict[str, Run]  # with it, and without
+    runs: dict[str, str]  # with it, and without: names of RUNS
     figures: dict[str, str]  # what is measured: its name there, its name here
     found: str = ""  # what was seen
 
 
+ATTRIBUTES = dict(all="attributes right")
 IDEAS = {
     "skips": Idea(
         "Detail goes past the latent.", "decoder + gamma conv(encoder)", "models/pix2pix_turbo.py:convolved_skips",
-        "--skips off", {"with": UNPAIRED, "without": run("unpaired", skips="off")},
-        dict(edges="edges kept", psnr="PSNR, dB")),
+        "--skips off", {"with": "unpaired", "without": "no-skips"}, dict(edges="edges kept", psnr="PSNR, dB")),
     "base": Idea(
         "What the one-step model knows of pictures need not be learned again.", "W = W_base + s B A",
-        "models/lora.py:changed", "--base tiny", {"with": UNPAIRED, "without": run(
-            "unpaired", base="tiny", train="lora", lora_rank_unet=4, learning_rate=5e-4, train_batch_size=4,
-            disc_width=32)}, dict(psnr="PSNR, dB")),
+        "models/lora.py:changed", "--base tiny", {"with": "unpaired", "without": "random-base"},
+        dict(psnr="PSNR, dB", night="judged to be night")),
     "lora": Idea(
         "A few weights learn the task; the base stays as it was.", "W x + b + s B (A x)", "models/lora.py:changed",
-        "--train all", {"LoRA": PAIRED, "all weights": run("paired", train="all")},
+        "--train all", {"LoRA": "paired", "all weights": "all-weights"},
         dict(psnr="PSNR, dB", trained="weights trained, M", words="captions that the base then obeys")),
     "conv_in": Idea(
         "The first layer learns to take pictures where noise was.", "z = E(x) in place of eps",
-        "models/pix2pix_turbo.py:forward", "--conv_in off",
-        {"trained": PAIRED, "frozen": run("paired", conv_in="off")}, dict(psnr="PSNR, dB")),
+        "models/pix2pix_turbo.py:forward", "--conv_in off", {"trained": "paired", "frozen": "conv-in-frozen"},
+        dict(psnr="PSNR, dB")),
     "r": Idea(
         "One number leads from the input's picture to the noise's.", "r z + (1 - r) eps, adapters times r",
-        "models/pix2pix_turbo.py:forward", "--stochastic off",
-        {"with r": run("paired", stochastic="on"), "without": PAIRED},
-        {f"{what}_{r}": f"{name} at r = {r}" for r in (1.0, 0.7, 0.4, 0.0)
-         for what, name in (("psnr", "PSNR, dB"), ("apart", "four noises apart"))}),
+        "models/pix2pix_turbo.py:forward", "--stochastic off", {"with r": "stochastic", "without": "paired"},
+        {f"{what}_{r}": f"{name} at r = {r}" for what, name in (("psnr", "PSNR"), ("apart", "noises apart"))
+         for r in (1.0, 0.7, 0.4, 0.0)}),
     "cycle": Idea(
         "There and back again: nothing of the picture may be lost.", "|G(G(a)) - a|",
-        "train_cyclegan_turbo.py:cycle_loss", "--lambda_cycle 0",
-        {"with": UNPAIRED, "without": run("unpaired", lambda_cycle=0)}, dict(edges="edges kept", psnr="PSNR, dB")),
+        "train_cyclegan_turbo.py:cycle_loss", "--lambda_cycle 0", {"with": "unpaired", "without": "no-cycle"},
+        dict(edges="edges kept", psnr="PSNR, dB")),
     "identity": Idea(
         "What is already there stays as it is.", "|G(b) - b|", "train_cyclegan_turbo.py:identity_loss",
-        "--lambda_idt 0", {"with": UNPAIRED, "without": run("unpaired", lambda_idt=0)},
+        "--lambda_idt 0", {"with": "unpaired", "without": "no-identity"},
         dict(drift="colour drift of nights, of 2", psnr="PSNR, dB")),
     "gan": Idea(
         "Only the discriminator says what a night looks like.", "cross-entropy of D(G(a))",
-        "train_cyclegan_turbo.py:generator_gan_loss", "--lambda_gan 0",
-        {"with": UNPAIRED, "without": run("unpaired", lambda_gan=0)},
+        "train_cyclegan_turbo.py:generator_gan_loss", "--lambda_gan 0", {"with": "unpaired", "without": "no-gan"},
         dict(night="judged to be night", psnr="PSNR, dB")),
     "coop": Idea(
         "The discriminator's real side is G's own better guess.", "D compares G(x_t) with G(x_{t-k})",
         "train_yoso.py:discriminator_loss", "--adversarial data",
-        {"coop": YOSO, "data": run("yoso", adversarial="data"), "noisy": run("yoso", adversarial="noisy")},
-        dict(all="attributes right", disc_right="D right in training")),
+        {"coop": "yoso", "data": "real-is-data", "noisy": "real-is-noisy", "none": "no-discriminator"},
+        ATTRIBUTES | dict(sharp="sharpness, of 1", disc_right="D right in training")),
     "gaussians": Idea(
         "The same in the plane: 25 modes, one step.", "D compares G(x_t) with G(x_{t-k})",
         "train_yoso.py:discriminator_loss", "--adversarial data",
-        {"coop": run("gaussians"), "data": run("gaussians", adversarial="data"),
-         "noisy": run("gaussians", adversarial="noisy")},
-        dict(modes="modes of 25", good="samples within three deviations")),
+        {"coop": "gaussians-coop", "data": "gaussians-data", "noisy": "gaussians-noisy"},
+        dict(modes="modes of 25", good="within three deviations")),
     "kl": Idea(
         "A steady pull towards the data.", "min(SNR, 5) |G(x_t) - x0|^2", "train_yoso.py:kl_loss", "--lambda_kl 0",
-        {"with": YOSO, "without": run("yoso", lambda_kl=0)}, dict(all="attributes right", sharp="sharpness, of 1")),
+        {"with": "yoso", "without": "no-kl"}, ATTRIBUTES | dict(sharp="sharpness, of 1")),
     "consistency": Idea(
         "Neighbouring steps agree.", "w |f(G(x_t)) - f(G(x_{t-25}))|^2", "train_yoso.py:consistency_loss",
-        "--lambda_con 0", {"with": YOSO, "without": run("yoso", lambda_con=0)},
-        dict(all="attributes right", neighbours="distance of neighbouring steps")),
+        "--lambda_con 0", {"with": "yoso", "without": "no-consistency"},
+        ATTRIBUTES | dict(neighbours="distance of neighbours")),
     "perceptual": Idea(
         "Distances as a frozen U-Net sees them.", "f: features of the way down", "models/discriminator.py:lower_half",
-        "--consistency mse", {"with": YOSO, "without": run("yoso", consistency="mse")},
-        dict(all="attributes right", sharp="sharpness, of 1")),
+        "--consistency mse", {"with": "yoso", "without": "mse"}, ATTRIBUTES | dict(sharp="sharpness, of 1")),
     "disc_init": Idea(
         "The discriminator begins as half of the diffusion model.", "D = head(lower half of the U-Net)",
         "models/discriminator.py:lower_half", "--disc_random",
-        {"from the U-Net": YOSO, "random": run("yoso", disc_random="on")},
-        dict(all="attributes right", disc_right="D right in training")),
+        {"from the U-Net": "yoso", "random": "random-discriminator"},
+        ATTRIBUTES | dict(disc_right="D right in training")),
     "prior": Idea(
         "A model that predicts noise begins at noised latents.", "alpha_T x_prior + sigma_T eps",
-        "models/diffusion.py:start_from_prior", "--prior_pictures 0",
-        {"with": YOSO, "without": run("yoso", prior_pictures=0)},
-        dict(all="attributes right", brightness="spread of brightness, of 1")),
+        "models/diffusion.py:start_from_prior", "--prior_pictures 0", {"with": "prior", "without": "no-prior"},
+        ATTRIBUTES | dict(brightness="spread of brightness, of 1")),
     "adaption": Idea(
-        "First v for epsilon, then pure noise at the end.", "v' = (alpha' x' - x0) / sigma'",
-        "train_yoso.py:adapt_loss", "--stage",
-        {"with": FROM_V, "without": run("yoso", **ADAPT)},
-        dict(all="attributes right", darkest="brightness of the darkest captions", brightest="of the brightest")),
+        "First v for epsilon, then pure noise at the end; without: one step at once.", "v' = (alpha' x' - x0) / sigma'",
+        "train_yoso.py:adapt_loss", "--stage yoso", {"with": "adapted", "without": "not-adapted"},
+        ATTRIBUTES | dict(darkest="brightness of the darkest", brightest="of the brightest")),
 }
 
 
@@ -283,21 +298,20 @@ def write_plate(path: pathlib.Path, name: str, idea: Idea, rows: dict[str, Tenso
 # -------------------- Training, results, and the page
 
 
-def folder_of(one: Run, seed: int, steps: int | None = None) -> pathlib.Path:
-    return RUNS / (f"{one.name}-seed{seed}" + (f"-{steps}steps" if steps else ""))
+def folder_of(name: str, seed: int, steps: int | None = None) -> pathlib.Path:
+    return FOLDER / (f"{name}-seed{seed}" + (f"-{steps}steps" if steps else ""))
 
 
-def execute(one: Run, seed: int, steps: int | None = None) -> pathlib.Path:
+def execute(name: str, seed: int, steps: int | None = None) -> pathlib.Path:
     """The run's folder, trained to its end."""
+    one, folder = RUNS[name], folder_of(name, seed, steps)
     script, shared = KINDS[one.kind]
-    folder = folder_of(one, seed, steps)
-    flags = shared | dict(one.flags) | dict(seed=seed) | ({"max_train_steps": steps} if steps else {})
+    flags = shared | one.flags | dict(seed=seed) | ({"max_train_steps": steps} if steps else {})
     if one.after:
-        flags["base"] = execute(one.after, seed, steps) / "base"
-    config, log = folder / "config.json", folder / "log.jsonl"
-    last = json.loads(log.read_text().splitlines()[-1])["step"] if log.is_file() else 0
-    if not last or last < json.loads(config.read_text())["max_train_steps"]:
-        recipe.run_or_resume(script, folder, **flags)
+        flags["base"] = folder_of(one.after, seed, steps) / "base"
+        if not flags["base"].is_dir():
+            execute(one.after, seed, steps)
+    recipe.run_or_resume(script, folder, **flags)
     return folder
 
 
@@ -322,7 +336,7 @@ def spread(values: list[float]) -> str:
 
 def figures_of(idea: Idea, results: dict, label: str) -> dict[str, str]:
     """What is known of one side of an idea: a figure's name here -> its mean and range over seeds."""
-    seeds = results.get(idea.runs[label].name, {})
+    seeds = results.get(idea.runs[label], {})
     return {shown: spread(values) for key, shown in idea.figures.items()
             if (values := [of[key] for of in seeds.values() if key in of])}
 
@@ -334,7 +348,7 @@ def page(results: dict) -> str:
         file, function, line = line_of(idea.where)
         sides = [f"{label}: " + "; ".join(f"{k} {v}" for k, v in figures_of(idea, results, label).items())
                  for label in idea.runs if figures_of(idea, results, label)]
-        seeds = min(len(results.get(one.name, {})) for one in idea.runs.values())
+        seeds = min(len(results.get(one, {})) for one in idea.runs.values())
         plate = f"[plate](assets/plates/{name}.png)" if seeds else "not yet"
         rows.append(f"| **{name}**. {idea.says} {idea.found} | {idea.formula.replace('|', chr(92) + '|')} | "
                     f"[`{function}`]({file}#L{line}) | `{idea.flag}` | {plate} | {'<br>'.join(sides)} | {seeds} |")
@@ -343,8 +357,9 @@ def page(results: dict) -> str:
 
 HEAD = """# Ideas, turned off
 
-Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer,
-steps and seeds, one flag changed. `python -m tiny.plates IDEA` makes a row anew. Figures are of 200 held-out drawings,
+Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer and
+seeds, equal steps, one flag changed (`base`: also those that keep its settings equal; `adaption`: with two stages of
+250 steps before). `python -m tiny.plates IDEA` makes a row anew. Figures are of 200 held-out drawings,
 means over seeds (with their range where there are several); attributes are shares that the judge of
 [tiny/measure.py](tiny/measure.py) finds right. Settings were chosen before and are not tuned until an idea wins. These
 are minutes of training at 64 x 64 pixels: what shows no effect here may show one at size.
@@ -367,6 +382,8 @@ def main() -> None:
         raise ValueError(f"there is no idea called {unknown[0]}; expected {', '.join(IDEAS)}")
     if args.seeds < 1 or (args.steps or 1) < 1:
         raise ValueError("--seeds and --steps: expected 1 or more")
+    if args.steps and args.output == PLATES:
+        raise ValueError("--steps only tries the runs; expected another --output, so that no trial passes for a result")
     names = args.idea or [*IDEAS]
     if args.list:
         for name in names:
@@ -378,21 +395,21 @@ def main() -> None:
             for one in dict.fromkeys(one for name in names for one in IDEAS[name].runs.values())]
     for one, seed in tqdm(todo if not args.page else [], "runs"):
         results = read_results(store)
-        if str(seed) in results.get(one.name, {}):
+        if str(seed) in results.get(one, {}):
             continue
         folder = execute(one, seed, args.steps)
-        figures, made = MEASURES[one.kind](str(folder))
+        figures, made = MEASURES[RUNS[one].kind](str(folder))
         if seed == 0:
             torch.save(made[SHOWN].clone() if len(made) > 1 else made, folder / "shown.pt")
         results = read_results(store)  # another process may have written
-        results.setdefault(one.name, {})[str(seed)] = figures
+        results.setdefault(one, {})[str(seed)] = figures
         training.write_file(store, lambda path, results=results: path.write_text(json.dumps(results, indent=1)))
     results = read_results(store)
     for name in names:
         idea = IDEAS[name]
         pictures = {label: folder_of(one, 0, args.steps) / "shown.pt" for label, one in idea.runs.items()}
         if all(path.is_file() for path in pictures.values()):
-            around = strip(next(iter(idea.runs.values())).kind, SHOWN)
+            around = strip(RUNS[next(iter(idea.runs.values()))].kind, SHOWN)
             made = {label: torch.load(path, weights_only=True) for label, path in pictures.items()}
             rows = {k: v for k, v in around.items() if k == "input"} | made | \
                 {k: v for k, v in around.items() if k != "input"}

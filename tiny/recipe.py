@@ -163,7 +163,7 @@ def train(stage: str, network: nn.Module, loss: Callable[[int], Tensor], look: C
 
 
 def vae_loss(made: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """|y - x| + 2 (y - x)^2, the absolute difference of slopes (rain, snow and stars are slopes), and a little KL."""
+    """|y - x| + 2 (y - x)^2 + half the absolute difference of slopes (rain, snow, stars) + 1e-4 KL."""
     slopes = sum((made.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return F.l1_loss(made, x) + 2 * F.mse_loss(made, x) + 0.5 * slopes + 1e-4 * kl
@@ -203,7 +203,7 @@ def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
 
 
 def train_judge(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
-    """On drawings of all combinations, those of the test too (of other seeds); blurred and noised at random, so that it
+    """On drawings of all combinations, those of the test too (other drawings than are measured); blurred and noised at random, so that it
     reads what made pictures show and not what gives them away."""
     torch.manual_seed(SEED)
     network, drawn, others = measure.Judge().to(device), drawings(), range(1000, 4000)  # the first are for measuring
@@ -308,7 +308,15 @@ COMMON = dict(train="all", train_batch_size=32, mixed_precision="bf16", resoluti
 
 
 def run(script: str, *argv: object) -> None:
-    subprocess.run([sys.executable, HERE.parent / script, *map(str, argv)], check=True)
+    """Ctrl-C reaches the script too, which saves: it is waited for, where subprocess.run would kill it."""
+    process = subprocess.Popen([sys.executable, HERE.parent / script, *map(str, argv)])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    if status:
+        raise ValueError(f"{script} ended with status {status}; what it said stands above")
 
 
 def run_or_resume(script: str, folder: pathlib.Path, **flags: object) -> None:
