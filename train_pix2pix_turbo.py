@@ -166,7 +166,8 @@ def main() -> None:
     tokenizer, text_encoder = base.tokenizer, base.text_encoder.requires_grad_(cfg.train == "all")
     trained = {n: p for n, p in generator.named_parameters() if p.requires_grad}
     trained |= {f"text_encoder.{n}": p for n, p in text_encoder.named_parameters() if p.requires_grad}
-    frozen = weights.fingerprint(generator, trained) + (weights.fingerprint(text_encoder) if cfg.train == "lora" else "")
+    frozen = weights.fingerprint(generator, trained)
+    frozen += weights.fingerprint(text_encoder) if cfg.train == "lora" else ""
     if half:
         weights.cast_frozen(generator, half)
     for network in (generator.unet, generator.vae.encoder, generator.vae.decoder):

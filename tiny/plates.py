@@ -44,9 +44,9 @@ class Run:
 
 KINDS = {
     "unpaired": ("train_cyclegan_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:day2night",
-                                                 mixed_precision="bf16", max_train_steps=150)),
+                                                 mixed_precision="bf16", lr_warmup_steps=20, max_train_steps=100)),
     "paired": ("train_pix2pix_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:scenes", mixed_precision="bf16",
-                                              max_train_steps=300)),
+                                              lr_warmup_steps=20, max_train_steps=200)),
     "yoso": ("train_yoso.py", recipe.COMMON | recipe.STAGES["yoso"] | dict(
         base="tiny-sd", max_train_steps=200, lr_warmup_steps=50, ema_decay=0.99)),
     "gaussians": ("train_yoso.py", dict(base="gaussians")),

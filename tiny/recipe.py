@@ -203,8 +203,8 @@ def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
 
 
 def train_judge(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
-    """On drawings of all combinations, those of the test too (other drawings than are measured); blurred and noised at random, so that it
-    reads what made pictures show and not what gives them away."""
+    """On drawings of all combinations, those of the test too (other drawings than are measured); blurred and noised at
+    random, so that it reads what made pictures show and not what gives them away."""
     torch.manual_seed(SEED)
     network, drawn, others = measure.Judge().to(device), drawings(), range(1000, 4000)  # the first are for measuring
     more = torch.from_numpy(np.stack([drawing(i, "test") for i in tqdm(others, "drawing")]))
