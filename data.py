@@ -1,5 +1,4 @@
-"""
-Pictures before they are tensors: opening, cropping, edges, folders of pairs, the order of training.
+"""Pictures before they are tensors: opening, cropping, edges, folders of pairs, the order of training.
 
 A paired data set is a folder (the layout of img2img-turbo, github.com/GaParmar/img2img-turbo):
 
@@ -48,6 +47,8 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
+
+import training
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's: one of the others runs PostScript
@@ -342,8 +343,7 @@ class UnpairedFolder(Dataset):
 
 
 def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 64) -> Dataset:
-    """A folder of two domains, or the built-in drawings drawn:day2night and drawn:clear2rain, which are drawn at `size`
-    and have no use for prep."""
+    """A folder of two domains, or drawn:day2night or drawn:clear2rain, drawn at `size` and without use for prep."""
     if not str(folder).startswith("drawn:"):
         return UnpairedFolder(folder, split, prep)
     from tiny.scenes import Unpaired
@@ -351,8 +351,7 @@ def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0, size
 
 
 def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 32) -> Dataset:
-    """A folder of pairs, or the built-in drawings drawn:circles and drawn:scenes, which are drawn at `size` and have no
-    use for prep."""
+    """A folder of pairs, or drawn:circles or drawn:scenes, which are drawn at `size` and have no use for prep."""
     if not str(folder).startswith("drawn:"):
         return PairedFolder(folder, split, prep)
     from tiny import circles, scenes
@@ -365,8 +364,7 @@ def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: 
 
 class Captioned(Dataset):
     """Pictures with captions, of one of the places that this file's first lines name; item i, or (i, key) with key the
-    integers from which crop and flip are drawn: target [3, H, W] in [-1, 1], caption, name. Captions alone have no
-    target."""
+    integers from which crop and flip are drawn: target [3, H, W] in [-1, 1] (not of captions alone), caption, name."""
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
         self.source, self.prepare, self.archive = Path(source), prepare(prep), None
@@ -668,9 +666,7 @@ def cache(source: str, base_name: str, output: Path, prep: str, size: int, colum
         raise ValueError(f"{output} is not empty and no cache: choose another --output")
 
     def write_index() -> None:
-        temporary = output / "index.json.tmp"
-        temporary.write_text(json.dumps(index))
-        temporary.replace(output / "index.json")
+        training.write_file(output / "index.json", lambda path: path.write_text(json.dumps(index)))
 
     @torch.inference_mode()
     def encoded(items: list[dict]) -> dict[str, torch.Tensor]:
@@ -718,7 +714,7 @@ def prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
     print(output)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="data.py", description="Looks at pictures, and prepares them.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("check", help="print counts, sizes, captions and problems, write a contact sheet")
@@ -742,21 +738,14 @@ def main() -> int:
     command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
                          help="of the text encoder [float32]")
     args = parser.parse_args()
-    try:
-        if args.command == "check":
-            return 2 if check(args.folder, args.output) else 0
-        if args.command == "prior":
-            prior(args.folder, args.base, args.size, args.output)
-        else:
-            cache(args.data, args.base, args.output, args.prep or f"resized_crop_{args.size}", args.size,
-                  args.caption_column, args.seed, args.batch, args.device, args.dtype)
-        return 0
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if args.command == "check":
+        sys.exit(2 if check(args.folder, args.output) else 0)
+    if args.command == "prior":
+        prior(args.folder, args.base, args.size, args.output)
+    else:
+        cache(args.data, args.base, args.output, args.prep or f"resized_crop_{args.size}", args.size,
+              args.caption_column, args.seed, args.batch, args.device, args.dtype)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    training.run(main)

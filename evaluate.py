@@ -10,8 +10,7 @@ and stderr says why; one asked for by name is computed (its weights are fetched)
 folders whose stems are all the same are taken as pairs.
 
 For trainers: the functions take pictures [B, 3, H, W] in [-1, 1] and round them to 8 bits, as a file has them (LPIPS
-alone does not), so that validation and this script give the same number.
-"""
+alone does not), so that validation and this script give the same number."""
 
 import argparse
 import difflib
@@ -48,7 +47,6 @@ PAIRED = {"structure", "lpips", "psnr", "ssim"}
 
 
 # --------------------------------------------------------------------------------------------------------- the metrics
-
 
 def as_levels(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Pictures -> 0 to 255, rounded, in float64; on the CPU: not every device has that."""
@@ -156,7 +154,6 @@ def clip_score(judge: weights.Judge, x: Tensor, captions: list[str]) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------ folders
 
-
 def list_pictures(folder: Path) -> list[Path]:
     return [folder / name for name in data.pictures_in(folder)]
 
@@ -235,7 +232,6 @@ def read_captions(path: Path, fake: list[Path]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,9 +260,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--{flag} has no meaning for --metrics {','.join(args.metrics)}; leave it out")
     if args.stats and not args.stats.parent.is_dir():
         raise ValueError(f"--stats {args.stats}: there is no folder {args.stats.parent}; make it first")
-    for name, low in [("batch", 1), ("seed", 0)]:
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected {low} or more")
     return args
 
 

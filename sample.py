@@ -16,8 +16,7 @@
     python sample.py --checkpoint runs/NAME --direction b2a --input FOLDER --output FOLDER2
 
 Noise is drawn on the CPU, picture i with its own generator of seed + i (all files of an input folder use the same
-seed): the same seed gives the same picture on every device, in every batch. Paths of what was written go to stdout.
-"""
+seed): the same seed gives the same picture on every device, in every batch. Paths of what was written go to stdout."""
 
 import argparse
 import pathlib
@@ -116,16 +115,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 raise ValueError(f"--{name} has no meaning {where}; leave it out")
     if not args.translator and (args.input or not args.checkpoint) and not 0 < args.strength <= 1:
         raise ValueError(f"--strength {args.strength}: expected a number above 0, up to 1")
-    for name, low in [("n", 1), ("steps", 1), ("batch", 1), ("seed", 0), ("tile", 32)]:
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected {low} or more")
     if args.r is not None and not 0 <= args.r <= 1:
         raise ValueError(f"--r {args.r}: expected a number from 0 to 1")
     return args
 
 
 # ------------------------------------------------------------------------------------------------------- what comes out
-
 
 def is_file(output: pathlib.Path) -> bool:
     """Whether --output names one picture, not a folder."""
@@ -171,7 +166,6 @@ def save_all(batches: Batches, args: argparse.Namespace, base: str, several: boo
 
 # ------------------------------------------------------------------------------------------------------ types and speed
 
-
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether the processor itself does; elsewhere bf16 is slower than float32. A PyTorch that cannot tell: no."""
     able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
@@ -199,7 +193,6 @@ def quicken(args: argparse.Namespace, device: torch.device, vaes: list[nn.Module
 
 
 # ---------------------------------------------------------------------------------------------------- text to picture
-
 
 @dataclass
 class Control:
@@ -271,8 +264,7 @@ def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple
 
 
 def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
-    """The base, merged, with its LoRA, or a one-step generator, as the flags say; written where --save says. Fills in
-    --sampler and the generator's prior."""
+    """The base, merged, with its LoRA, or a one-step generator; written where --save says. Sets sampler and prior."""
     how = dict(dtype=DTYPES.get(args.dtype, torch.float32), device=str(device))
     name = args.base or "tiny-turbo"
     if args.checkpoint:
@@ -392,7 +384,6 @@ def draw_page(args: argparse.Namespace, device: torch.device) -> None:
 
 # ------------------------------------------------------------------------------------------------- picture to picture
 
-
 def preprocess(picture: Image.Image, args: argparse.Namespace) -> Image.Image:
     if args.preprocess == "canny":
         return data.canny(picture, args.low_threshold, args.high_threshold)
@@ -446,10 +437,7 @@ def plan(args: argparse.Namespace) -> dict[pathlib.Path, pathlib.Path]:
         output = args.output or pathlib.Path("out.png")
         targets = {args.input: output if is_file(output) else output / f"{args.input.stem}.png"}
     else:
-        paths = sorted(p for p in args.input.iterdir() if p.suffix.lower() in data.SUFFIXES and p.name[0] != ".")
-        if not paths:
-            raise ValueError(f"--input {args.input} holds no picture; expected files ending in"
-                             f" {', '.join(sorted(data.SUFFIXES))}")
+        paths = [args.input / name for name in data.pictures_in(args.input)]
         output = args.output or pathlib.Path("out")
         if is_file(output):
             raise ValueError(f"--output {output} is one file for a folder of pictures; expected a folder")

@@ -16,9 +16,9 @@ Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models
     L = lambda_cycle L_cycle + lambda_gan L_gan + lambda_idt L_idt, over both directions.
 The released script takes three generator steps an iteration (cycle, GAN, identity), each with forward passes of its
 own; this one takes the paper's: one step on the sum. Memory is held down all the same: fake_b = G(a) is computed once
-and cut off; cycle and GAN leave their gradients at the cut, one after the other, and these go once through G.
-"""
+and cut off; cycle and GAN leave their gradients at the cut, one after the other, and these go once through G."""
 
+import collections
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -33,13 +33,7 @@ import training
 from models import weights
 from models.cyclegan_turbo import DIRECTIONS, CycleGANTurbo, CycleGANTurboConfig
 from models.dino import structure_distance
-from models.discriminator import (
-    PatchDiscriminator,
-    VisionAidedDiscriminator,
-    draw_augmentation,
-    share_right,
-    spectral_step,
-)
+from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
 
 
 @dataclass
@@ -111,7 +105,6 @@ ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="res
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-
 
 def cycle_loss(back: Tensor, x: Tensor) -> Tensor:
     """L_cycle = |G_ba(G_ab(a)) - a|: what went there and back is what it was."""
@@ -223,11 +216,6 @@ def main() -> None:
     if cfg.resume:
         start, best = training.restore(folder, frozen, kept, "step", "best")
 
-    def save(step: int) -> None:
-        """The state last: what a resumed run takes for done has been written."""
-        export("model.safetensors")
-        training.save_state(folder / "state.pt", dict(step=step, best=best, base=frozen, **kept))
-
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_generator(
             path, generator, "cyclegan_turbo", cfg.base, list(test_set.prompts), text_encoder, tokenizer))
@@ -286,14 +274,11 @@ def main() -> None:
 
         # Generator: there and back, past the discriminator, and staying put. One backward pass a piece: a graph is
         # freed before the next begins. The discriminators only pass the gradient on.
-        losses: dict[str, float] = {}
+        losses = collections.defaultdict(float)
 
-        def add(name: str, value: float, losses: dict[str, float] = losses) -> None:
-            losses[name] = losses.get(name, 0.0) + value / len(slices)
-
-        def backward(name: str, loss: Tensor) -> None:
+        def backward(name: str, loss: Tensor, losses: dict[str, float] = losses) -> None:
             scaler.scale(loss / len(slices)).backward()
-            add(name, loss.item())
+            losses[name] += loss.item() / len(slices)
 
         fakes: dict[str, list[Tensor]] = {"a": [], "b": []}
         if discriminators:
@@ -329,7 +314,7 @@ def main() -> None:
                         loss = loss + cfg.lambda_idt_lpips * lpips(same, x).mean()
                 backward("idt", loss)
                 del same, loss
-                add(f"change_{there}", (cut.detach() - x).abs().mean().item())  # 0: the model only copies its input
+                losses[f"change_{there}"] += (cut.detach() - x).abs().mean().item() / len(slices)  # 0: it only copies
         training.check_finite(losses, step, [*batch["name_a"], *batch["name_b"]])
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
@@ -351,10 +336,10 @@ def main() -> None:
                         logits_fake = judged(domain, fakes[domain][i], rows, step, "fake")
                         loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, real_target)
                     backward("disc", loss)
-                    add("disc_right_on_real", share_right(logits_real, True) / 2)
-                    add("disc_right_on_fake", share_right(logits_fake, False) / 2)
+                    losses["disc_right_on_real"] += training.share_right(logits_real, True) / 2 / len(slices)
+                    losses["disc_right_on_fake"] += training.share_right(logits_fake, False) / 2 / len(slices)
                     drift = (fakes[domain][i].mean((0, 2, 3)) - real.mean((0, 2, 3))).abs().mean()
-                    add(f"drift_{domain}", drift.item())  # of the mean colour
+                    losses[f"drift_{domain}"] += drift.item() / len(slices)  # of the mean colour
             training.check_finite({"disc": losses["disc"]}, step, [*batch["name_a"], *batch["name_b"]])
             training.average_gradients(discriminators.parameters())
             scaler.unscale_(optimizer_d)
@@ -379,7 +364,8 @@ def main() -> None:
                 training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
             report(done, losses)
             if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
-                save(done)
+                export("model.safetensors")  # the state last: what a resumed run takes for done has been written
+                training.save_state(folder / "state.pt", dict(step=done, best=best, base=frozen, **kept))
                 training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
             raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")

@@ -16,9 +16,9 @@ kept in best.safetensors (by LPIPS, else by L2).
 
 Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3. Unlike in the
 released script, the generator takes one step an iteration, on the sum of its losses and from one forward pass, not two;
-the crop and flip of a pair are shared; and training stops at max_train_steps.
-"""
+the crop and flip of a pair are shared; and training stops at max_train_steps."""
 
+import collections
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -31,13 +31,7 @@ import data
 import evaluate
 import training
 from models import weights
-from models.discriminator import (
-    PatchDiscriminator,
-    VisionAidedDiscriminator,
-    draw_augmentation,
-    share_right,
-    spectral_step,
-)
+from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
 from models.lora import set_scale
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 
@@ -107,7 +101,6 @@ ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="res
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-
 
 def reconstruction_loss(fake: Tensor, target: Tensor, r: float) -> Tensor:
     """L_rec = r |G(x) - y|^2: at r = 0 a stochastic model owes nothing to the target and stays the base's own."""
@@ -224,19 +217,13 @@ def main() -> None:
     if cfg.resume:
         start, best = training.restore(folder, frozen, kept, "step", "best")
 
-    def save(step: int) -> None:
-        """The state last: what a resumed run takes for done has been written."""
-        export("model.safetensors")
-        training.save_state(folder / "state.pt", dict(step=step, best=best, base=frozen, **kept))
-
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_generator(
             path, generator, "pix2pix_turbo", cfg.base, prompts if len(prompts) == 1 else [], text_encoder, tokenizer))
 
     @torch.inference_mode()
     def translate(item: dict) -> Tensor:
-        """A test item of any size -> output [3, H, W] in [-1, 1]; of a stochastic model at r = 1, where noise has no
-        part."""
+        """A test item of any size -> output [3, H, W] in [-1, 1]; of a stochastic model at r = 1, without noise."""
         set_scale(generator, 1.0)
         x, size = data.pad_to_multiple(item["input"][None].to(device, dtype), factor)
         with autocast:
@@ -278,11 +265,7 @@ def main() -> None:
                                .to(dtype) for what in ("latent", "noise"))
 
         # Generator: reconstruction and adversarial loss. The discriminator only passes the gradient on.
-        losses, fakes = {}, []
-
-        def add(name: str, value: float, losses: dict[str, float] = losses) -> None:
-            losses[name] = losses.get(name, 0.0) + value / len(slices)
-
+        losses, fakes = collections.defaultdict(float), []
         if discriminator:
             discriminator.requires_grad_(False)
         for i, rows in enumerate(slices):
@@ -303,10 +286,10 @@ def main() -> None:
                     parts["gan"] = cfg.lambda_gan * generator_gan_loss(logits, real_target)
             scaler.scale(sum(parts.values()) / len(slices)).backward()
             fakes.append(fake.detach())
-            for k, v in parts.items():
-                add(k, v.item())
-            add("change", (fakes[i] - (2 * x - 1)).abs().mean().item())  # 0: the model only copies its input
-            add("drift", (fakes[i].mean((2, 3)) - target.mean((2, 3))).abs().mean().item())  # of the mean colour
+            parts["change"] = (fakes[i] - (2 * x - 1)).abs().mean()  # 0: the model only copies its input
+            parts["drift"] = (fakes[i].mean((2, 3)) - target.mean((2, 3))).abs().mean()  # of the mean colour
+            for name, value in parts.items():
+                losses[name] += value.item() / len(slices)
         training.check_finite(losses, step, batch["name"])
         training.average_gradients(trained.values())
         scaler.unscale_(optimizer)
@@ -327,9 +310,9 @@ def main() -> None:
                     logits_fake = judged(fakes[i], rows, step, "augment fake")
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, real_target)
                 scaler.scale(loss / len(slices)).backward()
-                add("disc", loss.item())
-                add("disc_right_on_real", share_right(logits_real, True))
-                add("disc_right_on_fake", share_right(logits_fake, False))
+                losses["disc"] += loss.item() / len(slices)
+                losses["disc_right_on_real"] += training.share_right(logits_real, True) / len(slices)
+                losses["disc_right_on_fake"] += training.share_right(logits_fake, False) / len(slices)
             training.check_finite({"disc": losses["disc"]}, step, batch["name"])
             training.average_gradients(discriminator.parameters())
             scaler.unscale_(optimizer_d)
@@ -353,7 +336,8 @@ def main() -> None:
                 training.save_grid(folder / "samples" / f"{done:06d}.png", [torch.stack(c) for c in columns])
             report(done, losses)
             if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
-                save(done)
+                export("model.safetensors")  # the state last: what a resumed run takes for done has been written
+                training.save_state(folder / "state.pt", dict(step=done, best=best, base=frozen, **kept))
                 training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
             raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")

@@ -18,8 +18,7 @@ Paper: Luo et al. 2024, "You Only Sample Once: Taming One-Step Text-to-Image Syn
 GANs". One generator G(x_t, t) predicts x0, x_t = alpha_t x0 + sigma_t eps, for every t:
     L = lambda_gan L_adv + lambda_kl L_KL + lambda_con L_con.
 Unlike in the released script, the softplus is of each sample's logit, not of their mean; the generator steps first; and
-what the discriminator takes for real is G too, c_skip and c_out included.
-"""
+what the discriminator takes for real is G too, c_skip and c_out included."""
 
 import collections
 import copy
@@ -37,7 +36,7 @@ import evaluate
 import training
 from models import diffusion, weights
 from models.diffusion import Schedule, add_noise, predict_x0
-from models.discriminator import LatentDiscriminator, PixelDiscriminator, lower_half, share_right
+from models.discriminator import LatentDiscriminator, PixelDiscriminator, lower_half
 from models.latents import Reader, check_data, latent_shape
 from models.lora import add_lora, write_lora
 from tiny import gaussians
@@ -133,7 +132,6 @@ ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="res
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-
 
 def generated(prediction: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """G(x_t, t) = c_skip x_t + c_out x0_theta(x_t, t), c_skip = 0.25 / (s^2 + 0.25), c_out = s / sqrt(s^2 + 0.25), s =
@@ -441,8 +439,8 @@ def main() -> None:
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
                 scaler.scale(loss / len(slices)).backward()
                 losses["disc"] += loss.item() / len(slices)  # lambda_gan times 2 ln 2 = 1.386 is chance
-                losses["disc_right_on_real"] += share_right([logits_real], True) / len(slices)
-                losses["disc_right_on_fake"] += share_right([logits_fake], False) / len(slices)
+                losses["disc_right_on_real"] += training.share_right([logits_real], True) / len(slices)
+                losses["disc_right_on_fake"] += training.share_right([logits_fake], False) / len(slices)
                 losses["logit_gap"] += (logits_real - logits_fake).mean().item() / len(slices)  # 0: it sees nothing
             training.check_finite({"disc": losses["disc"]}, step, batch["name"])
             training.average_gradients(discriminator.parameters())

@@ -1,8 +1,6 @@
 """Plumbing of the trainers, without mathematics: flags, ranks, draws, state files, logs, grids and plots.
 
-If a line here were deleted, a file, a log or a process would be lost, but nothing else would be learned. It knows no
-network.
-"""
+If a line here were deleted, a file, a log or a process would be lost, but nothing else learned. It knows no network."""
 
 import argparse
 import contextlib
@@ -32,7 +30,7 @@ from tqdm import tqdm
 
 MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "validation_steps", "resume",
               "dataloader_num_workers", "output_dir"}
-AT_LEAST = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0, "prior_pictures": 0}  # other whole numbers: 1
+AT_LEAST = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0, "prior_pictures": 0, "tile": 32}  # others: 1
 REFUSED = {
     "--enable_xformers_memory_efficient_attention": "attention is always fused here (scaled_dot_product_attention)",
     "--allow_tf32": "TF32 is always allowed for float32 matrix products on CUDA",
@@ -77,11 +75,7 @@ def parse(cls: type, tables: dict[str, dict], aliases: dict[str, str], descripti
 
 
 def given_values(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
-    given = {k: v for k, v in vars(parse_args(parser, argv)).items() if v is not None}
-    for name, value in given.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < AT_LEAST.get(name, 1):
-            raise ValueError(f"--{name} {value}: expected {AT_LEAST.get(name, 1)} or more")
-    return given
+    return {k: v for k, v in vars(parse_args(parser, argv)).items() if v is not None}
 
 
 def on_or_off(text: str) -> bool:
@@ -92,8 +86,7 @@ def on_or_off(text: str) -> bool:
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """parser.parse_args, whose errors are ValueErrors of one line: the nearest flag where one is unknown, the reason
-    where one has no meaning here."""
+    """parser.parse_args, whose errors are ValueErrors of one line, with the nearest flag, or why one is refused."""
 
     def refuse(message: str):
         raise ValueError(message)
@@ -107,6 +100,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
             refuse(f"{name} is not needed: {REFUSED[name]}; leave it out")
         near = difflib.get_close_matches(name, known, n=1)
         refuse(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    for name, value in vars(given).items():
+        if type(value) is int and value < AT_LEAST.get(name, 1):
+            refuse(f"--{name} {value}: expected {AT_LEAST.get(name, 1)} or more")
     return given
 
 
@@ -156,7 +152,6 @@ def run(main: Callable[[], None]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- devices and ranks
-
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
@@ -246,7 +241,6 @@ def catch_stop() -> Callable[[], bool]:
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
-
 def open_run(config, kind: str, rank: int) -> pathlib.Path:
     """The run's folder with its config.json. An earlier run in the same place is never overwritten."""
     if config.output_dir is None:
@@ -299,8 +293,7 @@ def save_state(path: pathlib.Path, state: dict) -> None:
 @torch.no_grad()
 def restore(folder: pathlib.Path, base: str, parts: dict, *names: str) -> list:
     """Puts what `save_state` wrote back into the parts (networks, optimizers, dictionaries of tensors, None), and
-    returns the values of these names; of tensors and plain values only, no code. `base`: the fingerprint of what is
-    frozen."""
+    returns the values of these names; tensors and plain values only, no code. `base`: what is frozen's fingerprint."""
     path = folder / "state.pt"
     if not path.is_file():
         raise ValueError(f"{folder} has no state.pt to resume from: the run ended before its first save: start again")
@@ -332,12 +325,17 @@ def restore(folder: pathlib.Path, base: str, parts: dict, *names: str) -> list:
 
 # ----------------------------------------------------------------------------------------------------------------- logs
 
-
 def check_finite(losses: dict[str, float], step: int, names: list[str]) -> None:
     bad = {k: v for k, v in losses.items() if not math.isfinite(v)}
     if bad:
         raise ValueError(f"step {step}: the loss became {bad} on {', '.join(names)}; the last saved state is untouched:"
                          " look at these pictures, try --mixed_precision no or bf16, or a lower --learning_rate")
+
+
+def share_right(logits: list[Tensor], real: bool) -> float:
+    """The share of a discriminator's verdicts that are right, of pictures that are `real` or not. 0.5 is chance; near 1
+    for long, the generator has lost."""
+    return (torch.cat([level.detach().flatten() > 0 for level in logits]) == real).float().mean().item()
 
 
 def open_log(folder: pathlib.Path, step: int) -> pathlib.Path:

@@ -145,8 +145,7 @@ class Tokenizer:
     """Prompts to ids [B, 77]: start, at most 75 pieces, end, padding.
 
     `pieces` is a `tokenizers` tokenizer without padding or special tokens of its own; `pad` is what fills the rest:
-    the end token itself in SD 1.x, `!` in SD 2.x, as the folder's files say.
-    """
+    the end token itself in SD 1.x, `!` in SD 2.x, as the folder's files say."""
 
     def __init__(self, pieces: Pieces, length: int = 77, pad: str = "<|endoftext|>", start: str = "<|startoftext|>",
                  end: str = "<|endoftext|>"):
@@ -309,8 +308,7 @@ class ImageEncoder(nn.Module):
         return self.levels(pixels, ())[0]
 
     def levels(self, pixels: Tensor, after: tuple[int, ...]) -> list[Tensor]:
-        """The patches' tokens after each layer numbered in `after`, from 1, as maps [B, 768, 7, 7]; last the
-        embedding [B, 512]."""
+        """The patches' tokens after the layers `after`, from 1, as maps [B, 768, 7, 7]; last the embedding [B, 512]."""
         v, side = self.vision_model, self.config.image_size
         if pixels.shape[2:] != (side, side):
             raise ValueError(f"CLIP takes pixels of {side}x{side}, not of {pixels.shape[3]}x{pixels.shape[2]}")

@@ -6,13 +6,11 @@ Module names are those of a `diffusers` ControlNet folder, so its state dictiona
 
 from dataclasses import dataclass, fields
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models import unet
-from models.unet import DownBlock, MidBlock, TimeEmbedding, UNet, UNetConfig, timestep_embedding
+from models.unet import DownBlock, MidBlock, TimeEmbedding, UNet, UNetConfig
 
 # Options of `config.json` that other ControlNets use and this file does not build.
 FIXED = unet.FIXED | dict(controlnet_conditioning_channel_order="rgb", encoder_hid_dim=None,
@@ -75,6 +73,8 @@ class ConditionEmbedding(nn.Module):
 class ControlNet(nn.Module):
     """The U-Net's way down and middle once more, with the condition; module names are the files' own."""
 
+    _run, _time = UNet._run, UNet._time
+
     def __init__(self, config: ControlNetConfig):
         super().__init__()
         self.config = c = config
@@ -104,20 +104,11 @@ class ControlNet(nn.Module):
         controlnet.load_state_dict(own | {name: t for name, t in source.state_dict().items() if name in own})
         return controlnet
 
-    def _run(self, block: nn.Module, *inputs):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor, condition: Tensor,
                 scale: float = 1.0) -> list[Tensor]:
         """x [B, 4, h, w], t and context as for the U-Net, condition [B, 3, 8h, 8w] in [0, 1], RGB -> the residuals that
-        `UNet.forward` takes, times `scale`: one for each skip, in the order of the way down, and the middle's (12 + 1
-        in SD 1.5)."""
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
-        time = timestep_embedding(t, self.config.block_out_channels[0])
-        time = self.time_embedding(time.to(self.time_embedding.linear_1.weight.dtype))
-        hint = self.controlnet_cond_embedding(condition)
+        `UNet.forward` takes, times `scale`: one a skip, in the order of the way down, and the middle's (12 + 1)."""
+        time, hint = self._time(x, t), self.controlnet_cond_embedding(condition)
         if hint.shape[-2:] != x.shape[-2:]:
             (H, W), (h, w) = condition.shape[-2:], x.shape[-2:]
             factor = 2 ** (len(self.config.conditioning_embedding_out_channels) - 1)

@@ -49,8 +49,7 @@ def unet_targets(unet: UNet) -> dict[str, list[str]]:
 class CycleGANTurbo(nn.Module):
     """Adapts the given networks in place: they belong to the generator from here on.
 
-    What is to be trained has `requires_grad`, all else has not. `generator` seeds the first LoRA weights.
-    """
+    What is to be trained has `requires_grad`, all else has not. `generator` seeds the first LoRA weights."""
 
     def __init__(self, vae: VAE, unet: UNet, schedule: Schedule, config: CycleGANTurboConfig,
                  generator: torch.Generator | None = None):

@@ -1,8 +1,7 @@
 """Noise schedules and samplers: x_t = alpha_t x0 + sigma_t eps, and the ways back.
 
 A schedule is two tables, kept in float64 and cast where they are used. Samplers are functions of (model, x,
-timesteps): `model(x, t)` is the network's prediction at one timestep, whatever it needs besides (context, guidance)
-bound by the caller."""
+timesteps): `model(x, t)` is the network's prediction at a timestep, all else (context, guidance) bound by callers."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -64,8 +63,7 @@ class Schedule:
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
-    """Shifts and scales alpha so that the last value is 0 (pure noise) and the first is kept (Lin et al. 2023, alg.
-    1)."""
+    """Shifts and scales alpha: the last value becomes 0 (pure noise), the first is kept (Lin et al. 2023, alg. 1)."""
     alpha = (schedule.alpha - schedule.alpha[-1]) * schedule.alpha[0] / (schedule.alpha[0] - schedule.alpha[-1])
     return replace(schedule, alpha=alpha, sigma=(1 - alpha**2).sqrt())
 
@@ -136,14 +134,12 @@ def dpm_timesteps(schedule: Schedule, steps: int) -> list[int]:
 
 
 def at_strength(ts: list[int], strength: float) -> list[int]:
-    """The same number of steps from a lower noise level, for editing: strength 1 is as given, 0.5 half the
-    timesteps."""
+    """As many steps from a lower noise level, for editing: strength 1 is as given, 0.5 half the timesteps."""
     return list(dict.fromkeys(max(round((t + 1) * strength) - 1, 0) for t in ts))
 
 
 def lcm_timesteps(schedule: Schedule, steps: int, original: int = 50) -> list[int]:
-    """The timesteps of latent consistency models: `steps` of the `original` that they were distilled on, from the
-    top."""
+    """The timesteps of latent consistency models: `steps` of the `original` they were distilled on, from the top."""
     T = len(schedule.alpha)
     if not 1 <= steps <= original:
         raise ValueError(f"{steps} steps were asked for; the LCM sampler takes 1 to {original}")

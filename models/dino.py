@@ -3,7 +3,6 @@ another, whatever their looks. Sources: Caron et al. 2021, "Emerging Properties 
 Transformers"; Tumanyan et al. 2022, "Splicing ViT Features for Semantic Appearance Transfer", as the validation of
 img2img-turbo has it."""
 
-import re
 from dataclasses import dataclass
 
 import torch
@@ -27,64 +26,44 @@ VIT_B8 = DINOConfig()
 
 
 class Attention(nn.Module):
-    """Multi-head attention of [B, N, C] to itself; one matrix gives q, k and v."""
+    """Multi-head attention of [B, N, C] to itself."""
 
     def __init__(self, c: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(c, 3 * c)
-        self.proj = nn.Linear(c, c)
+        self.attention = nn.ModuleDict({name: nn.Linear(c, c) for name in ("query", "key", "value")})
+        self.output = nn.ModuleDict({"dense": nn.Linear(c, c)})
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def keys(self, x: Tensor) -> Tensor:
-        """Of all heads, one behind the other: [B, N, C]."""
-        c = x.shape[-1]
-        return F.linear(x, self.qkv.weight[c:2 * c], self.qkv.bias[c:2 * c])
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in self.attention.values())
+        return self.output["dense"](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(c, 4 * c), nn.Linear(4 * c, c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Block(nn.Module):
+class Layer(nn.Module):
     """[B, N, C] -> [B, N, C], norms first."""
 
     def __init__(self, c: int, heads: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(c, eps=1e-6), nn.LayerNorm(c, eps=1e-6)
-        self.attn = Attention(c, heads)
-        self.mlp = MLP(c)
+        self.layernorm_before, self.layernorm_after = nn.LayerNorm(c, eps=1e-6), nn.LayerNorm(c, eps=1e-6)
+        self.attention = Attention(c, heads)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(c, 4 * c)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(4 * c, c)})
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attention(self.layernorm_before(x))
+        return x + self.output["dense"](F.gelu(self.intermediate["dense"](self.layernorm_after(x))))
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, c: int, patch: int):
+class Embeddings(nn.Module):
+    """Normalised pixels [B, 3, H, W] -> tokens [B, 1 + (H / 8) (W / 8), C], the class token first. What is left at the
+    right and at the bottom is not seen."""
+
+    def __init__(self, c: DINOConfig):
         super().__init__()
-        self.proj = nn.Conv2d(3, c, patch, stride=patch)  # what is left at the right and at the bottom is not seen
-
-
-class DINO(nn.Module):
-    """Module names are those of the original repository."""
-
-    def __init__(self, config: DINOConfig):
-        super().__init__()
-        self.config = c = config
+        self.patch, self.side = c.patch, c.side
         self.cls_token = nn.Parameter(torch.zeros(1, 1, c.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + c.side ** 2, c.width))
-        self.patch_embed = PatchEmbed(c.width, c.patch)
-        self.blocks = nn.ModuleList([Block(c.width, c.heads) for _ in range(c.depth)])
-        self.norm = nn.LayerNorm(c.width, eps=1e-6)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + c.side ** 2, c.width))
+        self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, c.width, c.patch, stride=c.patch)})
 
     def positions(self, H: int, W: int) -> Tensor:
         """Of a picture of H x W pixels, [1, 1 + h w, C]: the learned ones, but interpolated bicubically where it is not
@@ -93,33 +72,44 @@ class DINO(nn.Module):
         The original interpolates by the factor (h + 0.1) / 28, so that rounding never loses a row; `transformers` by
         h / 28. The released evaluation loads the original from torch.hub, so the tenth is here too, and so is that a
         picture of 224 x 230 is interpolated although its grid is the learned one's."""
-        side, patch = self.config.side, self.config.patch
+        learned, side, patch = self.position_embeddings, self.side, self.patch
         if H == W and H // patch == side:
-            return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            return learned
+        grid = learned[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
         factors = ((H // patch + 0.1) / side, (W // patch + 0.1) / side)
         grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([learned[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] -> tokens [B, 1 + (H / 8) (W / 8), C], the class token first."""
-        patches = self.patch_embed.proj(pixels)
-        x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embeddings["projection"](pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(pixels), -1, -1), patches], dim=1)
         return x + self.positions(*pixels.shape[2:])
+
+
+class DINO(nn.Module):
+    """Module names are those of the Hub's file."""
+
+    def __init__(self, config: DINOConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict(
+            {"layer": nn.ModuleList([Layer(config.width, config.heads) for _ in range(config.depth)])})
+        self.layernorm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> tokens after the last norm."""
-        x = self.embed(pixels)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        x = self.embeddings(pixels)
+        for layer in self.encoder["layer"]:
+            x = layer(x)
+        return self.layernorm(x)
 
     def keys(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] -> keys of the last block [B, 1 + (H / 8) (W / 8), C]."""
-        x = self.embed(pixels)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return self.blocks[-1].attn.keys(self.blocks[-1].norm1(x))
+        """Normalised pixels [B, 3, H, W] -> keys of the last layer, of all heads one behind the other:
+        [B, 1 + (H / 8) (W / 8), C]."""
+        x, (*layers, last) = self.embeddings(pixels), self.encoder["layer"]
+        for layer in layers:
+            x = layer(x)
+        return last.attention.attention["key"](last.layernorm_before(x))
 
 
 def pillow_weights(n_in: int, n_out: int) -> Tensor:
@@ -163,34 +153,9 @@ def structure_distance(network: DINO, a: Tensor, b: Tensor) -> Tensor:
     return (difference ** 2).mean((1, 2))
 
 
-HUB = [  # the names of the Hub's files -> the original's
-    (r"^embeddings\.cls_token", "cls_token"), (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"), (r"^encoder\.layer\.", "blocks."),
-    (r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."), (r"^layernorm\.", "norm."),
-    (r"\.attention\.attention\.", ".attn."), (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."), (r"\.output\.dense\.", ".mlp.fc2."),
-]
-
-
-def from_hub(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A Hub file's names -> the original's, query, key and value joined."""
-    ours = {}
-    for name, t in tensors.items():
-        for pattern, replacement in HUB:
-            name = re.sub(pattern, replacement, name)
-        ours[name] = t
-    for name in [name for name in ours if ".attn.query." in name]:
-        parts = [name.replace("query", part) for part in ("query", "key", "value")]
-        if all(part in ours for part in parts):
-            ours[name.replace("query", "qkv")] = torch.cat([ours.pop(part) for part in parts])
-    return ours
-
-
 def from_state_dict(tensors: dict[str, Tensor], config: DINOConfig = VIT_B8) -> DINO:
-    """DINO, frozen, made of the tensors of the original's file or of the Hub's (`facebook/dino-vitb8`)."""
+    """DINO, frozen, made of the tensors of the Hub's file (`facebook/dino-vitb8`)."""
     with torch.device("meta"):
         network = DINO(config)
-    if any(name.startswith("embeddings.") for name in tensors):
-        tensors = from_hub(tensors)
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)

@@ -19,8 +19,7 @@ from models.unet import UNet, timestep_embedding
 
 class PatchDiscriminator(nn.Module):
     """Picture [B, 3, H, W] in [-1, 1] -> logits [[B, 1, ~H/8, ~W/8]], one a patch of 70 x 70 pixels. Source: Isola et
-    al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks", with spectral norms in place of
-    batch norms."""
+    al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks"; spectral norms for batch norms."""
 
     def __init__(self, width: int = 64, in_channels: int = 3):
         super().__init__()
@@ -53,12 +52,6 @@ def spectral_step(discriminator: nn.Module) -> None:
             module.parametrizations.train()
             module.weight  # noqa: B018  computing it in training mode takes the step
             module.parametrizations.eval()
-
-
-def share_right(logits: list[Tensor], real: bool) -> float:
-    """The share of a discriminator's verdicts that are right, of pictures that are `real` or not. 0.5 is chance; near 1
-    for long, the generator has lost."""
-    return (torch.cat([level.detach().flatten() > 0 for level in logits]) == real).float().mean().item()
 
 
 DRAWS = ("brightness", "saturation", "contrast", "shift_y", "shift_x", "cut_y", "cut_x")
@@ -122,18 +115,6 @@ class MapHead(nn.Module):
         return self.last(blur(F.leaky_relu(self.conv(x), 0.2)))
 
 
-class VectorHead(nn.Module):
-    """Embedding [B, C] -> logit [B, 1]."""
-
-    def __init__(self, c_in: int, c: int):
-        super().__init__()
-        self.linear = spectral_norm(nn.Linear(c_in, c))
-        self.last = spectral_norm(nn.Linear(c, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.leaky_relu(self.linear(x), 0.2))
-
-
 class VisionAidedDiscriminator(nn.Module):
     """Pictures [B, 3, H, W] in [-1, 1] -> logits of three levels, [B, 1, 3, 3], [B, 1, 3, 3], [B, 1]: heads on what a
     frozen CLIP sees after a third and two thirds of its layers, and on its embedding. Source: Kumari et al. 2022,
@@ -146,7 +127,8 @@ class VisionAidedDiscriminator(nn.Module):
         c = vision.config
         self.after = (c.num_hidden_layers // 3, 2 * c.num_hidden_layers // 3)
         self.maps = nn.ModuleList([MapHead(c.hidden_size, width) for _ in self.after])
-        self.vector = VectorHead(c.projection_dim, width)
+        self.vector = nn.Sequential(spectral_norm(nn.Linear(c.projection_dim, width)), nn.LeakyReLU(0.2),
+                                    spectral_norm(nn.Linear(width, 1)))  # [B, C] -> [B, 1]
         self.eval()  # in training mode every forward pass would take a power step of its own
 
     def train(self, mode: bool = True) -> "VisionAidedDiscriminator":
@@ -164,10 +146,8 @@ class VisionAidedDiscriminator(nn.Module):
 
 # ---------------------------------------------------------------------------------------- of latents, through a U-Net
 
-
 def lower_half(network: UNet, share: bool = False) -> UNet:
-    """A U-Net's way down and middle block, of which only `features` works: a copy of the weights, or with `share` the
-    same Parameter objects."""
+    """A U-Net's way down and middle, of which only `features` works: a copy, or with `share` the same Parameters."""
     kept_out = {id(part): nn.Identity() for part in (network.up_blocks, network.conv_norm_out, network.conv_out)}
     return copy.deepcopy(network, kept_out | ({id(p): p for p in network.parameters()} if share else {}))
 

@@ -164,40 +164,10 @@ def prepare(x: Tensor) -> Tensor:
     return ((levels - 128) / 128).to(x)
 
 
-TORCHSCRIPT = {  # what the convolutions of a block are called there, in the order in which they are built here
-    A: "conv tower.conv tower.conv_1 tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_2.conv",
-    B: "conv tower.conv tower.conv_1 tower.conv_2",
-    C: "conv tower.conv tower.conv_1 tower.conv_2"
-       " tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_1.conv_3 tower_1.conv_4 tower_2.conv",
-    D: "tower.conv tower.conv_1 tower_1.conv tower_1.conv_1 tower_1.conv_2 tower_1.conv_3",
-    E: "conv tower_conv tower_mixed_conv tower_mixed_conv_1"
-       " tower_1_conv tower_1_conv_1 tower_1_mixed_conv tower_1_mixed_conv_1 tower_2_conv",
-}
-LEAVES = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
-
-
-def torchscript_names(network: Inception) -> dict[str, str]:
-    """Names of tensors in `inception-2015-12-05.pt` -> ours. Its batch norms have no weight: it is one."""
-    convs, children = {}, dict(network.named_children())
-    for n, name in enumerate(name for name in children if name.startswith("Conv")):
-        convs["layers.conv" + (f"_{n}" if n else "")] = name
-    for n, name in enumerate(name for name in children if name.startswith("Mixed")):
-        for theirs, (ours, _) in zip(TORCHSCRIPT[type(children[name])].split(), children[name].named_children()):
-            convs["layers.mixed" + (f"_{n}" if n else "") + f".{theirs}"] = f"{name}.{ours}"
-    names = {f"{theirs}.{leaf}": f"{ours}.{LEAVES[leaf]}" for theirs, ours in convs.items() for leaf in LEAVES}
-    return names | {"output.weight": "fc.weight", "output.bias": "fc.bias"}
-
-
 def from_state_dict(tensors: dict[str, Tensor]) -> Inception:
-    """The network, frozen, made of the tensors of `pt_inception-2015-12-05-6726825d.pth` or of the state dictionary of
-    the TorchScript `inception-2015-12-05.pt`."""
+    """The network, frozen, made of the tensors of `pt_inception-2015-12-05-6726825d.pth`."""
     with torch.device("meta"):
         network = Inception()
-    if any(name.startswith("layers.") for name in tensors):
-        names = torchscript_names(network)
-        tensors = {names.get(name, name): t for name, t in tensors.items()}
-        tensors |= {name.replace("bn.bias", "bn.weight"): torch.ones_like(t) for name, t in tensors.items()
-                    if name.endswith("bn.bias")}
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".num_batches_tracked")}
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)

@@ -4,8 +4,7 @@
 Parameter objects) and gains `lora_A.weight` [rank, in, ...] and `lora_B.weight` [out, rank, ...]: the names, shapes
 and arithmetic of `peft`. Source: Hu et al. 2021.
 
-Below them the tensors of LoRA files, in the several ways in which the world names them: `read_lora`, `apply_lora`,
-`write_lora`."""
+Below them the tensors of LoRA files, in the world's several ways: `read_lora`, `apply_lora`, `write_lora`."""
 
 import functools
 import json
@@ -58,8 +57,7 @@ class LoRAConv2d(nn.Conv2d):
 
 class TwinConv2d(nn.Conv2d):
     """A convolution trained in full beside its frozen original, so that a scale in [0, 1] leads from one to the other
-    as a LoRA's scale does: (1 - scale) W0 x + scale W x, no gradient through the first (pix2pix-Turbo's `conv_in`
-    with noise)."""
+    as a LoRA's scale does: (1 - scale) W0 x + scale W x, no gradient through the first (stochastic `conv_in`)."""
 
     def __init__(self, layer: nn.Conv2d):
         super().__init__(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
@@ -111,8 +109,7 @@ def replace(module: nn.Module, name: str, layer: nn.Module) -> None:
 def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float,
              generator: torch.Generator | None = None) -> None:
     """Replaces every linear layer and convolution of `module` whose dotted name is, or ends in, one of `targets`
-    (whole parts: `quant_conv` is not `conv`). A starts as Gaussian noise of deviation 1 / rank, B at zero: no change
-    at first."""
+    (whole parts: `quant_conv` is not `conv`). A starts as Gaussian noise of deviation 1 / rank, B at 0: no change."""
     targets = tuple(targets)
     names = [name for name, layer in module.named_modules()
              if any(name == t or name.endswith("." + t) for t in targets) and isinstance(layer, nn.Linear | nn.Conv2d)]
@@ -187,19 +184,14 @@ def key_role(key: str) -> tuple[str, str]:
 
 def find_module(spelling: str, names: dict[str, dict[str, str]]) -> tuple[str, str] | None:
     """The part and the layer that a file's module name means, given `module_names` of the parts."""
-    for prefix, part in KOHYA.items():
-        if spelling.startswith(prefix):
-            parts, spelling = [part], spelling.removeprefix(prefix)
-            break
+    if prefix := next(filter(spelling.startswith, KOHYA), None):
+        parts, spelling = [KOHYA[prefix]], spelling.removeprefix(prefix)
     else:
-        spelling = spelling.removeprefix("base_model.model.").replace(".processor.", ".")
+        parts, spelling = list(names), spelling.removeprefix("base_model.model.").replace(".processor.", ".")
         part, _, rest = spelling.partition(".")
-        if part in KOHYA.values():
+        if part in KOHYA.values():  # a file of one network may name none
             parts, spelling = [part], rest.removeprefix("base_model.model.")
-        else:
-            parts = list(names)  # a file of one network may name no part
-    found = [(part, names[part][spelling]) for part in parts if spelling in names.get(part, ())]
-    return found[0] if found else None
+    return next(((part, names[part][spelling]) for part in parts if spelling in names.get(part, ())), None)
 
 
 def adapter_scale(name: str, rank: int, alpha: float | None, settings: dict) -> float:
@@ -225,9 +217,7 @@ def read_lora(tensors: dict[str, Tensor], metadata: dict[str, str] | None, netwo
 
     `networks` is {"unet": ..., "text_encoder": ...} or {"transformer": ...}. Alpha is the header's where it has a
     `lora_adapter_metadata`; else kohya's own; else the rank. A `MODULE.alpha` beside names with dots belongs to
-    nothing: `diffusers` does not read it. A pair that does not fit its layer is an error: the whole file is for
-    another base.
-    """
+    nothing: `diffusers` does not read it. A pair that does not fit its layer is an error: it is for another base."""
     names = {part: module_names(network) for part, network in networks.items()}
     pairs: dict[tuple[str, str], dict[str, str]] = {}  # the keys in the file: of A, of B, of alpha
     unknown = []
@@ -269,8 +259,7 @@ def write_lora(network: nn.Module, part: str, kohya: bool = False) -> dict[str, 
     """The network's LoRA layers at their full scale as tensors of a file for `diffusers`, or in kohya's names.
 
     The scale is multiplied into B, where no reader can miss it: every reader takes a file without alpha as alpha =
-    rank, and `diffusers` alone knows of the alpha in a header. Kohya's files have an alpha of their own.
-    """
+    rank, and `diffusers` alone knows of the alpha in a header. Kohya's files have an alpha of their own."""
     tensors = {}
     prefix = next(prefix for prefix, named in KOHYA.items() if named == part) if kohya else f"{part}."
     for name, layer in network.named_modules():

@@ -42,8 +42,7 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], 16 pixels a side or more, not resized -> distances [B]. Gradients flow to
-        both."""
+        """Pictures [B, 3, H, W] in [-1, 1], 16 pixels a side or more, not resized -> distances [B], differentiable."""
         if a.shape != b.shape or min(a.shape[2:]) < 16:
             raise ValueError(f"LPIPS was given pictures of shapes {list(a.shape)} and {list(b.shape)};"
                              " it takes two of the same shape, of 16 pixels a side or more")

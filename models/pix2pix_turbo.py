@@ -2,8 +2,7 @@
 
 Parmar et al. 2024, section 3. The condition goes in where the noise did: VAE encoder -> U-Net at the last timestep ->
 VAE decoder, with four skips from encoder to decoder that carry detail past the latent. Trained are LoRA on the U-Net
-and the VAE, the U-Net's first convolution and the skip convolutions; with `train="all"`, for small bases, every
-weight."""
+and VAE, the U-Net's first convolution and the skip convolutions; with `train="all"`, for small bases, every weight."""
 
 from dataclasses import dataclass
 
@@ -59,8 +58,7 @@ def convolved_skips(vae: VAE, skips: list[Tensor], skip_scale: float) -> list[Te
 class Pix2PixTurbo(nn.Module):
     """Adapts the given networks in place: they belong to the generator from here on.
 
-    What is to be trained has `requires_grad`, all else has not. `generator` seeds the first LoRA weights.
-    """
+    What is to be trained has `requires_grad`, all else has not. `generator` seeds the first LoRA weights."""
 
     def __init__(self, vae: VAE, unet: UNet, schedule: Schedule, config: Pix2PixTurboConfig,
                  generator: torch.Generator | None = None):
@@ -87,8 +85,7 @@ class Pix2PixTurbo(nn.Module):
 
         Stochastic models take r in [0, 1] and a noise map [B, 4, h, w]: 1 follows the condition, 0 is the base's own
         picture of the noise. The adapters' strength is not forward's business: `lora.set_scale(self, r)` comes before
-        it. `latent_noise` [B, 4, h, w] draws the latent from the encoder's distribution; without it the latent is the
-        mean."""
+        it. `latent_noise` [B, 4, h, w] draws the latent from the encoder's distribution; without it, the mean."""
         t, scaling = self.config.timestep, self.vae.config.scaling_factor
         mean, logvar, skips = self.vae.encode(x)
         z = mean if latent_noise is None else mean + (0.5 * logvar).exp() * latent_noise
@@ -102,8 +99,7 @@ class Pix2PixTurbo(nn.Module):
 
 
 def from_official(saved: dict, path: object) -> tuple[Pix2PixTurboConfig, dict[str, Tensor]]:
-    """The contents of an official `.pkl` -> our configuration and the trained tensors under our names. Source: the
-    img2img-turbo repository's `save_model`."""
+    """An official `.pkl`'s contents (img2img-turbo's `save_model`) -> our configuration and tensors, by our names."""
     known = {"unet_lora_target_modules", "vae_lora_target_modules", "rank_unet", "rank_vae", "state_dict_unet",
              "state_dict_vae"}
     if not isinstance(saved, dict) or not known <= saved.keys():

@@ -139,8 +139,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [B, N, C] to a context [B, M, C], itself when there is none. `bias` [B, 1, 1, M] is
-    added to the scores."""
+    """Multi-head attention of x [B, N, C] to a context [B, M, C], else itself; `bias` [B, 1, 1, M] joins the scores."""
 
     def __init__(self, c: int, heads: int):
         super().__init__()
@@ -176,8 +175,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """[B, N, C] -> [B, N, C]: attention, cross attention to the caption, MLP; the first and last are modulated by the
-    time."""
+    """[B, N, C] -> [B, N, C]: attention, cross attention to the caption, MLP; the time modulates first and last."""
 
     def __init__(self, c: int, heads: int, eps: float):
         super().__init__()

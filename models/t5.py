@@ -177,14 +177,6 @@ class T5Tokenizer:
             mask.append([1] * len(row) + [0] * (self.length - len(row)))
         return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
 
-    def to_json(self) -> str:
-        return json.dumps(dict(pieces=self.pieces.to_str(), length=self.length))
-
-    @classmethod
-    def from_json(cls, text: str) -> "T5Tokenizer":
-        saved = json.loads(text)
-        return cls(pieces_from_json(saved["pieces"]), saved["length"])
-
 
 def t5_pieces(vocab: list[tuple[str, float]], unknown: int, charsmap: bytes, special: list[str]) -> Pieces:
     """The unigram model as `transformers` builds it: pieces with their log probabilities, the id of the unknown one,

@@ -161,8 +161,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A transformer block over the pixels of a feature map, between two projections: 1x1 convolutions or linear
-    layers."""
+    """A transformer block over a feature map's pixels, between two projections: 1x1 convolutions or linear layers."""
 
     def __init__(self, c: int, c_context: int, heads: int, groups: int, linear: bool):
         super().__init__()
@@ -317,9 +316,8 @@ class UNet(nn.Module):
         return self._down(x, self._time(x, t), context)[0]
 
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor, residuals: Sequence[Tensor] | None = None) -> Tensor:
-        """x [B, 4, h, w] of any size, t one timestep or [B] in 0 ... 999, context [B, N, cross_attention_dim] -> [B,
-        4, h, w]. `residuals`, of a ControlNet, are added: one to each skip, in the order of the way down, and the
-        last to the middle."""
+        """x [B, 4, h, w] of any size, t one timestep or [B] in 0 ... 999, context [B, N, cross_attention_dim] -> as x.
+        `residuals`, of a ControlNet, are added: one a skip, in the order of the way down, the last to the middle."""
         time = self._time(x, t)
         x, skips = self._down(x, time, context)
         if residuals is not None:

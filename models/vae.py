@@ -292,9 +292,8 @@ def original_name(name: str, config: VAEConfig) -> str:
 
 
 def from_original(tensors: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """The VAE's tensors of a one-file model, or of a VAE's own file, under our names. The losses it was trained with
-    and their running averages are left out; what else has no place here keeps the name it had, for whoever loads them
-    to refuse."""
+    """The VAE's tensors of a one-file model, or of a VAE's own file, under our names. Its training's losses and running
+    averages are left out; what else has no place here keeps the name it had, for whoever loads them to refuse."""
     prefix = "first_stage_model." if any(name.startswith("first_stage_model.") for name in tensors) else ""
     with torch.device("meta"):
         names = {prefix + original_name(name, config): name for name in VAE(config).state_dict()}

@@ -91,7 +91,6 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # ----------------------------------------------------------------------------------------------------- finding files
 
-
 def hub_cache() -> Path:
     env = os.environ
     home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface").expanduser()
@@ -197,7 +196,6 @@ def find_url(url: str, folder: str, fetch: bool = True) -> Path | None:
 
 # ----------------------------------------------------------------------------------------------------- reading files
 
-
 @contextlib.contextmanager
 def reading(what: object, expected: str) -> Iterator[None]:
     """Whatever a damaged or foreign file makes Python or a library raise becomes one sentence that names the file."""
@@ -256,8 +254,7 @@ def from_json(cls: type, values: dict):
 
 
 def read_config(cls: type, fixed: dict, path: Path):
-    """A network's configuration dataclass from its `config.json`, whose other keys are for training or other
-    libraries."""
+    """A network's configuration from its `config.json`, whose other keys are for training or other libraries."""
     found = read_json(path)
     with reading(path, "the configuration of a network of Stable Diffusion 1.x or 2.x"):
         found = found.get("text_config", found)  # of a whole CLIP model's file
@@ -360,7 +357,6 @@ def load_tokenizer(base: str, folder: str = "tokenizer/") -> clip.Tokenizer:
 
 
 # ------------------------------------------------------------------------------------------------------------- bases
-
 
 @dataclass
 class Base:
@@ -532,7 +528,6 @@ def load_merged(formula: str, dtype: torch.dtype | None = None, device: str = "c
 
 # ---------------------------------------------------------------------------------------------- what is put on a base
 
-
 def load_lora(spec: str, base: Base) -> None:
     """Adds the LoRA of a file, a folder or a Hub id to the networks of a base. spec: FILE, or FILE:SCALE."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", spec)
@@ -656,7 +651,6 @@ def save_folder(folder: Path, base: Base, dtype: torch.dtype | None = None, rest
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
-
 @dataclass
 class Loaded:
     """A generator ready to run, and what its checkpoint says of itself."""
@@ -750,8 +744,7 @@ def load_yoso(path: Path, base: str | None = None, dtype: torch.dtype | None = N
 
 
 def find_checkpoint(name: str) -> Path:
-    """A file, a run's folder, a Hub id, the name of an adapter of tiny-turbo, or of a released file, which is
-    downloaded once."""
+    """A file, a run's folder, a Hub id, or the name of an adapter of tiny-turbo or a released file (fetched once)."""
     known = [*sorted(file.stem for file in ADAPTERS.glob("*.safetensors")), *CHECKPOINTS]
     expected = f"a checkpoint, model.safetensors of a trainer here, or one of {', '.join(known)}"
     if name not in known or Path(name).exists():
@@ -830,7 +823,6 @@ def assign(network: nn.Module, tensors: dict[str, Tensor], path: Path, strength:
 
 
 # ------------------------------------------------------------------------------------------------------------- judges
-
 
 @dataclass
 class Judge:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import training
 from models import weights
 
 
@@ -779,7 +780,10 @@ def run_check(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
         capsys.readouterr()
-        status = data.main()
+        try:
+            status = training.run(data.main) or 0
+        except SystemExit as end:
+            status = end.code
         return status, *capsys.readouterr()
     return run
 

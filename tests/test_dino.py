@@ -63,25 +63,26 @@ def test_other_sizes_interpolate_the_positions_as_the_original_does(size, tmp_pa
     """32 x 37 has the native grid, but is no square: the original interpolates by 4.1 / 4."""
     dino = randomise(DINO(TINY).double())
     h, w = size[0] // 8, size[1] // 8
-    grid = dino.pos_embed[0, 1:].unflatten(0, (4, 4))
+    learned = dino.embeddings.position_embeddings
+    grid = learned[0, 1:].unflatten(0, (4, 4))
     positions = torch.einsum("yi,xj,ijc->yxc", cubic(4, h), cubic(4, w), grid).flatten(0, 1)
-    positions = torch.cat([dino.pos_embed[:, :1], positions[None]], dim=1)
-    assert relative(dino.positions(*size), positions) < 1e-9
+    positions = torch.cat([learned[:, :1], positions[None]], dim=1)
+    assert relative(dino.embeddings.positions(*size), positions) < 1e-9
     peer = peer_vit(TINY, 8 * h, 8 * w).double()
     names = dict(zip(sorted(hub_file(peer_vit(TINY, 32, 32), tmp_path)), range(99)))
     assert len(names) == 5 + 16 * 3 + 1  # so that nothing of the peer's stays as it was drawn
-    for ours, theirs in zip(dino.blocks, peer.layers):
-        q, k, v = ours.attn.qkv.weight.chunk(3), ours.attn.qkv.bias.chunk(3), theirs.attention
-        for i, projection in enumerate((v.q_proj, v.k_proj, v.v_proj)):
-            projection.weight.copy_(q[i])
-            projection.bias.copy_(k[i])
-        pairs = ((ours.attn.proj, v.o_proj), (ours.norm1, theirs.layernorm_before), (ours.mlp.fc1, theirs.mlp.fc1),
-                 (ours.norm2, theirs.layernorm_after), (ours.mlp.fc2, theirs.mlp.fc2))
+    for ours, theirs in zip(dino.encoder["layer"], peer.layers):
+        q, k, v = ours.attention.attention.values()
+        pairs = ((q, theirs.attention.q_proj), (k, theirs.attention.k_proj), (v, theirs.attention.v_proj),
+                 (ours.attention.output["dense"], theirs.attention.o_proj),
+                 (ours.layernorm_before, theirs.layernorm_before), (ours.layernorm_after, theirs.layernorm_after),
+                 (ours.intermediate["dense"], theirs.mlp.fc1), (ours.output["dense"], theirs.mlp.fc2))
         for a, b in pairs:
             b.load_state_dict(a.state_dict())
-    peer.layernorm.load_state_dict(dino.norm.state_dict())
-    peer.embeddings.patch_embeddings.projection.load_state_dict(dino.patch_embed.proj.state_dict())
-    peer.embeddings.cls_token.copy_(dino.cls_token)
+    peer.layernorm.load_state_dict(dino.layernorm.state_dict())
+    patches = dino.embeddings.patch_embeddings["projection"]
+    peer.embeddings.patch_embeddings.projection.load_state_dict(patches.state_dict())
+    peer.embeddings.cls_token.copy_(dino.embeddings.cls_token)
     peer.embeddings.position_embeddings.copy_(positions)
     pixels = normal(2, 3, *size)
     seen = pixels[:, :, :8 * h, :8 * w]
@@ -129,15 +130,14 @@ def test_keys_of_no_length_are_like_nothing():
 
 
 def test_files_that_do_not_fit_are_refused_by_the_tensors_name(tmp_path):
-    hub, original = hub_file(peer_vit(TINY, 32, 32), tmp_path), DINO(TINY).state_dict()
-    from_state_dict(original, TINY)
-    with pytest.raises(RuntimeError, match=r"size mismatch for .*patch_embed\.proj\.weight"):
-        from_state_dict(original | {"patch_embed.proj.weight": torch.zeros(24, 3, 16, 16)}, TINY)
+    file = hub_file(peer_vit(TINY, 32, 32), tmp_path)
+    projection = "embeddings.patch_embeddings.projection.weight"
+    with pytest.raises(RuntimeError, match=rf"size mismatch for .*{projection}"):
+        from_state_dict(file | {projection: torch.zeros(24, 3, 16, 16)}, TINY)
     with pytest.raises(RuntimeError, match=r"Unexpected.*head\.weight"):
-        from_state_dict(original | {"head.weight": torch.zeros(9, 24)}, TINY)
-    for file, name, ours in ((original, "norm.bias", "norm.bias"), (hub, "layernorm.bias", "norm.bias"),
-                             (hub, "encoder.layer.1.attention.attention.key.bias", "blocks.1.attn.qkv.bias")):
-        with pytest.raises(RuntimeError, match=rf"Missing.*{ours}"):
+        from_state_dict(file | {"head.weight": torch.zeros(9, 24)}, TINY)
+    for name in ("layernorm.bias", "encoder.layer.1.attention.attention.key.bias"):
+        with pytest.raises(RuntimeError, match=rf"Missing.*{name}"):
             from_state_dict({n: t for n, t in file.items() if n != name}, TINY)
 
 

@@ -114,7 +114,7 @@ def test_logits_of_the_three_levels_are_the_heads_written_out():
         blurred = torch.stack([torch.stack([blur(channel[None, None])[0, 0] for channel in picture]) for picture in m])
         weight, bias = divided(head.last)
         expected.append((blurred[:, :, ::2, ::2] * weight).sum(1, keepdim=True) + bias)
-    (w1, b1), (w2, b2) = divided(discriminator.vector.linear), divided(discriminator.vector.last)
+    (w1, b1), (w2, b2) = divided(discriminator.vector[0]), divided(discriminator.vector[2])
     h = embedding @ w1.T + b1
     expected.append(torch.where(h > 0, h, 0.2 * h) @ w2.T + b2)
     logits = discriminator(x)

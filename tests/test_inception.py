@@ -1,5 +1,5 @@
 """models/inception.py agrees, block by block, with the network written a second time from the paper's tables and the
-differences of the FID's version; both published files load; the resizing is Pillow's."""
+differences of the FID's version; the resizing is Pillow's."""
 
 import numpy as np
 import pytest
@@ -115,53 +115,6 @@ def test_preparation_is_clean_fids(size):
     assert relative(prepare(not_whole), torch.full((1, 3, 299, 299), (100 - 128) / 128)) < 1e-6  # a file has 8 bits
 
 
-# Names of the TorchScript file: every convolution of one block of each kind, and one of each of the others.
-TORCHSCRIPT = """
-conv Conv2d_1a_3x3  conv_1 Conv2d_2a_3x3  conv_2 Conv2d_2b_3x3  conv_3 Conv2d_3b_1x1  conv_4 Conv2d_4a_3x3
-mixed.conv Mixed_5b.branch1x1  mixed.tower.conv Mixed_5b.branch5x5_1  mixed.tower.conv_1 Mixed_5b.branch5x5_2
-mixed.tower_1.conv Mixed_5b.branch3x3dbl_1  mixed.tower_1.conv_1 Mixed_5b.branch3x3dbl_2
-mixed.tower_1.conv_2 Mixed_5b.branch3x3dbl_3  mixed.tower_2.conv Mixed_5b.branch_pool
-mixed_1.conv Mixed_5c.branch1x1  mixed_2.conv Mixed_5d.branch1x1
-mixed_3.conv Mixed_6a.branch3x3  mixed_3.tower.conv Mixed_6a.branch3x3dbl_1
-mixed_3.tower.conv_1 Mixed_6a.branch3x3dbl_2  mixed_3.tower.conv_2 Mixed_6a.branch3x3dbl_3
-mixed_4.conv Mixed_6b.branch1x1  mixed_4.tower.conv Mixed_6b.branch7x7_1  mixed_4.tower.conv_1 Mixed_6b.branch7x7_2
-mixed_4.tower.conv_2 Mixed_6b.branch7x7_3  mixed_4.tower_1.conv Mixed_6b.branch7x7dbl_1
-mixed_4.tower_1.conv_1 Mixed_6b.branch7x7dbl_2  mixed_4.tower_1.conv_2 Mixed_6b.branch7x7dbl_3
-mixed_4.tower_1.conv_3 Mixed_6b.branch7x7dbl_4  mixed_4.tower_1.conv_4 Mixed_6b.branch7x7dbl_5
-mixed_4.tower_2.conv Mixed_6b.branch_pool
-mixed_5.conv Mixed_6c.branch1x1  mixed_6.conv Mixed_6d.branch1x1  mixed_7.conv Mixed_6e.branch1x1
-mixed_8.tower.conv Mixed_7a.branch3x3_1  mixed_8.tower.conv_1 Mixed_7a.branch3x3_2
-mixed_8.tower_1.conv Mixed_7a.branch7x7x3_1  mixed_8.tower_1.conv_1 Mixed_7a.branch7x7x3_2
-mixed_8.tower_1.conv_2 Mixed_7a.branch7x7x3_3  mixed_8.tower_1.conv_3 Mixed_7a.branch7x7x3_4
-mixed_9.conv Mixed_7b.branch1x1  mixed_9.tower_conv Mixed_7b.branch3x3_1
-mixed_9.tower_mixed_conv Mixed_7b.branch3x3_2a  mixed_9.tower_mixed_conv_1 Mixed_7b.branch3x3_2b
-mixed_9.tower_1_conv Mixed_7b.branch3x3dbl_1  mixed_9.tower_1_conv_1 Mixed_7b.branch3x3dbl_2
-mixed_9.tower_1_mixed_conv Mixed_7b.branch3x3dbl_3a  mixed_9.tower_1_mixed_conv_1 Mixed_7b.branch3x3dbl_3b
-mixed_9.tower_2_conv Mixed_7b.branch_pool  mixed_10.conv Mixed_7c.branch1x1
-""".split()
-ALIKE = {"mixed_1": "mixed", "mixed_2": "mixed", "mixed_5": "mixed_4", "mixed_6": "mixed_4", "mixed_7": "mixed_4",
-         "mixed_10": "mixed_9"}
-
-
-def torchscript_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = dict(zip(TORCHSCRIPT[::2], TORCHSCRIPT[1::2]))
-    for block, like in ALIKE.items():
-        ours = names[f"{block}.conv"].split(".")[0]
-        names |= {block + n.removeprefix(like): f"{ours}.{o.split('.')[1]}" for n, o in names.items()
-                  if n.split(".")[0] == like}
-    assert len(names) == 94  # Inception v3's convolutions without the auxiliary classifier
-    leaves = {"weight": "conv.weight", "beta": "bn.bias", "mean": "bn.running_mean", "var": "bn.running_var"}
-    file = {f"layers.{n}.{leaf}": tensors[f"{o}.{ours}"] for n, o in names.items() for leaf, ours in leaves.items()}
-    return file | {"output.weight": tensors["fc.weight"], "output.bias": tensors["fc.bias"]}
-
-
-def test_the_torchscript_file_gives_the_same_network(weights):
-    expected = {name: torch.ones_like(t) if name.endswith("bn.weight") else t for name, t in weights.items()}
-    loaded = from_state_dict(torchscript_file(weights)).state_dict()
-    assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], expected[name]) for name in loaded)
-
-
 def test_files_that_do_not_fit_are_refused_by_the_tensors_name(weights):
     counted = weights | {"Mixed_5b.branch1x1.bn.num_batches_tracked": torch.tensor(0)}  # newer files have it
     assert all(not p.requires_grad for p in from_state_dict(counted).parameters())
@@ -171,10 +124,6 @@ def test_files_that_do_not_fit_are_refused_by_the_tensors_name(weights):
         from_state_dict(weights | {"AuxLogits.fc.bias": torch.zeros(1000)})
     with pytest.raises(RuntimeError, match=r"Missing.*Mixed_6a\.branch3x3\.bn\.running_var"):
         from_state_dict({n: t for n, t in weights.items() if n != "Mixed_6a.branch3x3.bn.running_var"})
-    file = torchscript_file(weights)
-    del file["layers.mixed_3.conv.beta"]
-    with pytest.raises(RuntimeError, match=r"Missing.*Mixed_6a\.branch3x3\.bn\.bias"):
-        from_state_dict(file)
 
 
 def test_size_of_the_network():

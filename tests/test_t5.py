@@ -283,9 +283,9 @@ def test_rows_end_in_the_end_and_are_padded_with_zero(small):
     assert longer.shape == (1, 300) and torch.equal(longer[0, :119], ids[0, :119])
 
 
-def test_a_tokenizer_saved_in_a_checkpoint_or_as_a_file_comes_back_the_same(small, tmp_path):
+def test_a_tokenizer_saved_as_a_file_comes_back_the_same(small, tmp_path):
     tokenizer = T5Tokenizer(pieces_from_spiece(small), length=77)
-    again, texts = T5Tokenizer.from_json(tokenizer.to_json()), strings()
+    again, texts = T5Tokenizer(pieces_from_json(tokenizer.pieces.to_str()), length=77), strings()
     assert all(map(torch.equal, again(texts), tokenizer(texts)))
     peer = peer_of(tmp_path / "peer", tokenizer.pieces.to_str())
     assert_same_ids(T5Tokenizer(tokenizer.pieces), peer)
