@@ -97,8 +97,8 @@ TINY = dict(train="all", resolution=64, learning_rate=1e-3, lr_scheduler="cosine
             lambda_idt=5.0, lambda_gan=1.0, lambda_cycle_lpips=0.0, lambda_idt_lpips=0.0, gan_disc_type="patch",
             gan_augment=False, disc_width=16, validation_steps=100, validation_num_images=16, checkpointing_steps=100)
 # Where it has learned to draw, LoRA does.
-PRETRAINED = TINY | dict(train="lora", lora_rank_unet=4, learning_rate=5e-4, train_batch_size=4, max_train_steps=500,
-                         disc_width=32)
+PRETRAINED = TINY | dict(train="lora", lora_rank_unet=4, learning_rate=5e-4, train_batch_size=4, max_train_steps=350,
+                         lr_warmup_steps=100, disc_width=32)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", eval_freq="validation_steps",
                num_samples_eval="validation_num_images", train_image_prep="train_img_prep",
                test_image_prep="val_img_prep")

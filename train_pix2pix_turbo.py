@@ -96,7 +96,7 @@ TINY = dict(train="all", dataset_folder="drawn:circles", resolution=32, learning
             lambda_gan=0.0, gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
 # Where it has learned to draw, LoRA does.
 PRETRAINED = TINY | dict(train="lora", dataset_folder="drawn:scenes", resolution=64, train_batch_size=8,
-                         lora_rank_unet=4, lambda_gan=0.1, disc_width=32, max_train_steps=1000)
+                         lora_rank_unet=4, lambda_gan=0.1, disc_width=32, lr_warmup_steps=100, max_train_steps=600)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")
 
 
