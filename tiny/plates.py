@@ -100,69 +100,83 @@ ATTRIBUTES = dict(all="attributes right")
 IDEAS = {
     "skips": Idea(
         "Detail goes past the latent.", "decoder + gamma conv(encoder)", "models/pix2pix_turbo.py:convolved_skips",
-        "--skips off", {"with": "unpaired", "without": "no-skips"}, dict(edges="edges kept", psnr="PSNR, dB")),
+        "--skips off", {"with": "unpaired", "without": "no-skips"}, dict(edges="edges kept", psnr="PSNR, dB"),
+        "A little more is kept; the latent of factor 4 carries most of it alone, and PSNR does not gain."),
     "base": Idea(
         "What the one-step model knows of pictures need not be learned again.", "W = W_base + s B A",
         "models/lora.py:changed", "--base tiny", {"with": "unpaired", "without": "random-base"},
-        dict(psnr="PSNR, dB", night="judged to be night")),
+        dict(psnr="PSNR, dB", edges="edges kept"), "It is nearer, and the things are sharper."),
     "lora": Idea(
         "A few weights learn the task; the base stays as it was.", "W x + b + s B (A x)", "models/lora.py:changed",
         "--train all", {"LoRA": "paired", "all weights": "all-weights"},
-        dict(psnr="PSNR, dB", trained="weights trained, M", words="captions that the base then obeys")),
+        dict(psnr="PSNR, dB", trained="weights trained, M", words="captions that the base then obeys"),
+        "The task is learned as well by a fifteenth of the weights, and the base forgets nothing."),
     "conv_in": Idea(
         "The first layer learns to take pictures where noise was.", "z = E(x) in place of eps",
         "models/pix2pix_turbo.py:forward", "--conv_in off", {"trained": "paired", "frozen": "conv-in-frozen"},
-        dict(psnr="PSNR, dB")),
+        dict(psnr="PSNR, dB"), "No effect here: the VAE's own LoRA can bring its latent to what that layer knows."),
     "r": Idea(
         "One number leads from the input's picture to the noise's.", "r z + (1 - r) eps, adapters times r",
         "models/pix2pix_turbo.py:forward", "--stochastic off", {"with r": "stochastic", "without": "paired"},
         {f"{what}_{r}": f"{name} at r = {r}" for what, name in (("psnr", "PSNR"), ("apart", "noises apart"))
-         for r in (1.0, 0.7, 0.4, 0.0)}),
+         for r in (1.0, 0.7, 0.4, 0.0)},
+        "What varies and what follows the input trade places; at r = 1 being able to vary costs something."),
     "cycle": Idea(
         "There and back again: nothing of the picture may be lost.", "|G(G(a)) - a|",
         "train_cyclegan_turbo.py:cycle_loss", "--lambda_cycle 0", {"with": "unpaired", "without": "no-cycle"},
-        dict(edges="edges kept", psnr="PSNR, dB")),
+        dict(edges="edges kept", psnr="PSNR, dB"),
+        "A small effect in 100 steps: skips and identity loss hold the picture too."),
     "identity": Idea(
         "What is already there stays as it is.", "|G(b) - b|", "train_cyclegan_turbo.py:identity_loss",
         "--lambda_idt 0", {"with": "unpaired", "without": "no-identity"},
-        dict(drift="colour drift of nights, of 2", psnr="PSNR, dB")),
+        dict(drift="colour drift of nights, of 2", psnr="PSNR, dB"),
+        "Without it nights change their colours four times as much."),
     "gan": Idea(
         "Only the discriminator says what a night looks like.", "cross-entropy of D(G(a))",
         "train_cyclegan_turbo.py:generator_gan_loss", "--lambda_gan 0", {"with": "unpaired", "without": "no-gan"},
-        dict(night="judged to be night", psnr="PSNR, dB")),
+        dict(night="judged to be night", psnr="PSNR, dB"), "Without it days stay days: all other losses are content."),
     "coop": Idea(
         "The discriminator's real side is G's own better guess.", "D compares G(x_t) with G(x_{t-k})",
         "train_yoso.py:discriminator_loss", "--adversarial data",
         {"coop": "yoso", "data": "real-is-data", "noisy": "real-is-noisy", "none": "no-discriminator"},
-        ATTRIBUTES | dict(sharp="sharpness, of 1", disc_right="D right in training")),
+        ATTRIBUTES | dict(sharp="sharpness", disc_right="D right in training"),
+        "A discriminator is worth a great deal, one of noised samples nothing. In 200 steps the data as the real side"
+        " are ahead of self-cooperation: no mode is lost so soon (below, in thousands of steps)."),
     "gaussians": Idea(
         "The same in the plane: 25 modes, one step.", "D compares G(x_t) with G(x_{t-k})",
         "train_yoso.py:discriminator_loss", "--adversarial data",
         {"coop": "gaussians-coop", "data": "gaussians-data", "noisy": "gaussians-noisy"},
-        dict(modes="modes of 25", good="within three deviations")),
+        dict(modes="modes of 25", good="within three deviations"),
+        "Self-cooperation finds the modes; the data as the real side find a few and draw them well."),
     "kl": Idea(
         "A steady pull towards the data.", "min(SNR, 5) |G(x_t) - x0|^2", "train_yoso.py:kl_loss", "--lambda_kl 0",
-        {"with": "yoso", "without": "no-kl"}, ATTRIBUTES | dict(sharp="sharpness, of 1")),
+        {"with": "yoso", "without": "no-kl"}, ATTRIBUTES | dict(sharp="sharpness"),
+        "No effect in 200 steps; the stage before them was this term alone."),
     "consistency": Idea(
         "Neighbouring steps agree.", "w |f(G(x_t)) - f(G(x_{t-25}))|^2", "train_yoso.py:consistency_loss",
         "--lambda_con 0", {"with": "yoso", "without": "no-consistency"},
-        ATTRIBUTES | dict(neighbours="distance of neighbours")),
+        ATTRIBUTES | dict(neighbours="distance of neighbours"),
+        "Worth nearly as much as the discriminator, but not by what it is named after: all that is blurred agrees."),
     "perceptual": Idea(
         "Distances as a frozen U-Net sees them.", "f: features of the way down", "models/discriminator.py:lower_half",
-        "--consistency mse", {"with": "yoso", "without": "mse"}, ATTRIBUTES | dict(sharp="sharpness, of 1")),
+        "--consistency mse", {"with": "yoso", "without": "mse"}, ATTRIBUTES | dict(sharp="sharpness"),
+        "As many attributes, and sharper."),
     "disc_init": Idea(
         "The discriminator begins as half of the diffusion model.", "D = head(lower half of the U-Net)",
         "models/discriminator.py:lower_half", "--disc_random",
         {"from the U-Net": "yoso", "random": "random-discriminator"},
-        ATTRIBUTES | dict(disc_right="D right in training")),
+        ATTRIBUTES | dict(sharp="sharpness", disc_right="D right in training"),
+        "A random one sees too little in 200 steps."),
     "prior": Idea(
         "A model that predicts noise begins at noised latents.", "alpha_T x_prior + sigma_T eps",
         "models/diffusion.py:start_from_prior", "--prior_pictures 0", {"with": "prior", "without": "no-prior"},
-        ATTRIBUTES | dict(brightness="spread of brightness, of 1")),
+        ATTRIBUTES | dict(brightness="spread of brightness"),
+        "Hardly an effect: beside the noise 0.07 of a prior is little, and 200 steps of LoRA make little of either."),
     "adaption": Idea(
         "First v for epsilon, then pure noise at the end; without: one step at once.", "v' = (alpha' x' - x0) / sigma'",
         "train_yoso.py:adapt_loss", "--stage yoso", {"with": "adapted", "without": "not-adapted"},
-        ATTRIBUTES | dict(darkest="brightness of the darkest", brightest="of the brightest")),
+        ATTRIBUTES | dict(darkest="brightness of the darkest", brightest="of the brightest"),
+        "Without it nights are too light and days too dark (drawings: -0.51 and 0.59)."),
 }
 
 
@@ -359,10 +373,11 @@ HEAD = """# Ideas, turned off
 
 Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer and
 seeds, equal steps, one flag changed (`base`: also those that keep its settings equal; `adaption`: with two stages of
-250 steps before). `python -m tiny.plates IDEA` makes a row anew. Figures are of 200 held-out drawings,
-means over seeds (with their range where there are several); attributes are shares that the judge of
-[tiny/measure.py](tiny/measure.py) finds right. Settings were chosen before and are not tuned until an idea wins. These
-are minutes of training at 64 x 64 pixels: what shows no effect here may show one at size.
+250 steps before). `python -m tiny.plates IDEA` makes a row anew. Figures are of 200 held-out drawings, means over seeds
+(with their range where there are several); attributes are shares that the judge of [tiny/measure.py](tiny/measure.py)
+finds right, sharpness and the spread of brightness are shares of the drawings' own. Settings were chosen before and are
+not tuned until an idea wins. These are minutes of training at 64 x 64 pixels, and one seed says little of small
+differences: what shows no effect here may show one at size.
 
 | idea | formula | function | turned off by | pictures | figures | seeds |
 | --- | --- | --- | --- | --- | --- | --- |
