@@ -54,7 +54,8 @@ def test_what_was_measured_is_not_made_again(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(plates, "FOLDER", tmp_path)
     monkeypatch.setattr(plates, "execute", execute)
-    monkeypatch.setitem(plates.MEASURES, "unpaired", lambda folder: (dict(edges=0.5 + len(made), psnr=20.0), pictures))
+    monkeypatch.setitem(plates.MEASURES, "unpaired",
+                        lambda folder: (dict(edges=0.5 + len(made), psnr=20.0), {"": pictures}))
     for seeds in (1, 2, 2):
         monkeypatch.setattr("sys.argv", ["plates", "skips", "--seeds", str(seeds), "--output", str(tmp_path / "out")])
         plates.main()

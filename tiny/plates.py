@@ -118,8 +118,8 @@ IDEAS = {
     "r": Idea(
         "One number leads from the input's picture to the noise's.", "r z + (1 - r) eps, adapters times r",
         "models/pix2pix_turbo.py:forward", "--stochastic off", {"with r": "stochastic", "without": "paired"},
-        {f"{what}_{r}": f"{name} at r = {r}" for what, name in (("psnr", "PSNR"), ("apart", "noises apart"))
-         for r in (1.0, 0.7, 0.4, 0.0)},
+        {f"{what}_{r}": f"{name}, r = {r}" for r in (1.0, 0.7, 0.4, 0.0)
+         for what, name in (("psnr", "PSNR"), ("apart", "noises apart"))},
         "What varies and what follows the input trade places; at r = 1 being able to vary costs something."),
     "cycle": Idea(
         "There and back again: nothing of the picture may be lost.", "|G(G(a)) - a|",
@@ -183,7 +183,7 @@ IDEAS = {
 # -------------------- What a run's checkpoint can do, in figures, and the pictures of a plate
 
 
-def unpaired(checkpoint: str) -> tuple[dict[str, float], Tensor]:
+def unpaired(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Days to nights, and nights to where they are."""
     world = scenes.Unpaired("day2night", "test")
     day, night, truth = (torch.stack([f(i) for i in range(measure.N)]) for f in (
@@ -193,10 +193,10 @@ def unpaired(checkpoint: str) -> tuple[dict[str, float], Tensor]:
     return dict(psnr=measure.psnr(made, truth).mean().item(),
                 edges=measure.edge_f(measure.edges(made), measure.edges(day)).mean().item(),
                 drift=(same.mean((2, 3)) - night.mean((2, 3))).abs().mean().item(),
-                night=dark.double().mean().item()), made
+                night=dark.double().mean().item()), {"": made}
 
 
-def paired(checkpoint: str) -> tuple[dict[str, float], Tensor]:
+def paired(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Outlines to scenes; and what the base makes of captions when the adapters have gone."""
     described, truth = measure.held_out()
     lines = torch.stack([data.to_tensor(scenes.outlines(scene, measure.SIZE)) * 2 - 1 for scene in described])
@@ -204,14 +204,14 @@ def paired(checkpoint: str) -> tuple[dict[str, float], Tensor]:
     model = weights.load_generator(checkpoint, dtype=torch.float32)
     tensors = weights.read_tensors(weights.find_checkpoint(checkpoint))[0]
     stochastic = model.r is not None
-    figures, shown = dict(trained=sum(t.numel() for t in tensors.values()) / 1e6), None
+    figures, shown = dict(trained=sum(t.numel() for t in tensors.values()) / 1e6), {}
     for r in (1.0, 0.7, 0.4, 0.0) if stochastic else (1.0,):
         made = [measure.translated(checkpoint, lines, captions, seed=seed, **(dict(r=r) if stochastic else {}))
                 for seed in range(4 if stochastic else 1)]
         apart = [(a - b).abs().mean().item() for i, a in enumerate(made) for b in made[:i]]
         figures |= {f"psnr_{r}": measure.psnr(made[0], truth).mean().item(),
                     f"apart_{r}": statistics.mean(apart) if stochastic else 0.0}
-        shown = made[0] if shown is None else shown
+        shown[f"r = {r}" if stochastic else ""] = made[0]
     base = weights.load_base("tiny-turbo", dtype=torch.float32)
     if model.generator.config.train == "all":
         base.unet, base.vae, base.text_encoder = model.generator.unet, model.generator.vae, model.text_encoder
@@ -235,7 +235,7 @@ def slopes(pictures: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def yoso(checkpoint: str) -> tuple[dict[str, float], Tensor]:
+def yoso(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Captions in one step; neighbouring steps of the same noise."""
     described, truth = measure.held_out()
     path = weights.find_checkpoint(checkpoint)
@@ -259,14 +259,14 @@ def yoso(checkpoint: str) -> tuple[dict[str, float], Tensor]:
     return dict(obeyed(made), sharp=(slopes(made) / slopes(truth)).item(), brightness=(light.std() / real.std()).item(),
                 darkest=light[real.argsort()[:tenth]].mean().item(),
                 brightest=light[real.argsort()[-tenth:]].mean().item(), neighbours=statistics.mean(distances),
-                disc_right=statistics.mean(right) if right else 0.5), made
+                disc_right=statistics.mean(right) if right else 0.5), {"": made}
 
 
-def points(folder: str) -> tuple[dict[str, float], Tensor]:
+def points(folder: str) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The trainer's own last validation and picture."""
     last = json.loads((pathlib.Path(folder) / "log.jsonl").read_text().splitlines()[-1])
     page = data.to_tensor(Image.open(max((pathlib.Path(folder) / "samples").glob("*.png")))) * 2 - 1
-    return dict(modes=last["val_modes"], good=last["val_good"]), page[None, :, :, page.shape[2] // 2:]
+    return dict(modes=last["val_modes"], good=last["val_good"]), {"": page[None, :, :, page.shape[2] // 2:]}
 
 
 MEASURES = dict(unpaired=unpaired, paired=paired, yoso=yoso, gaussians=points)
@@ -360,7 +360,7 @@ def page(results: dict) -> str:
     rows = []
     for name, idea in IDEAS.items():
         file, function, line = line_of(idea.where)
-        sides = [f"{label}: " + "; ".join(f"{k} {v}" for k, v in figures_of(idea, results, label).items())
+        sides = [f"**{label}** " + "; ".join(f"{k}: {v}" for k, v in figures_of(idea, results, label).items())
                  for label in idea.runs if figures_of(idea, results, label)]
         seeds = min(len(results.get(one, {})) for one in idea.runs.values())
         plate = f"[plate](assets/plates/{name}.png)" if seeds else "not yet"
@@ -415,7 +415,7 @@ def main() -> None:
         folder = execute(one, seed, args.steps)
         figures, made = MEASURES[RUNS[one].kind](str(folder))
         if seed == 0:
-            torch.save(made[SHOWN].clone() if len(made) > 1 else made, folder / "shown.pt")
+            torch.save({k: x[SHOWN].clone() if len(x) > 1 else x for k, x in made.items()}, folder / "shown.pt")
         results = read_results(store)  # another process may have written
         results.setdefault(one, {})[str(seed)] = figures
         training.write_file(store, lambda path, results=results: path.write_text(json.dumps(results, indent=1)))
@@ -424,12 +424,14 @@ def main() -> None:
         idea = IDEAS[name]
         pictures = {label: folder_of(one, 0, args.steps) / "shown.pt" for label, one in idea.runs.items()}
         if all(path.is_file() for path in pictures.values()):
-            around = strip(RUNS[next(iter(idea.runs.values()))].kind, SHOWN)
-            made = {label: torch.load(path, weights_only=True) for label, path in pictures.items()}
+            around, made, lines = strip(RUNS[next(iter(idea.runs.values()))].kind, SHOWN), {}, {}
+            for label, path in pictures.items():
+                for part, x in torch.load(path, weights_only=True).items():  # of one run, or of one run at one r
+                    made[part or label] = x
+                    lines[part or label] = [line for k, v in figures_of(idea, results, label).items() if part in k
+                                            for line in textwrap.wrap(f"{k}: {v}", 30)]
             rows = {k: v for k, v in around.items() if k == "input"} | made | \
                 {k: v for k, v in around.items() if k != "input"}
-            lines = {label: [line for k, v in figures_of(idea, results, label).items()
-                             for line in textwrap.wrap(f"{k} {v}", 30)] for label in idea.runs}
             write_plate(args.output / f"{name}.png", name, idea, rows, lines)
             print(args.output / f"{name}.png")
     if args.output == PLATES:
