@@ -114,7 +114,7 @@ IDEAS = {
     "conv_in": Idea(
         "The first layer learns to take pictures where noise was.", "z = E(x) in place of eps",
         "models/pix2pix_turbo.py:forward", "--conv_in off", {"trained": "paired", "frozen": "conv-in-frozen"},
-        dict(psnr="PSNR, dB"), "No effect here: the VAE's own LoRA can bring its latent to what that layer knows."),
+        dict(psnr="PSNR, dB"), "No effect here: it may be that the VAE's own LoRA does its work."),
     "r": Idea(
         "One number leads from the input's picture to the noise's.", "r z + (1 - r) eps, adapters times r",
         "models/pix2pix_turbo.py:forward", "--stochastic off", {"with r": "stochastic", "without": "paired"},
@@ -125,7 +125,7 @@ IDEAS = {
         "There and back again: nothing of the picture may be lost.", "|G(G(a)) - a|",
         "train_cyclegan_turbo.py:cycle_loss", "--lambda_cycle 0", {"with": "unpaired", "without": "no-cycle"},
         dict(edges="edges kept", psnr="PSNR, dB"),
-        "A small effect in 100 steps: skips and identity loss hold the picture too."),
+        "Fewer edges without it, and things change their colours."),
     "identity": Idea(
         "What is already there stays as it is.", "|G(b) - b|", "train_cyclegan_turbo.py:identity_loss",
         "--lambda_idt 0", {"with": "unpaired", "without": "no-identity"},
