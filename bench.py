@@ -5,6 +5,7 @@
     python bench.py --what translate --against diffusers # beside diffusers with fused LoRA and a kept context
     python bench.py --what text --size 512               # text to picture in one step, beside diffusers
     python bench.py --what train --size 256 [--gan]      # a paired training step, beside the official arrangement
+    python bench.py --what lora --size 256               # the same step with LoRA as a weight, beside LoRA as a branch
     python bench.py --what load                          # cold start to the first picture, beside diffusers
     python bench.py --what memory --size 192 --batch 2   # a CycleGAN-Turbo step on the tiny base
     python bench.py --what memory --device cuda --dtype bf16 --sizes 256,512,1024    # both trainers, SD-Turbo size
@@ -50,7 +51,7 @@ from torch.utils import flop_counter
 import data
 import sample
 import training
-from models import clip, cyclegan_turbo, lpips, pix2pix_turbo, weights
+from models import clip, cyclegan_turbo, lora, lpips, pix2pix_turbo, weights
 from models.discriminator import PatchDiscriminator, spectral_step
 
 ROOT = pathlib.Path(__file__).parent
@@ -266,11 +267,24 @@ def our_training(args: argparse.Namespace, asked: Generator) -> None:
                  mixed_precision="no" if our_dtype(args) is torch.float32 else "bf16", output_dir=args.run_folder,
                  gradient_checkpointing="on" if args.checkpointing else "off", max_train_steps=10**9,
                  eval_freq=10**9, viz_freq=10**9, checkpointing_steps=10**9)
-    if args.what == "train":
+    if args.what != "memory":
         flags |= dict(lambda_lpips=0, lambda_clipsim=0, lambda_gan=0.5 * args.gan, gan_disc_type="patch",
                       gan_augment="off")
     sys.argv = ["", *(str(text) for name, value in flags.items() for text in (f"--{name}", value))]
     importlib.import_module(f"train_{args.kind}").main()
+
+
+def formed(layer: nn.Module) -> Tensor:
+    return layer.weight + layer.scale * (layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1)
+                                         ).view_as(layer.weight)
+
+
+def training_of_weights(args: argparse.Namespace, asked: Generator) -> None:
+    """The same trainer with W + scale B A formed at each use, in place of a branch beside W."""
+    lora.LoRALinear.forward = lambda layer, x: F.linear(x, formed(layer), layer.bias)
+    lora.LoRAConv2d.forward = lambda layer, x: layer._conv_forward(x, formed(layer), layer.bias)
+    args.run_folder += "-as-a-weight"
+    our_training(args, asked)
 
 
 # ------------------------------------------------------------------------------------- the arrangement of img2img-turbo
@@ -467,6 +481,7 @@ TRANSLATION = {"ours": our_translation, "official-style": official_translation, 
 SIDES = {"modules": {"ours": our_modules, "diffusers": diffusers_modules}, "translate": TRANSLATION,
          "text": {"ours": our_text, "diffusers": diffusers_text}, "growth": TRANSLATION,
          "train": {"ours": our_training, "official-style": official_training},
+         "lora": {"ours": our_training, "as a weight": training_of_weights},
          "memory": {"ours": our_training, "official-style": joint_training}, "load": {"ours": None, "diffusers": None}}
 
 
@@ -652,7 +667,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--what", choices=SIDES, required=True)
-    add("--against", choices=["diffusers", "official-style"], help="[the first that --what has, as above]")
+    add("--against", metavar="SIDE", help="official-style, diffusers [the first that --what has, as above]")
     add("--base", help="a folder; random weights of SD-Turbo's size without it")
     add("--size", type=int, default=256, help="pixels a side [256]")
     add("--batch", type=int, default=1)
@@ -692,7 +707,7 @@ def main(argv: list[str] | None = None) -> None:
             args.base = f"{args.scratch or args.here}/random-{'tiny-' * args.tiny}{dtype}"
             if not pathlib.Path(args.base, "model_index.json").is_file():
                 write_random_folder(pathlib.Path(args.base), args.tiny, args.dtype)
-        if args.what in ("translate", "growth", "train"):
+        if args.what in ("translate", "growth", "train", "lora"):
             write_checkpoint(args.checkpoint, args.base)
             write_data(args.data, args.size, args.batch)
         if args.what in ("load", "memory"):

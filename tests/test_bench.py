@@ -9,10 +9,14 @@ import sys
 
 import diffusers  # noqa: F401  the workers are forked, and find it imported
 import pytest
+import torch
 import torch._dynamo  # noqa: F401  of torch's counter of FLOPs
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import bench
+from models import lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEAD = "| | | seconds | / ours (smallest to largest) | TFLOP | of the peak | memory, GB | difference: largest (mean) |"
@@ -104,6 +108,17 @@ def test_a_cold_start(measure, monkeypatch):
     assert [row[:5] for row in cells] == [["cold start to the first picture", "ours", "1", "", ""],
                                           ["cold start to the first picture", "diffusers", "1",
                                            "1.00 (1.00 to 1.00)", ""]]
+
+
+def test_lora_as_a_weight_is_the_same_step(measure):
+    for layer, x in ((nn.Linear(6, 5), torch.randn(3, 6)), (nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 7, 8))):
+        network = nn.Sequential(layer)
+        lora.add_lora(network, ["0"], 2, alpha=6)
+        nn.init.normal_(network[0].lora_B.weight)
+        plain = F.linear if isinstance(layer, nn.Linear) else network[0]._conv_forward
+        torch.testing.assert_close(plain(x, bench.formed(network[0]), layer.bias), network(x))
+    (branch, weight), _ = measure("--size 32 --runs 1 --what lora")
+    assert weight["side"] == "as a weight" and weight["tflop"] != branch["tflop"]  # its classes were replaced
 
 
 def test_what_has_no_such_peer_is_refused(measure, capsys):

@@ -13,6 +13,7 @@ drawings go to assets/plates/results.json, a plate of each idea's first seed bes
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -316,8 +317,8 @@ def folder_of(name: str, seed: int, steps: int | None = None) -> pathlib.Path:
     return FOLDER / (f"{name}-seed{seed}" + (f"-{steps}steps" if steps else ""))
 
 
-def execute(name: str, seed: int, steps: int | None = None) -> pathlib.Path:
-    """The run's folder, trained to its end."""
+def execute(name: str, seed: int, steps: int | None = None) -> tuple[pathlib.Path, dict[str, float]]:
+    """The run's folder, trained to its end; and the minutes of a core that took, if it was not stopped between."""
     one, folder = RUNS[name], folder_of(name, seed, steps)
     script, shared = KINDS[one.kind]
     flags = shared | one.flags | dict(seed=seed) | ({"max_train_steps": steps} if steps else {})
@@ -325,8 +326,10 @@ def execute(name: str, seed: int, steps: int | None = None) -> pathlib.Path:
         flags["base"] = folder_of(one.after, seed, steps) / "base"
         if not flags["base"].is_dir():
             execute(one.after, seed, steps)
+    began, anew = os.times(), not folder.exists()
     recipe.run_or_resume(script, folder, **flags)
-    return folder
+    took = sum(os.times()[2:4]) - sum(began[2:4])  # of processes that have ended
+    return folder, dict(minutes=took / 60) if anew else {}
 
 
 def read_results(path: pathlib.Path) -> dict:
@@ -414,12 +417,12 @@ def main() -> None:
         results = read_results(store)
         if str(seed) in results.get(one, {}):
             continue
-        folder = execute(one, seed, args.steps)
+        folder, took = execute(one, seed, args.steps)
         figures, made = MEASURES[RUNS[one].kind](str(folder))
         if seed == 0:
             torch.save({k: x[SHOWN].clone() if len(x) > 1 else x for k, x in made.items()}, folder / "shown.pt")
         results = read_results(store)  # another process may have written
-        results.setdefault(one, {})[str(seed)] = figures
+        results.setdefault(one, {})[str(seed)] = figures | took
         training.write_file(store, lambda path, results=results: path.write_text(json.dumps(results, indent=1)))
     results = read_results(store)
     for name in names:
