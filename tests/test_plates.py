@@ -50,7 +50,7 @@ def test_what_was_measured_is_not_made_again(monkeypatch, tmp_path, capsys):
         made.append((name, seed))
         folder = tmp_path / f"{name}-seed{seed}"
         folder.mkdir()
-        return folder
+        return folder, dict(minutes=2.0) if seed else {}
 
     monkeypatch.setattr(plates, "FOLDER", tmp_path)
     monkeypatch.setattr(plates, "execute", execute)
@@ -61,9 +61,11 @@ def test_what_was_measured_is_not_made_again(monkeypatch, tmp_path, capsys):
         plates.main()
     assert made == [("unpaired", 0), ("no-skips", 0), ("unpaired", 1), ("no-skips", 1)]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["unpaired"] == {"0": dict(edges=1.5, psnr=20.0), "1": dict(edges=3.5, psnr=20.0)}
+    assert results["unpaired"] == {"0": dict(edges=1.5, psnr=20.0),
+                                   "1": dict(edges=3.5, psnr=20.0, minutes=2.0)}
     assert plates.figures_of(plates.IDEAS["skips"], results, "with") == {"edges kept": "2.5 (1.5 to 3.5)",
                                                                          "PSNR, dB": "20.0 (20.0 to 20.0)"}
+    assert next(row for row in plates.page(results).splitlines() if "**skips**" in row).endswith("| 2 | 4 |")
     plate = tmp_path / "out" / "skips.png"
     assert plate.stat().st_size <= 150_000 and Image.open(plate).width == 190 + 100 * len(plates.SHOWN)
 

@@ -366,9 +366,11 @@ def page(results: dict) -> str:
         sides = [f"**{label}** " + "; ".join(f"{k}: {v}" for k, v in figures_of(idea, results, label).items())
                  for label in idea.runs if figures_of(idea, results, label)]
         seeds = min(len(results.get(one, {})) for one in idea.runs.values())
+        took = [[of["minutes"] for of in results.get(one, {}).values() if "minutes" in of] for one in idea.runs.values()]
+        took = f"{sum(map(statistics.mean, took)):.0f}" if all(took) else ""
         plate = f"[plate](assets/plates/{name}.png)" if seeds else "not yet"
         rows.append(f"| **{name}**. {idea.says} {idea.found} | {idea.formula.replace('|', chr(92) + '|')} | "
-                    f"[`{function}`]({file}#L{line}) | `{idea.flag}` | {plate} | {'<br>'.join(sides)} | {seeds} |")
+                    f"[`{function}`]({file}#L{line}) | `{idea.flag}` | {plate} | {'<br>'.join(sides)} | {seeds} | {took} |")
     return HEAD + "\n".join(rows) + "\n"
 
 
@@ -376,7 +378,8 @@ HEAD = """# Ideas, turned off
 
 Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer and
 seeds, equal steps, one flag changed (`base`: also those that keep its settings equal; `adaption`: with two stages of
-250 steps before). `python -m tiny.plates IDEA` makes a row anew. Figures are of 200 held-out drawings, means over seeds
+250 steps before). `python -m tiny.plates IDEA` makes a row anew; minutes are those of one core for one seed, without
+the stages that the YOSO rows share. Figures are of 200 held-out drawings, means over seeds
 (with their range where there are several); attributes are shares that the judge of [tiny/measure.py](tiny/measure.py)
 finds right, sharpness and the spread of brightness are shares of the drawings' own. No setting was tuned until an idea
 won; but the YOSO ideas were begun anew once: at first LoRA was trained on `tiny-sd` for 200 steps (seed 0), and all
@@ -384,8 +387,8 @@ sides that had been run lay close together (coop 64.2 %, noisy 62.2, data 61.6, 
 training at 64 x 64 pixels, and one seed says little of small differences: what shows no effect here may show one at
 size.
 
-| idea | formula | function | turned off by | pictures | figures | seeds |
-| --- | --- | --- | --- | --- | --- | --- |
+| idea | formula | function | turned off by | pictures | figures | seeds | minutes |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
