@@ -14,11 +14,13 @@
     python sample.py --checkpoint edge_to_image --input photo.jpg --preprocess canny "a cat" --output cat.png
     python sample.py --checkpoint day_to_night --input photo.jpg --output night.png
     python sample.py --checkpoint runs/NAME --direction b2a --input FOLDER --output FOLDER2
+    python sample.py --checkpoint day2night --input picture.png --export night.pt2
 
 Noise is drawn on the CPU, picture i with its own generator of seed + i (all files of an input folder use the same
 seed): the same seed gives the same picture on every device, in every batch. Paths of what was written go to stdout."""
 
 import argparse
+import io
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +91,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         " in it and the picture keeps 40 dB, else float32]")
     add("--tile", type=int, help="pixels: translate, or decode, larger pictures by overlapping squares of this side")
     add("--compile", action="store_true", help="the networks by torch.compile: minutes once, then faster")
+    add("--export", type=pathlib.Path, help="also write the translation, of pictures of the input's size with this"
+        " caption, as a program: torch.export.load(FILE).module()(x) takes [1, 3, H, W] in [0, 1] and, with r, noise")
     args = training.parse_args(parser, argv)
     args.translator = bool(args.checkpoint) and weights.kind_of(args.checkpoint) != "yoso"
     if (args.translator and not args.input) or (args.input and not args.translator and args.prompt is None):
@@ -103,7 +107,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.base and args.merge:
         raise ValueError("--merge names its bases; leave --base out")
     unused = {"with a translator": OF_A_PROMPT if args.translator else (),
-              "without a translator": () if args.translator else OF_A_CHECKPOINT,
+              "without a translator": () if args.translator else (*OF_A_CHECKPOINT, "export"),
+              "for a folder": ("export",) if args.input and args.input.is_dir() else (),
+              "with --export": ("tile", "compile") if args.export else (),
               "with --checkpoint": ("merge", "prior", "prediction_type") if args.checkpoint else (),
               "without a translator or --control_image": () if args.translator or args.control_image else
               OF_A_PICTURE[1:],
@@ -411,23 +417,41 @@ def read_batches(paths: list[pathlib.Path], args: argparse.Namespace
         raise ValueError("; ".join(problems))
 
 
+class Translator(nn.Module):
+    """A generator with all but pictures [B, 3, H, W] in [0, 1] and, with r, noise given."""
+
+    def __init__(self, model: weights.Loaded, context: Tensor, r: float | None, skip_scale: float,
+                 direction: str | None):
+        super().__init__()
+        self.generator, self.r, self.skip_scale, self.direction = model.generator, r, skip_scale, direction
+        self.register_buffer("context", context)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        words = self.context.expand(len(x), -1, -1)
+        if self.direction:
+            return self.generator(2 * x - 1, words, self.direction, self.skip_scale)
+        return self.generator(x, words, self.r, noise, self.skip_scale)
+
+
 @torch.inference_mode()
 def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], context: Tensor, seed: int, r: float | None,
-                       skip_scale: float = 1.0, direction: str | None = None, tile: int | None = None) -> Tensor:
+                       skip_scale: float = 1.0, direction: str | None = None, tile: int | None = None,
+                       export: pathlib.Path | None = None) -> Tensor:
     """Pictures of any one size, padded to the VAE's factor, translated, by squares of `tile` pixels where they are
-    larger, cut back: [B, 3, H, W] in [-1, 1]."""
+    larger, cut back: [B, 3, H, W] in [-1, 1]. The program that did it goes to `export`."""
     factor, channels = model.generator.vae.factor, model.generator.unet.config.in_channels
     x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]).to(context.device), factor)
     size = x.shape[2] // factor, x.shape[3] // factor
     inputs = [x] if r is None else [x, training.draw_noise([seed] * len(x), (channels, *size))[0].to(x)]
 
-    def run(x: Tensor, noise: Tensor | None = None) -> Tensor:
-        words = context.expand(len(x), -1, -1)
-        if model.kind == "cyclegan_turbo":
-            return model.generator(2 * x - 1, words, direction, skip_scale)
-        return model.generator(x, words, r, noise, skip_scale)
-
-    return vae.tiled(run, inputs, size, (tile or max(x.shape)) // factor)[:, :, :H, :W]
+    translator = Translator(model, context, r, skip_scale, direction)
+    if export:
+        translator.to(memory_format=torch.contiguous_format)  # others cannot be saved on a GPU
+        program = torch.export.export(translator, tuple(inputs))
+        torch.export.save(program, contents := io.BytesIO())  # which takes names in .pt2 alone
+        training.write_file(export, lambda temporary: temporary.write_bytes(contents.getbuffer()))
+        print(export)
+    return vae.tiled(translator, inputs, size, (tile or max(x.shape)) // factor)[:, :, :H, :W]
 
 
 def plan(args: argparse.Namespace) -> dict[pathlib.Path, pathlib.Path]:
@@ -476,7 +500,7 @@ def translate(args: argparse.Namespace, device: torch.device) -> None:
     def batches() -> Batches:
         for paths, pictures in ahead(read_batches([*targets], args)):
             made = translate_pictures(model, pictures, context, args.seed, model.r, args.skip_scale, args.direction,
-                                      args.tile)
+                                      args.tile, args.export)
             yield [targets[path] for path in paths], made.cpu(), [args.seed] * len(paths)
 
     save_all(batches(), args, model.base, len(targets) > 1)

@@ -418,6 +418,20 @@ def test_compiled_networks_draw_the_same_picture(base, checkpoints, command, tmp
         assert (levels("compiled.png") - levels("out.png")).abs().max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["unpaired", "stochastic"])
+def test_an_exported_program_makes_the_same_picture(checkpoints, command, tmp_path, kind):
+    source = picture(tmp_path / "in.png", 15, 17)
+    flags = [] if kind == "unpaired" else ["a circle", "--r", "0.3"]
+    status, paths, err = command("--checkpoint", checkpoints[kind], "--input", source, *flags, "--export", "a.pt2")
+    assert (status, paths) == (0, ["a.pt2", "out.png"]), err
+    factor = weights.load_generator(checkpoints[kind]).generator.vae.factor
+    x, _ = data.pad_to_multiple(data.to_tensor(data.open_picture(source))[None], factor)
+    size = [side // factor for side in x.shape[2:]]
+    noise = [] if kind == "unpaired" else [training.draw_noise([42], (4, *size))[0]]
+    made = torch.export.load("a.pt2").module()(x, *noise)[0, :, :17, :15]
+    assert ((made + 1) * 127.5 - levels("out.png")).abs().max() <= 0.5 + 1e-2
+
+
 # What is asked for (B a base, C and S checkpoints, P a picture, D a folder of one), and what the line must say.
 REFUSED = {
     "no prompt": (["--base", "B"], ["nothing to draw"]),
@@ -442,6 +456,8 @@ REFUSED = {
     "r of a prompt": ([PROMPT, "--base", "B", "--r", "0.5"], ["--r has no meaning without a translator"]),
     "direction of a paired model": (["--checkpoint", "C", "--input", "P", "--direction", "b2a"], ["one way"]),
     "r of an unpaired model": (["--checkpoint", "U", "--input", "P", "--r", "0.5"], ["--r", "not a stochastic"]),
+    "a program of a prompt": ([PROMPT, "--base", "B", "--export", "a.pt2"], ["--export has no meaning without a"]),
+    "a program of a folder": (["--checkpoint", "C", "--input", "D", "--export", "a.pt2"], ["--export", "a folder"]),
     "a LoRA on a translator": (["--checkpoint", "C", "--input", "P", "--lora", "x"], ["--lora has no meaning with"]),
     "steps of a translator": (["--checkpoint", "C", "--input", "P", "--steps", "4"], ["--steps has no meaning with"]),
     "size no multiple": ([PROMPT, "--base", "B", "--size", "15"], ["--size 15", "multiples of 2"]),
