@@ -195,9 +195,14 @@ def learning_rate(step: int, config: Config, last: int) -> float:
 def open_data(cfg: Config, split: str, prep: str | None):
     if cfg.base == "gaussians":
         return gaussians.Points(split, cfg.seed)
+    asked = cfg.train_image_prep or cfg.test_image_prep or cfg.center_crop or cfg.random_flip
     random = split == "train" and not cfg.center_crop
     prep = prep or f"resized_{'random' * random}crop_{cfg.resolution}{'_hflip' * cfg.random_flip}"
-    return data.open_captioned(cfg.train_data_dir, split, prep, cfg.seed, cfg.resolution, cfg.caption_column)
+    items = data.open_captioned(cfg.train_data_dir, split, prep, cfg.seed, cfg.resolution, cfg.caption_column)
+    if asked and isinstance(items, data.Cached):
+        raise ValueError(f"{cfg.train_data_dir} is a cache, whose pictures were cropped when it was made; leave out"
+                         " what is said of crops and flips (python data.py cache has --prep)")
+    return items
 
 
 def check(cfg: Config, schedule: Schedule) -> None:

@@ -399,15 +399,24 @@ def test_a_teacher_draws_the_pictures_of_captions_alone(monkeypatch, tmp_path, s
 def test_a_cache_trains_what_its_pictures_train(monkeypatch, tmp_path, pairs):  # noqa: F811
     trainer.data.cache(str(pairs), "tiny", tmp_path / "cache", "resized_crop_24", 24, "text", 42, 4, "cpu", "float32",
                        shard_items=4)
-    for name, where in (("pictures", pairs), ("cached", tmp_path / "cache")):
-        train(monkeypatch, "--train", "lora", "--train_data_dir", where, "--center_crop", *SMALL,
-              "--max_train_steps", 3, "--output_dir", tmp_path / name)
+    for name, *where in (("pictures", pairs, "--center_crop"), ("cached", tmp_path / "cache")):
+        train(monkeypatch, "--train", "lora", "--train_data_dir", *where, *SMALL, "--max_train_steps", 3,
+              "--output_dir", tmp_path / name)
     a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("pictures", "cached"))
     for part in ("prior", "trained", "ema"):
         assert_same(a[part], b[part], 1e-3)
     train(monkeypatch, "--seed", 0, "--train_data_dir", tmp_path / "cache", *SMALL, "--max_train_steps", 1,
           "--output_dir", tmp_path / "all")
     assert weights.load_yoso(tmp_path / "all" / "model.safetensors")[0].encode(["noise"])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("flags", [["--center_crop"], ["--random_flip"], ["--train_image_prep", "resize_24"]])
+def test_a_cache_is_not_cropped_again(monkeypatch, capsys, tmp_path, pairs, flags):  # noqa: F811
+    trainer.data.cache(str(pairs), "tiny", tmp_path / "cache", "resized_crop_24", 24, "text", 42, 4, "cpu", "float32")
+    with pytest.raises(SystemExit):
+        train(monkeypatch, "--train_data_dir", tmp_path / "cache", *flags, *SMALL, "--output_dir", tmp_path / "run")
+    assert "is a cache, whose pictures were cropped when it was made" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(monkeypatch, tmp_path):

@@ -366,11 +366,12 @@ def page(results: dict) -> str:
         sides = [f"**{label}** " + "; ".join(f"{k}: {v}" for k, v in figures_of(idea, results, label).items())
                  for label in idea.runs if figures_of(idea, results, label)]
         seeds = min(len(results.get(one, {})) for one in idea.runs.values())
-        took = [[of["minutes"] for of in results.get(one, {}).values() if "minutes" in of] for one in idea.runs.values()]
-        took = f"{sum(map(statistics.mean, took)):.0f}" if all(took) else ""
+        took = [[of["minutes"] for of in results.get(one, {}).values() if "minutes" in of]
+                for one in idea.runs.values()]
+        last = f"{seeds} | {sum(map(statistics.mean, took)):.0f}" if all(took) else f"{seeds} |"
         plate = f"[plate](assets/plates/{name}.png)" if seeds else "not yet"
         rows.append(f"| **{name}**. {idea.says} {idea.found} | {idea.formula.replace('|', chr(92) + '|')} | "
-                    f"[`{function}`]({file}#L{line}) | `{idea.flag}` | {plate} | {'<br>'.join(sides)} | {seeds} | {took} |")
+                    f"[`{function}`]({file}#L{line}) | `{idea.flag}` | {plate} | {'<br>'.join(sides)} | {last} |")
     return HEAD + "\n".join(rows) + "\n"
 
 
