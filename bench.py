@@ -9,7 +9,7 @@
     python bench.py --what load                          # cold start to the first picture, beside diffusers
     python bench.py --what memory --size 192 --batch 2   # a CycleGAN-Turbo step on the tiny base
     python bench.py --what memory --device cuda --dtype bf16 --sizes 256,512,1024    # both trainers, SD-Turbo size
-    python bench.py --what growth --sizes 256,512,1024,2048 --batches 1,2,4,8,16     # and a plot
+    python bench.py --what growth --sizes 256,512,1024,2048 --batches 1,2,4,8,16     # this code alone, and a plot
 
 Networks are of SD-Turbo's size with random weights (5 GB, written to --scratch, where they stay for the next run), or
 of --base FOLDER. Each side is loaded once into a process of its own; the two then take turns, so that neither disturbs
@@ -477,9 +477,10 @@ def diffusers_text(args: argparse.Namespace, asked: Generator) -> None:
 
 # --------------------------------------------------------------------------------------------------------- measurements
 
-TRANSLATION = {"ours": our_translation, "official-style": official_translation, "diffusers": official_translation}
-SIDES = {"modules": {"ours": our_modules, "diffusers": diffusers_modules}, "translate": TRANSLATION,
-         "text": {"ours": our_text, "diffusers": diffusers_text}, "growth": TRANSLATION,
+SIDES = {"modules": {"ours": our_modules, "diffusers": diffusers_modules},
+         "translate": {"ours": our_translation, "official-style": official_translation,
+                       "diffusers": official_translation},
+         "text": {"ours": our_text, "diffusers": diffusers_text}, "growth": {"ours": our_translation},
          "train": {"ours": our_training, "official-style": official_training},
          "lora": {"ours": our_training, "as a weight": training_of_weights},
          "memory": {"ours": our_training, "official-style": joint_training}, "load": {"ours": None, "diffusers": None}}
@@ -629,8 +630,8 @@ def write_table(path: pathlib.Path, title: str, rows: list[dict], note: str) -> 
 
 
 def plot(path: pathlib.Path, rows: list[dict], args: argparse.Namespace) -> None:
-    """Time and memory against size and batch, both axes logarithmic, a line a side."""
-    width, height, margin, sides = 400, 220, 60, list(dict.fromkeys(row["side"] for row in rows))
+    """Time and memory against size and batch, both axes logarithmic."""
+    width, height, margin = 400, 220, 60
     page = Image.new("RGB", (2 * (width + 2 * margin), 2 * (height + 2 * margin)), "white")
     pen = ImageDraw.Draw(page)
     columns = [("pixels a side, batch 1", 0, [(n, 1) for n in args.sizes]),
@@ -642,20 +643,16 @@ def plot(path: pathlib.Path, rows: list[dict], args: argparse.Namespace) -> None
 
     for across, (label, axis, tasks) in enumerate(columns):
         for down, (key, title) in enumerate([("seconds", "seconds"), ("peak_gb", "memory, GB")]):
-            shown = sorted((row["task"][axis], row[key], row["side"]) for row in rows if row["task"] in tasks)
-            xs, ys, _ = zip(*shown)
+            xs, ys = zip(*sorted((row["task"][axis], row[key]) for row in rows if row["task"] in tasks))
             left, top = margin + across * (width + 2 * margin), margin + down * (height + 2 * margin)
             pen.rectangle([left - 18, top - 18, left + width + 18, top + height + 18], outline="#bbbbbb")
-            pen.text((left, top - 50), f"{title} against {label}", fill="black")
-            for side, colour, above in zip(sides, ("#1f5fa8", "#c2571a"), (5, -16)):
-                line = [(left + width * share(x, xs), top + height * (1 - share(y, ys)), x, y)
-                        for x, y, owner in shown if owner == side]
-                pen.line([(i, j) for i, j, _, _ in line], fill=colour, width=2)
-                pen.text((left + 120 * sides.index(side), top - 34), side, fill=colour)
-                for i, j, x, y in line:
-                    pen.ellipse([i - 3, j - 3, i + 3, j + 3], fill=colour)
-                    pen.text((i - 12, j + above), f"{y:.3g}", fill=colour)
-                    pen.text((i - 8, top + height + 22), str(x), fill="#666666")
+            pen.text((left, top - 34), f"{title} against {label}", fill="black")
+            line = [(left + width * share(x, xs), top + height * (1 - share(y, ys))) for x, y in zip(xs, ys)]
+            pen.line(line, fill="#1f5fa8", width=2)
+            for (i, j), x, y in zip(line, xs, ys):
+                pen.ellipse([i - 3, j - 3, i + 3, j + 3], fill="#1f5fa8")
+                pen.text((i - 12, j + 5), f"{y:.3g}", fill="#1f5fa8")
+                pen.text((i - 8, top + height + 22), str(x), fill="#666666")
     path.parent.mkdir(parents=True, exist_ok=True)
     training.write_file(path, lambda temporary: page.save(temporary, format="PNG"))
 
@@ -685,9 +682,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tiny", action="store_true", help=argparse.SUPPRESS)  # for the tests: small networks, in forked workers
     args = parser.parse_args(argv)
     known = [side for side in SIDES[args.what] if side != "ours"]
-    args.against = args.against or known[0]
-    if args.against not in known:
-        parser.error(f"--what {args.what} is measured against {' or '.join(known)}")
+    args.against = args.against or next(iter(known), None)
+    if args.against not in [*known, None]:
+        parser.error(f"--what {args.what} is measured against {' or '.join(known) or 'nothing'}")
     args.dtype, args.kind, args.checkpointing = sample.DTYPES[args.dtype], "pix2pix_turbo", False
     return args
 
@@ -713,8 +710,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.what in ("load", "memory"):
             rows = dict(load=load, memory=memory)[args.what](args)
         else:
-            rows = compare(args, {side: SIDES[args.what][side] for side in ("ours", args.against)},
-                           tasks.get(args.what, [(args.size, args.batch)]))
+            sides = {side: work for side, work in SIDES[args.what].items() if side in ("ours", args.against)}
+            rows = compare(args, sides, tasks.get(args.what, [(args.size, args.batch)]))
     size = f", {args.size} px, batch {args.batch}" if args.what in ("load", "modules") else ""
     quick = " (ours fast)" * args.fast + " (ours compiled)" * args.compile
     title = f"{args.what}: {of}{size}, {dtype}{quick}, {args.device.upper()}"
