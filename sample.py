@@ -62,7 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--control_image", type=pathlib.Path, help="edges, depth, poses: what the ControlNet was trained for")
     add("--control_scale", type=float, default=1.0, help="how much of the ControlNet is added [1]")
     add("--prior", type=pathlib.Path, help="begin at noised latents of these statistics (python data.py prior)")
-    add("--save", type=pathlib.Path, help="also write the base with its LoRA as a folder in the diffusers layout")
+    add("--save", type=pathlib.Path, help="also write the base with its LoRA as a folder in the diffusers layout,"
+        " and a one-step generator's prior into it")
     add("--checkpoint", help="what a trainer made: model.safetensors, a run's folder; or an official .pkl or its name: "
         + ", ".join(weights.CHECKPOINTS))
     add("--input", type=pathlib.Path, help="a picture or a folder of pictures to translate or, without a checkpoint,"
@@ -277,7 +278,6 @@ def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
         strength = 1.0 if args.input else args.strength  # of an edit it is the noise
         base, args.own_prior = weights.load_yoso(weights.find_checkpoint(args.checkpoint), args.base, **how,
                                                  strength=strength)
-        args.sampler = args.sampler or "lcm"
     elif args.merge:
         base = weights.load_merged(args.merge, **how)
     else:
@@ -291,6 +291,9 @@ def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
     if args.save:
         weights.save_folder(args.save, base)
         print(args.save)
+        if args.checkpoint and base.schedule.alpha[-1] > 0:
+            weights.save_prior(args.save / "prior.safetensors", *args.own_prior)
+            print(args.save / "prior.safetensors")
     known = {"LCM": "lcm", "DPM": "dpm"}  # by the begin of the scheduler's class
     args.sampler = args.sampler or known.get(base.schedule.config.get("_class_name", "")[:3], "ddim")
     graphs = base.denoiser, *(part for name, part in base.vae.named_children() if name in ("encoder", "decoder"))

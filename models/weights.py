@@ -723,7 +723,7 @@ def load_yoso(path: Path, base: str | None = None, dtype: torch.dtype | None = N
         if name == "gaussians":
             raise ValueError("it draws points in the plane, not pictures")
         prior = tensors.pop("prior.mean"), tensors.pop("prior.std")
-        schedule = Schedule.from_config(config["schedule"])
+        schedule = Schedule.from_config(config["schedule"] | dict(_class_name="LCMScheduler"))  # what samples it
         found = embedded(name, config, path, strength) if "tokenizer" in config else None
     found = found or load_base(name, parts_of(name), dtype, device)
     found.schedule = schedule

@@ -452,6 +452,15 @@ def test_a_checkpoint_draws_what_the_grid_showed(monkeypatch, tmp_path, pairs, w
     sample.main()
     made = trainer.data.to_tensor(trainer.data.open_picture(tmp_path / "out.png")) * 2 - 1
     assert (made - seen[-1][1][0].clamp(-1, 1)).abs().max() < 1.5 / 127.5
+    monkeypatch.setattr(sys, "argv", [*argv, "--save", str(tmp_path / "saved")])
+    sample.main()  # a folder that draws the same, with the prior beside
+    size = argv.copy()
+    size[2:4] = ["--base", str(tmp_path / "saved"), "--prior", str(tmp_path / "saved" / "prior.safetensors"), "--size",
+                 "x".join(str(side) for side in made.shape[:0:-1])]
+    monkeypatch.setattr(sys, "argv", size)
+    sample.main()
+    again = trainer.data.to_tensor(trainer.data.open_picture(tmp_path / "out.png")) * 2 - 1
+    assert (again - made).abs().max() < 1.5 / 127.5
     edit = ["--input", str(pairs / "test_B" / "0.png"), "--strength"]
     refused = {"above 0": [*edit, "-1"]} | ({"holds every weight": ["--strength", "0.5"]} if way == "all" else {})
     for words, flags in refused.items():
