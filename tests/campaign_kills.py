@@ -39,9 +39,14 @@ def main() -> None:
 
     quiet = dict(env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     begin = time.monotonic()
-    subprocess.run(command(*flags, "--max_train_steps", str(args.steps), "--output_dir", str(folder / "whole")),
-                   check=True, **quiet)
-    length = time.monotonic() - begin
+    whole = subprocess.Popen(command(*flags, "--max_train_steps", str(args.steps), "--output_dir",
+                                     str(folder / "whole")), **quiet)
+    while not (folder / "whole" / "state.pt").exists() and whole.poll() is None:
+        time.sleep(0.1)
+    start = time.monotonic() - begin  # of it, until the first step is saved
+    if whole.wait():
+        sys.exit(f"the run that was left alone failed with status {whole.returncode}")
+    length = time.monotonic() - begin - start
     cut, kills, starts = folder / "cut", 0, 0
     while kills < args.kills:
         resumable = (cut / "state.pt").exists()
@@ -51,7 +56,7 @@ def main() -> None:
         more = ["--resume", str(cut)] if resumable else first
         process, starts = subprocess.Popen(command(*more), **quiet), starts + 1
         try:
-            process.wait(rng.uniform(2.0, 5.0 + length / args.kills))  # Python alone takes about two seconds to start
+            process.wait(rng.uniform(0.3 * start, 1.2 * start + 2 * length / args.kills))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
