@@ -219,6 +219,7 @@ def bind(base: weights.Base, contexts: tuple[Tensor, ...], guidance: float, cont
         h, w = x.shape[-2:]
         each = [context[:n].repeat_interleave(len(x), dim=0).to(dtype) for context in contexts]
         x = x.repeat(n, 1, 1, 1).to(dtype)
+        t = torch.full((len(x),), t, device=x.device)  # as a number it would be compiled anew for each
         if base.transformer:
             size = torch.tensor([[h, w]], device=x.device).expand(len(x), 2) * base.vae.factor
             return base.transformer(x, t, *each, size, size[:, :1] / size[:, 1:])
@@ -426,7 +427,8 @@ class Translator(nn.Module):
     def __init__(self, model: weights.Loaded, context: Tensor, r: float | None, skip_scale: float,
                  direction: str | None):
         super().__init__()
-        self.generator, self.r, self.skip_scale, self.direction = model.generator, r, skip_scale, direction
+        self.generator, self.r, self.skip_scale = model.generator, r, skip_scale
+        self.direction = direction if model.kind == "cyclegan_turbo" else None
         self.register_buffer("context", context)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -106,18 +106,20 @@ def mean_and_std(latents: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, (squares / count).sqrt()
 
 
-def timesteps(schedule: Schedule, steps: int, spacing: str | None = None) -> list[int]:
+def timesteps(schedule: Schedule, steps: int) -> list[int]:
     """`steps` timesteps, high to low, spaced as the checkpoint's scheduler says ("leading", "trailing", "linspace").
-    One step of "linspace" is the highest, not 0 as in `diffusers`, from where nothing can be drawn."""
-    T, spacing = len(schedule.alpha), spacing or schedule.timestep_spacing
+    One step is the highest: for "leading" and "linspace" `diffusers` begins at the lowest, where x0 is the noise."""
+    T, spacing = len(schedule.alpha), schedule.timestep_spacing
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} steps were asked for; expected 1 to {T}")
+    if steps == 1:
+        return [T - 1]
     if spacing == "trailing":
         return [round(T - i * T / steps) - 1 for i in range(steps)]
     if spacing == "leading":
         return [i * (T // steps) + schedule.steps_offset for i in reversed(range(steps))]
     if spacing == "linspace":
-        return [round(i * (T - 1) / (steps - 1)) for i in reversed(range(steps))] if steps > 1 else [T - 1]
+        return [round(i * (T - 1) / (steps - 1)) for i in reversed(range(steps))]
     raise ValueError(f"the scheduler's timestep_spacing is {spacing!r}; built here are 'leading', 'trailing' and"
                      " 'linspace'")
 
@@ -126,9 +128,9 @@ def dpm_timesteps(schedule: Schedule, steps: int) -> list[int]:
     """The timesteps of DPM-Solver in `diffusers`: but for "trailing" there is one interval more than for DDIM, and the
     last is left for the step to 0."""
     T, spacing = len(schedule.alpha), schedule.timestep_spacing
-    if spacing == "leading" and 1 <= steps < T - 1:
+    if spacing == "leading" and 1 < steps < T - 1:
         return [i * (T // (steps + 1)) + schedule.steps_offset for i in reversed(range(1, steps + 1))]
-    if spacing == "linspace" and 1 <= steps < T:
+    if spacing == "linspace" and 1 < steps < T:
         return timesteps(schedule, steps + 1)[:-1]
     return timesteps(schedule, steps)
 

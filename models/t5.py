@@ -91,7 +91,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
         if h.dtype == torch.float16:  # the trained model's sums here exceed 65504: from here on the stream is float32
-            return F.linear(h.float(), self.wo.weight.float())
+            with torch.autocast(h.device.type, enabled=False):
+                return F.linear(h.float(), self.wo.weight.float())
         return self.wo(h)
 
 

@@ -522,7 +522,8 @@ def load_merged(formula: str, dtype: torch.dtype | None = None, device: str = "c
     base = load_base(names[0], tuple(other for other in parts if other != part), dtype, device)
     base.name = formula
     largest = max(networks, key=lambda network: len(network.state_dict()))
-    setattr(base, part, fill(build(type(largest), largest.config, formula), {formula: merged}, "the largest of them"))
+    setattr(base, part, fill(build(type(largest), largest.config, formula), {formula: merged}, "the largest of them",
+                             device=device))
     return base
 
 
