@@ -519,8 +519,9 @@ def collate(items: list[dict]) -> dict:
     return default_collate(items)
 
 
-def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to every process; one saves the state
+def _leave_stops_to_the_trainer(worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or torchrun tells every process; one saves the state
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_step: int | None = None,
@@ -533,7 +534,7 @@ def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_st
     ValueError, one sentence, also when a worker met the picture."""
     steps = _steps(len(dataset), batch, seed, start_step, end_step, range(batch) if rows is None else rows)
     loader = DataLoader(dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=collate,
-                        pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_ctrl_c_to_the_trainer,
+                        pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_stops_to_the_trainer,
                         generator=torch.Generator())  # its own: a loader draws a number from the global one otherwise
     iterator = iter(loader)  # named, so that it is there until what comes of a lost worker has been dealt with
     try:
@@ -734,17 +735,17 @@ def main() -> None:
     command.add_argument("--caption_column", default="text", help="of metadata.jsonl [text]")
     command.add_argument("--seed", type=int, default=42, help="of random crops and flips, drawn once [42]")
     command.add_argument("--batch", type=int, default=8, help="items at a time [8]")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
                          help="of the text encoder [float32]")
-    args = parser.parse_args()
+    args = training.parse_args(parser, sys.argv[1:] or ["--help"])
     if args.command == "check":
         sys.exit(2 if check(args.folder, args.output) else 0)
     if args.command == "prior":
         prior(args.folder, args.base, args.size, args.output)
     else:
         cache(args.data, args.base, args.output, args.prep or f"resized_crop_{args.size}", args.size,
-              args.caption_column, args.seed, args.batch, args.device, args.dtype)
+              args.caption_column, args.seed, args.batch, str(training.pick_device(args.device)), args.dtype)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ and stderr says why; one asked for by name is computed (its weights are fetched)
 folders whose stems are all the same are taken as pairs.
 
 For trainers: the functions take pictures [B, 3, H, W] in [-1, 1] and round them to 8 bits, as a file has them (LPIPS
-alone does not), so that validation and this script give the same number."""
+alone does not), so that validation and this script give the same number (on a GPU up to TF32, which trainers allow)."""
 
 import argparse
 import difflib

@@ -80,8 +80,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         " checkpoint's training]")
     add("--direction", choices=["a2b", "b2a"], help="between two domains [the released file's own, or a2b]")
     add("--r", type=float, help="stochastic translators: 1 follows the input, 0 the noise [0.4]")
-    add("--strength", type=float, default=1.0, help="how much of a checkpoint's trained change is"
-        " applied; of editing, how much noise: at 1 nothing of the input is left [1]")
+    add("--strength", type=float, help="how much of a checkpoint's trained change is"
+        " applied; of editing, how much noise: at 1 nothing of the input is left [1, of editing 0.6]")
     add("--skip_scale", type=float, default=1.0, help="gamma, the strength of the skips [1]")
     add("--preprocess", choices=["canny", "sketch"], help="what is done to an input or control picture first")
     add("--low_threshold", type=float, default=100, help="of canny [100]")
@@ -92,8 +92,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         " in it and the picture keeps 40 dB, else float32]")
     add("--tile", type=int, help="pixels: translate, or decode, larger pictures by overlapping squares of this side")
     add("--compile", action="store_true", help="the networks by torch.compile: minutes once, then faster")
-    add("--export", type=pathlib.Path, help="also write the translation, of pictures of the input's size with this"
-        " caption, as a program: torch.export.load(FILE).module()(x) takes [1, 3, H, W] in [0, 1] and, with r, noise")
+    add("--export", type=pathlib.Path, help="also write the translation with this caption as a program, for this"
+        " device and the input's size, rounded up to the VAE's factor: torch.export.load(FILE).module()(x) takes"
+        " [1, 3, H, W] in [0, 1] and, with r, noise")
     args = training.parse_args(parser, argv)
     args.translator = bool(args.checkpoint) and weights.kind_of(args.checkpoint) != "yoso"
     if (args.translator and not args.input) or (args.input and not args.translator and args.prompt is None):
@@ -105,6 +106,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError('nothing to draw: expected a prompt, as in python sample.py "a cat on a sofa"')
     if (args.controlnet is None) != (args.control_image is None):
         raise ValueError("--controlnet and --control_image belong together; expected both")
+    if args.save and args.save.exists() and not (args.save.is_dir() and not any(args.save.iterdir())):
+        raise ValueError(f"--save {args.save}: there is something already; expected a new or an empty folder")
     if args.base and args.merge:
         raise ValueError("--merge names its bases; leave --base out")
     unused = {"with a translator": OF_A_PROMPT if args.translator else (),
@@ -114,12 +117,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
               "with --checkpoint": ("merge", "prior", "prediction_type") if args.checkpoint else (),
               "without a translator or --control_image": () if args.translator or args.control_image else
               OF_A_PICTURE[1:],
+              "without --preprocess canny": OF_A_PICTURE[2:] if args.preprocess != "canny" else (),
+              "without --controlnet": ("control_scale",) if args.controlnet is None else (),
+              "without a --guidance above 1": ("negative",) if args.guidance <= 1 else (),
               "with --input": ("n", "size", "prior") if args.input else (),
               "without --input or --checkpoint": () if args.input or args.checkpoint else ("strength",)}
     for where, names in unused.items():
         for name in names:
             if getattr(args, name) != parser.get_default(name):
                 raise ValueError(f"--{name} has no meaning {where}; leave it out")
+    if args.strength is None:
+        args.strength = 0.6 if args.input and not args.translator else 1.0
     if not args.translator and (args.input or not args.checkpoint) and not 0 < args.strength <= 1:
         raise ValueError(f"--strength {args.strength}: expected a number above 0, up to 1")
     if args.r is not None and not 0 <= args.r <= 1:
@@ -486,7 +494,9 @@ def translate(args: argparse.Namespace, device: torch.device) -> None:
     one_epsilon = model.generator.config.prediction_type == "epsilon"
     quicken(args, device, vaes, model.generator.unet, one_epsilon, [model.generator])
     if model.kind == "cyclegan_turbo":
-        _, own, caption = weights.CHECKPOINTS.get(args.checkpoint, (None, None, None))
+        _, own, caption = next((released for name, released in weights.CHECKPOINTS.items()
+                                if args.checkpoint == name or pathlib.Path(args.checkpoint).name == released[0]),
+                               (None, None, None))
         args.direction = args.direction or own or "a2b"
         known = caption if args.direction == own else None
         if model.prompts:

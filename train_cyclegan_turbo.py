@@ -34,6 +34,7 @@ from models import weights
 from models.cyclegan_turbo import DIRECTIONS, CycleGANTurbo, CycleGANTurboConfig
 from models.dino import structure_distance
 from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
+from models.latents import latent_size
 
 
 @dataclass
@@ -266,7 +267,7 @@ def main() -> None:
         batch = next(batches)
         for group in [g for o in (optimizer, optimizer_d) if o for g in o.param_groups]:
             group["lr"] = learning_rate(step, cfg, last_step)
-        size = [batch["a"].shape[i] // factor for i in (2, 3)]
+        size = latent_size(batch["a"].shape[2:], factor)
 
         def latent_noise(pass_name: str, rows: list[int], step: int = step, size: list[int] = size) -> Tensor:
             generator = training.rng(cfg.seed, step, pass_name)

@@ -32,6 +32,7 @@ import evaluate
 import training
 from models import weights
 from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
+from models.latents import latent_size
 from models.lora import set_scale
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 
@@ -260,7 +261,7 @@ def main() -> None:
             group["lr"] = learning_rate(step, cfg, last_step)
         r = torch.rand((), generator=training.rng(cfg.seed, step, "r")).item() if cfg.stochastic else None
         set_scale(generator, 1.0 if r is None else r)
-        size = [batch["input"].shape[i] // factor for i in (2, 3)]
+        size = latent_size(batch["input"].shape[2:], factor)
         latent_noise, noise = (torch.randn(global_batch, channels, *size, generator=training.rng(cfg.seed, step, what))
                                .to(dtype) for what in ("latent", "noise"))
 

@@ -2,7 +2,7 @@
 
     python train_yoso.py --base gaussians                 # points in the plane, CPU, two minutes
     python train_yoso.py                                  # drawn scenes, LoRA on tiny-sd, CPU
-    python train_yoso.py --base pixels --train_data_dir cifar10.zip       # raw pictures, from scratch (README: in two)
+    python train_yoso.py --base pixels --train_data_dir cifar10.zip       # raw pictures, from scratch
     python train_yoso.py --base sd15 --train_data_dir DATA --mixed_precision bf16
     python train_yoso.py --base sd15 --train_data_dir captions.txt --teacher sd-turbo --mixed_precision bf16
     python train_yoso.py --base pixart512 --train all --stage adapt_v ...

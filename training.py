@@ -4,6 +4,7 @@ If a line here were deleted, a file, a log or a process would be lost, but nothi
 
 import argparse
 import contextlib
+import datetime
 import difflib
 import hashlib
 import inspect
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 MAY_CHANGE = {"max_train_steps", "checkpointing_steps", "viz_freq", "eval_freq", "validation_steps", "resume",
-              "dataloader_num_workers", "output_dir"}
+              "dataloader_num_workers"}
 AT_LEAST = {"seed": 0, "dataloader_num_workers": 0, "lr_warmup_steps": 0, "prior_pictures": 0, "tile": 32}  # others: 1
 REFUSED = {
     "--enable_xformers_memory_efficient_attention": "attention is always fused here (scaled_dot_product_attention)",
@@ -75,7 +76,11 @@ def parse(cls: type, tables: dict[str, dict], aliases: dict[str, str], descripti
 
 
 def given_values(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
-    return {k: v for k, v in vars(parse_args(parser, argv)).items() if v is not None}
+    """The flags of a trainer, whose weights and rates are never below 0."""
+    given = {k: v for k, v in vars(parse_args(parser, argv)).items() if v is not None}
+    if below := next((name for name, value in given.items() if type(value) is float and value < 0), None):
+        raise ValueError(f"--{below} {given[below]}: expected 0 or more")
+    return given
 
 
 def on_or_off(text: str) -> bool:
@@ -91,9 +96,13 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     def refuse(message: str):
         raise ValueError(message)
 
-    parser.error = refuse
+    parsers = [parser]
+    for action in parser._actions:
+        parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else ()
+    for one in parsers:
+        one.error = refuse
     given, unknown = parser.parse_known_args(argv)
-    known = [name for action in parser._actions for name in action.option_strings]
+    known = [name for one in parsers for action in one._actions for name in action.option_strings]
     for flag in unknown:
         name = flag.split("=")[0]
         if name in REFUSED:
@@ -101,8 +110,10 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         near = difflib.get_close_matches(name, known, n=1)
         refuse(f"unknown argument {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     for name, value in vars(given).items():
-        if type(value) is int and value < AT_LEAST.get(name, 1):
-            refuse(f"--{name} {value}: expected {AT_LEAST.get(name, 1)} or more")
+        if type(value) is int and not AT_LEAST.get(name, 1) <= value < 2**63:
+            refuse(f"--{name} {value}: expected {AT_LEAST.get(name, 1)} or more, below 2^63")
+        if type(value) is float and not math.isfinite(value):
+            refuse(f"--{name} {value}: expected a finite number")
     return given
 
 
@@ -119,7 +130,7 @@ def resumed(cls: type, given: dict, parser: argparse.ArgumentParser):
     for name in given.keys() - MAY_CHANGE:
         if given[name] != saved.get(name):
             raise ValueError(f"--{name} {given[name]} differs from the {saved.get(name)} that the run {given['resume']}"
-                             f" began with; only {', '.join(sorted(MAY_CHANGE - {'resume', 'output_dir'}))} may change:"
+                             f" began with; only {', '.join(sorted(MAY_CHANGE - {'resume'}))} may change:"
                              " leave it out")
     return cls(**{**saved, **given, "output_dir": given["resume"]})
 
@@ -137,8 +148,13 @@ def run(main: Callable[[], None]) -> None:
         line = " ".join(str(error).split())  # a name in a file may hold what it likes
         tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)  # not into a bar
         sys.exit(2)
-    except RuntimeError as error:  # raised between any two lines, by the signal of a child's end
-        if not str(error).startswith("DataLoader worker"):
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: memory was short ({first_line(error)}); make pictures"
+                       " or batches smaller (--size, --batch, --tile; of a trainer --train_batch_size, --resolution),"
+                       " or train with --gradient_checkpointing", file=sys.stderr)
+            sys.exit(2)
+        if not str(error).startswith("DataLoader worker"):  # raised between any two lines, by a child's end
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the ends of the others would raise it anew
         tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: a process that prepares pictures was lost"
@@ -158,7 +174,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used ({first_line(error)}); expected auto, or"
                          " cpu, cuda or mps as this machine has it") from None
@@ -174,7 +190,8 @@ def start_ranks(device_name: str) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=2))  # the others wait while rank 0 validates
     return rank, world, device
 
 
@@ -250,12 +267,14 @@ def open_run(config, kind: str, rank: int) -> pathlib.Path:
         config.output_dir = name[0]
     folder = pathlib.Path(config.output_dir)
     if rank == 0:
-        if not config.resume and (folder / "config.json").exists():
+        if not config.resume and any((folder / name).exists() for name in ("state.pt", "model.safetensors")):
             raise ValueError(f"{folder} holds a run already; continue it with --resume {folder}, or choose another"
                              " --output_dir")
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
+        if not config.resume:  # of one that ended before its first save
+            (folder / "log.jsonl").unlink(missing_ok=True)
         write_file(folder / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=1)))
     return folder
 
@@ -270,10 +289,11 @@ def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> N
             os.fsync(file.fileno())
         temporary.replace(path)
     except Exception as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise OSError(f"{path} could not be written ({first_line(error)}); the file that was there is untouched:"
                       " make room, and run the command again (a trainer's with --resume)") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def needed(load: Callable, *args, without: str):

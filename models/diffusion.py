@@ -97,7 +97,7 @@ def mean_and_std(latents: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Of each value over the latents [4, h, w], in float64, one at a time (Welford's way)."""
     count, mean, squares = 0, 0.0, 0.0
     for count, z in enumerate(latents, start=1):
-        z = z.double().cpu()
+        z = z.cpu().double()
         delta = z - mean
         mean = mean + delta / count
         squares = squares + delta * (z - mean)

@@ -83,7 +83,7 @@ def diff_augment(x: Tensor, draws: dict[str, Tensor]) -> Tensor:
     x = (x - mean) * (contrast + 0.5) + mean
 
     def integer(name: str, low: int, high: int) -> Tensor:  # uniform over low, ..., high; in float64 it is never more
-        return (draws[name].to(x.device, torch.float64) * (high - low + 1)).floor().long() + low
+        return ((draws[name].double() * (high - low + 1)).floor().long() + low).to(x.device)
 
     hole = []
     for axis, dim in (("y", 2), ("x", 3)):

@@ -32,16 +32,20 @@ def check_data(items: Dataset, where: str, base: Base, base_name: str, teacher: 
                              " make a cache of this base")
 
 
-def latent_shape(base: Base, item: dict, resolution: int) -> tuple[int, ...]:
-    """[C, h, w] of the latent of a data set's item, of captions alone of a picture of that resolution; of points [2].
-    ValueError where a picture has no whole latent."""
-    if "mean" in item:
-        return item["mean"].shape
-    sides, factor = item["target"].shape[1:] if "target" in item else (resolution, resolution), base.vae.factor
+def latent_size(sides: tuple[int, int], factor: int) -> list[int]:
+    """[h, w] of the latent of a picture of [H, W]; ValueError where it has no whole one."""
     if any(side % factor for side in sides):
         raise ValueError(f"pictures of {sides[1]}x{sides[0]} pixels; expected sides that are multiples of {factor}:"
                          " choose another --resolution or --train_image_prep")
-    return base.denoiser.config.in_channels, *(side // factor for side in sides)
+    return [side // factor for side in sides]
+
+
+def latent_shape(base: Base, item: dict, resolution: int) -> tuple[int, ...]:
+    """[C, h, w] of the latent of a data set's item, of captions of a picture of that resolution; of points [2]."""
+    if "mean" in item:
+        return item["mean"].shape
+    sides = item["target"].shape[1:] if "target" in item else (resolution, resolution)
+    return base.denoiser.config.in_channels, *latent_size(sides, base.vae.factor)
 
 
 def one_step(base: Base, captions: list[str], noise: Tensor) -> Tensor:

@@ -659,7 +659,7 @@ class Numbers(torch.utils.data.Dataset):
                 raise ValueError("inner")
             except ValueError:
                 raise ValueError(f"picture {index} is broken: replace it") from None
-        ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        ignores = all(signal.getsignal(s) is signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM))
         draw = torch.tensor([np.random.default_rng(key).random()] * 3).view(3, 1, 1)
         return dict(input=draw, target=draw, caption=f"ignores {ignores}", name=f"{index} {key}")
 
@@ -761,7 +761,7 @@ def test_pictures_of_several_sizes_in_one_batch_are_refused_by_name(tmp_path):
     assert len(list(data.batches(pairs, 1, 0, end_step=2))) == 2
 
 
-def test_workers_ignore_ctrl_c_and_the_main_process_does_not():
+def test_workers_ignore_stops_and_the_main_process_does_not():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start ignoring it
     try:
         for workers, ignores in ((1, True), (0, False)):
@@ -884,10 +884,19 @@ def test_check_of_the_real_folders_finds_no_problem(shared, run_check):
     assert status == 0 and "train_A: 36 pictures" in out and "test_B: 6 pictures" in out
 
 
-def test_the_command_without_arguments_prints_its_usage():
+def test_the_command_without_arguments_prints_its_help():
     done = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("usage: data.py") and "check" in done.stderr
+    assert (done.returncode, done.stderr) == (0, "") and "check" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["chek", "x"], "'chek'"), (["check", "x", "--ouput", "y"], "did you mean --output?"),
+    (["cache", "x", "--output", "y", "--device", "foo"], "--device foo"),
+    (["cache", "x", "--output", "y", "--batch", "0"], "--batch 0: expected 1 or more"), (["cache", "x"], "--output")])
+def test_wrong_arguments_are_one_line(run_check, tmp_path, arguments, says):
+    status, out, err = run_check(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1) and says in err
+    assert not [*tmp_path.iterdir()]
 
 
 # -------------------- Unpaired folders

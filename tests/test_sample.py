@@ -289,9 +289,11 @@ def test_a_released_name_knows_its_direction_and_caption(checkpoints, command, t
         return loaded
 
     monkeypatch.setattr(weights, "load_generator", named)
-    status, _, err = command("--checkpoint", "night_to_day", "--input", source)
-    text = Image.open("out.png").text
-    assert (status, text["direction"], text["prompt"]) == (0, "b2a", "driving in the day"), err
+    (tmp_path / "night2day.pkl").touch()
+    for name in ("night_to_day", tmp_path / "night2day.pkl"):
+        status, _, err = command("--checkpoint", name, "--input", source)
+        text = Image.open("out.png").text
+        assert (status, text["direction"], text["prompt"]) == (0, "b2a", "driving in the day"), err
     status, _, err = command("--checkpoint", "night_to_day", "--input", source, "--direction", "a2b")
     assert status == 2 and "names no caption" in err
 
@@ -418,6 +420,14 @@ def test_compiled_networks_draw_the_same_picture(base, checkpoints, command, tmp
         assert (levels("compiled.png") - levels("out.png")).abs().max() <= 1
 
 
+def test_all_steps_are_one_graph(base):
+    torch._dynamo.reset()
+    made, networks = [], weights.load_base(base)
+    networks.unet.compile(dynamic=False, backend=lambda graph, inputs: (made.append(graph), graph.forward)[1])
+    sample.text_to_image(networks, PROMPT, [0], (16, 16), steps=12)
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("kind", ["unpaired", "stochastic"])
 def test_an_exported_program_makes_the_same_picture(checkpoints, command, tmp_path, kind):
     source = picture(tmp_path / "in.png", 15, 17)
@@ -451,11 +461,17 @@ REFUSED = {
     "base that may not be fetched": ([PROMPT, "--base", "sd-turbo"], ["sd-turbo", "could not be fetched"]),
     "r over 1": (["--checkpoint", "S", "--input", "P", "--r", "1.5"], ["--r 1.5", "0 to 1"]),
     "r below 0": (["--checkpoint", "S", "--input", "P", "--r", "-0.1"], ["--r -0.1", "0 to 1"]),
-    "r that is no number": (["--checkpoint", "S", "--input", "P", "--r", "nan"], ["--r nan", "0 to 1"]),
+    "r that is no number": (["--checkpoint", "S", "--input", "P", "--r", "nan"], ["--r nan", "finite"]),
     "r of a deterministic model": (["--checkpoint", "C", "--input", "P", "--r", "0.5"], ["--r", "not a stochastic"]),
     "r of a prompt": ([PROMPT, "--base", "B", "--r", "0.5"], ["--r has no meaning without a translator"]),
     "direction of a paired model": (["--checkpoint", "C", "--input", "P", "--direction", "b2a"], ["one way"]),
     "r of an unpaired model": (["--checkpoint", "U", "--input", "P", "--r", "0.5"], ["--r", "not a stochastic"]),
+    "negative of nothing": ([PROMPT, "--base", "B", "--negative", "fog"], ["--negative has no meaning without"]),
+    "scale of no control": ([PROMPT, "--base", "B", "--control_scale", "2"], ["--control_scale has no meaning"]),
+    "threshold of no canny": (["--checkpoint", "C", "--input", "P", "--low_threshold", "9"], ["--low_threshold has"]),
+    "a folder that is there": ([PROMPT, "--base", "B", "--save", "D"], ["--save", "expected a new or an empty folder"]),
+    "no finite strength": (["--checkpoint", "C", "--input", "P", "--strength", "nan"], ["--strength nan", "finite"]),
+    "a device without numbers": ([PROMPT, "--base", "B", "--device", "meta"], ["--device meta"]),
     "a program of a prompt": ([PROMPT, "--base", "B", "--export", "a.pt2"], ["--export has no meaning without a"]),
     "a program of a folder": (["--checkpoint", "C", "--input", "D", "--export", "a.pt2"], ["--export", "a folder"]),
     "a LoRA on a translator": (["--checkpoint", "C", "--input", "P", "--lora", "x"], ["--lora has no meaning with"]),

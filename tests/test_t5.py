@@ -114,6 +114,8 @@ def test_in_float16_sums_beyond_it_are_taken_in_float32_as_in_the_peer():
     ids, mask = captions(99, 9)
     ours = encoder(ids, mask)
     assert torch.isfinite(ours).all()
+    with torch.autocast("cpu", torch.float16):
+        assert torch.isfinite(encoder(ids, mask)).all()
     for block in peer.encoder.block:  # as from_pretrained keeps it
         block.layer[1].DenseReluDense.wo.float()
     assert relative(ours.float(), peer(ids, attention_mask=mask).last_hidden_state.float()) < 5e-3

@@ -334,6 +334,7 @@ BAD = {  # what is wrong: (the flags, what is done to the folder before, words o
     "no such device": (["--device", "warp"], None, ["--device warp"]),
     "unknown preparation": (["--train_image_prep", "crop"], None, ["crop", "resized_crop_N"]),
     "resume from nothing": (["--resume", "/nowhere"], None, ["/nowhere", "config.json"]),
+    "sizes without a latent": (["--train_image_prep", "resized_crop_17"], None, ["17x17", "multiples of"]),
     "batch of nothing": (["--train_batch_size", "0"], None, ["--train_batch_size", "1 or more"]),
     "no steps": (["--max_train_steps", "-1"], None, ["--max_train_steps", "1 or more"]),
     "rank of nothing": (["--train", "lora", "--lora_rank_unet", "0"], None, ["--lora_rank_unet", "1 or more"]),
@@ -356,7 +357,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(monkeypatch, caps
     folder, taken = tmp_path / "data", tmp_path / "taken"
     subprocess.run(["cp", "-r", pairs, folder], check=True)
     taken.mkdir()
-    (taken / "config.json").write_text("{}")
+    (taken / "state.pt").write_text("{}")
     if spoil:
         spoil(folder)
     flags = [f.format(tmp=tmp_path, taken=taken) for f in flags]
@@ -367,7 +368,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(monkeypatch, caps
     assert caught.value.code == 2 and len(lines) == 1 and "Traceback" not in lines[0]
     assert all(word in lines[0] for word in words), lines[0]
     assert not list(tmp_path.glob("**/*.tmp")) and not list(tmp_path.glob("**/*.safetensors"))
-    assert (taken / "config.json").read_text() == "{}"
+    assert (taken / "state.pt").read_text() == "{}"
 
 
 def test_a_loss_that_is_no_number_stops_at_once_and_keeps_the_last_state(monkeypatch, capsys, tmp_path, pairs):

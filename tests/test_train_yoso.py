@@ -686,7 +686,7 @@ def test_pictures_are_of_one_size_in_training_and_in_the_grid(monkeypatch, capsy
 def test_bad_input_is_one_line_and_leaves_nothing_half_written(monkeypatch, capsys, tmp_path, case):
     flags, words = BAD[case]
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "config.json").write_text("{}")
+    (tmp_path / "taken" / "state.pt").write_text("{}")
     (tmp_path / "taken" / "a.zip").write_text("no zip")
     with pytest.raises(SystemExit) as caught:
         train(monkeypatch, "--train_data_dir", "drawn:circles", *SMALL, "--output_dir", tmp_path / "run",

@@ -121,7 +121,10 @@ def test_a_state_cut_anywhere_or_with_code_in_it_is_refused_in_one_line(tmp_path
 
 def test_a_run_is_never_overwritten(tmp_path):
     cfg = Config(output_dir=str(tmp_path / "run"))
-    training.open_run(cfg, "kind", 0)
+    folder = training.open_run(cfg, "kind", 0)
+    (folder / "log.jsonl").write_text("of a run that ended before its first save")
+    assert not (training.open_run(cfg, "kind", 0) / "log.jsonl").exists()
+    (folder / "state.pt").touch()
     with pytest.raises(ValueError, match="holds a run already"):
         training.open_run(cfg, "kind", 0)
 
@@ -156,6 +159,18 @@ def test_plot_is_drawn_from_the_log(tmp_path):
     training.plot_losses(tmp_path / "log.jsonl", tmp_path / "losses.png")
     page = np.asarray(Image.open(tmp_path / "losses.png"))
     assert page.shape == (200, 1080, 3) and (page == (31, 95, 168)).all(-1).sum() > 100
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_is_short_is_one_line(capsys, error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        training.run(main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and "memory" in err and "--train_batch_size" in err
 
 
 def test_an_unknown_device_and_a_missing_reporter_are_refused(tmp_path):
@@ -208,6 +223,9 @@ def test_tiny_bases_have_other_defaults_which_flags_override(capsys):
     (["--allow_tf32"], ["--allow_tf32 is not needed"]),
     (["--enable_xformers_memory_efficient_attention"], ["fused"]),
     (["stray"], ["stray"]),
+    (["--learning_rate", "-1"], ["--learning_rate -1.0", "0 or more"]),
+    (["--learning_rate", "inf"], ["--learning_rate inf", "finite"]),
+    (["--seed", str(2**64)], ["--seed", "below 2^63"]),
     (["--learning_rate"], ["--learning_rate", "expected one argument"]),
 ])
 def test_wrong_flags_are_one_line_that_helps(argv, words):
@@ -232,6 +250,8 @@ def test_resume_keeps_the_settings_and_lets_only_steps_change(tmp_path):
     assert parse("--resume", str(tmp_path), "--dataloader_num_workers", "3").dataloader_num_workers == 3
     with pytest.raises(ValueError, match="no config.json"):
         parse("--resume", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="--output_dir elsewhere differs from"):
+        parse("--resume", str(tmp_path), "--output_dir", "elsewhere")
 
 
 @pytest.mark.parametrize("text, says", [

@@ -378,15 +378,15 @@ def page(results: dict) -> str:
 HEAD = """# Ideas, turned off
 
 Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer and
-seeds, equal steps, one flag changed (`base`: also those that keep its settings equal; `adaption`: with two stages of
-250 steps before). `python -m tiny.plates IDEA` makes a row anew; minutes are those of one core for one seed, without
-the stages that the YOSO rows share. Figures are of 200 held-out drawings, means over seeds
-(with their range where there are several); attributes are shares that the judge of [tiny/measure.py](tiny/measure.py)
-finds right, sharpness and the spread of brightness are shares of the drawings' own. No setting was tuned until an idea
-won; but the YOSO ideas were begun anew once: at first LoRA was trained on `tiny-sd` for 200 steps (seed 0), and all
-sides that had been run lay close together (coop 64.2 %, noisy 62.2, data 61.6, without KL 61.4). These are minutes of
-training at 64 x 64 pixels, and one seed says little of small differences: what shows no effect here may show one at
-size.
+seeds, equal steps, one flag changed (`base`: also the flags by which the other base would have other defaults;
+`adaption`: with two stages of 250 steps before). `python -m tiny.plates IDEA` makes a row anew; minutes are those of
+one core for one seed, without the stages that the YOSO rows share. Figures are of 200 held-out drawings, means over
+seeds (with their range where there are several); attributes are shares that the judge of
+[tiny/measure.py](tiny/measure.py) finds right, sharpness and the spread of brightness are shares of the drawings'
+own. No setting was tuned until an idea won; but the YOSO ideas were begun anew once: at first LoRA was trained on
+`tiny-sd` for 200 steps (seed 0), and all sides that had been run lay close together (coop 64.2 %, noisy 62.2, data
+61.6, without KL 61.4). These are minutes of training at 64 x 64 pixels, and one seed says little of small
+differences: what shows no effect here may show one at size.
 
 | idea | formula | function | turned off by | pictures | figures | seeds | minutes |
 | --- | --- | --- | --- | --- | --- | --- | --- |
