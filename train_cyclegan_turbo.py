@@ -152,7 +152,8 @@ def main() -> None:
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
-    base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
+    with training.first_alone(rank):
+        base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
     generator = CycleGANTurbo(base.vae, base.unet, base.schedule, CycleGANTurboConfig(
         lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, skips=cfg.skips, conv_in=cfg.conv_in,
         train=cfg.train, prediction_type=base.schedule.prediction_type), training.rng(cfg.seed, 0, "lora")).train()

@@ -151,7 +151,8 @@ def main() -> None:
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
-    base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
+    with training.first_alone(rank):
+        base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
     prompts = sorted({*train_set.captions})
     generator = Pix2PixTurbo(base.vae, base.unet, base.schedule, Pix2PixTurboConfig(
         lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, stochastic=cfg.stochastic,

@@ -236,8 +236,9 @@ def main() -> None:
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
-    base = gaussians.load_base(seed, dtype, device) if points else weights.load_base(
-        cfg.base, weights.parts_of(cfg.base, isinstance(train_set, data.Cached)), dtype, str(device), seed)
+    with training.first_alone(rank):
+        base = gaussians.load_base(seed, dtype, device) if points else weights.load_base(
+            cfg.base, weights.parts_of(cfg.base, isinstance(train_set, data.Cached)), dtype, str(device), seed)
     if cfg.prediction_type:
         base.schedule = Schedule.from_config(base.schedule.config | {"prediction_type": cfg.prediction_type})
     check(cfg, base.schedule)

@@ -195,6 +195,16 @@ def start_ranks(device_name: str) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
+@contextlib.contextmanager
+def first_alone(rank: int):
+    """The first process goes before the others, who find what it downloaded."""
+    if rank:
+        dist.barrier()
+    yield
+    if not rank and dist.is_initialized():
+        dist.barrier()
+
+
 def my_rows(rank: int, world: int, batch: int, accumulation: int) -> list[list[int]]:
     """Rows of the global batch that this process takes, a list for each accumulation slice."""
     return [[(a * world + rank) * batch + i for i in range(batch)] for a in range(accumulation)]

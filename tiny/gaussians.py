@@ -48,10 +48,7 @@ class Points(Dataset):
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
         index = item[0] if isinstance(item, tuple) else item
-        return dict(input=self.points[index], target=self.points[index], caption="", name=f"point {index}")
-
-    def judge(self, samples: Tensor, indices: list[int]) -> dict[str, float]:
-        return measure(samples)
+        return dict(target=self.points[index], caption="", name=f"point {index}")
 
 
 class MLP(nn.Module):
