@@ -346,6 +346,7 @@ def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0, size
     """A folder of two domains, or drawn:day2night or drawn:clear2rain, drawn at `size` and without use for prep."""
     if not str(folder).startswith("drawn:"):
         return UnpairedFolder(folder, split, prep)
+    prepare(prep)  # a wrong word is an error all the same
     from tiny.scenes import Unpaired
     return Unpaired(str(folder).removeprefix("drawn:"), split, size, seed)
 
@@ -354,6 +355,7 @@ def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: 
     """A folder of pairs, or drawn:circles or drawn:scenes, which are drawn at `size` and have no use for prep."""
     if not str(folder).startswith("drawn:"):
         return PairedFolder(folder, split, prep)
+    prepare(prep)
     from tiny import circles, scenes
     if str(folder) == "drawn:circles":
         return circles.Circles(split, seed, size)

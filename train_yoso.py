@@ -106,7 +106,7 @@ class Config:
     viz_freq: int = 100  # steps between sample grids
     eval_freq: int = 500  # steps between validations
     num_samples_eval: int = 100  # pictures of a validation
-    validation_prompts: str | None = None  # captions of the sample grid, with | between them; else the test's
+    validation_prompts: str | None = None  # up to 16 captions of the sample grid, with | between; else the test's
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
     report_to: str = "none"  # none, tensorboard, wandb

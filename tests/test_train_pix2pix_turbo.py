@@ -333,6 +333,8 @@ BAD = {  # what is wrong: (the flags, what is done to the folder before, words o
     "base without index": (["--base", "{tmp}"], None, ["model_index.json"]),
     "no such device": (["--device", "warp"], None, ["--device warp"]),
     "unknown preparation": (["--train_image_prep", "crop"], None, ["crop", "resized_crop_N"]),
+    "unknown preparation of drawings": (["--train_image_prep", "crop", "--dataset_folder", "drawn:scenes"], None,
+                                        ["crop", "resized_crop_N"]),
     "resume from nothing": (["--resume", "/nowhere"], None, ["/nowhere", "config.json"]),
     "sizes without a latent": (["--train_image_prep", "resized_crop_17"], None, ["17x17", "multiples of"]),
     "batch of nothing": (["--train_batch_size", "0"], None, ["--train_batch_size", "1 or more"]),
