@@ -345,11 +345,11 @@ def line_of(where: str) -> tuple[str, str, int]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean over seeds, and the range."""
+    """Mean over seeds, and the range if there is one."""
     def short(x: float) -> str:
         return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3g}"
-    mean = short(statistics.mean(values))
-    return mean if len(values) == 1 else f"{mean} ({short(min(values))} to {short(max(values))})"
+    mean, low, high = map(short, (statistics.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def figures_of(idea: Idea, results: dict, label: str) -> dict[str, str]:
@@ -386,7 +386,7 @@ seeds (with their range where there are several); attributes are shares that the
 [tiny/measure.py](tiny/measure.py) finds right, sharpness and the spread of brightness are shares of the drawings'
 own. No setting was tuned until an idea won; but the YOSO ideas were begun anew once: at first LoRA was trained on
 `tiny-sd` for 200 steps (seed 0), and all sides that had been run lay close together (coop 64.2 %, noisy 62.2, data
-61.6, without KL 61.4). These are minutes of training at 64 x 64 pixels, and one seed says little of small
+61.6, without KL 61.4). These are minutes of training at 64 x 64 pixels, and three seeds say little of small
 differences: what shows no effect here may show one at size.
 
 | idea | formula | function | turned off by | pictures | figures | seeds | minutes |
