@@ -96,6 +96,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         " device and the input's size, rounded up to the VAE's factor: torch.export.load(FILE).module()(x) takes"
         " [1, 3, H, W] in [0, 1] and, with r, noise")
     args = training.parse_args(parser, argv)
+    check(args, parser)
+    return args
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuses flags that do not go together. Sets what follows from them: translator, page, strength."""
     args.translator = bool(args.checkpoint) and weights.kind_of(args.checkpoint) != "yoso"
     if (args.translator and not args.input) or (args.input and not args.translator and args.prompt is None):
         raise ValueError("a translator (--checkpoint) and --input belong together; expected both, or a prompt to edit"
@@ -132,7 +138,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--strength {args.strength}: expected a number above 0, up to 1")
     if args.r is not None and not 0 <= args.r <= 1:
         raise ValueError(f"--r {args.r}: expected a number from 0 to 1")
-    return args
 
 
 # ------------------------------------------------------------------------------------------------------- what comes out
