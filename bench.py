@@ -669,7 +669,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--size", type=int, default=256, help="pixels a side [256]")
     add("--batch", type=int, default=1)
     add("--sizes", type=numbers, default=[256, 512, 1024], metavar="N,N", help="of growth, and of memory on CUDA")
-    add("--batches", type=numbers, default=[1, 2, 4], metavar="N,N", help="of growth, at --size")
+    add("--batches", type=numbers, metavar="N,N", help="of growth, text and translate, at --size [--batch]")
     add("--dtype", choices=["float32", "bf16"], default="float32")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--fast", action="store_true", help="our side as sample.py chooses; of other whats in bf16 and channels_last")
@@ -685,6 +685,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.against = args.against or next(iter(known), None)
     if args.against not in [*known, None]:
         parser.error(f"--what {args.what} is measured against {' or '.join(known) or 'nothing'}")
+    args.batches = args.batches or ([1, 2, 4] if args.what == "growth" else [args.batch])
     args.dtype, args.kind, args.checkpointing = sample.DTYPES[args.dtype], "pix2pix_turbo", False
     return args
 
@@ -711,7 +712,7 @@ def main(argv: list[str] | None = None) -> None:
             rows = dict(load=load, memory=memory)[args.what](args)
         else:
             sides = {side: work for side, work in SIDES[args.what].items() if side in ("ours", args.against)}
-            rows = compare(args, sides, tasks.get(args.what, [(args.size, args.batch)]))
+            rows = compare(args, sides, tasks.get(args.what, [(args.size, n) for n in args.batches]))
     size = f", {args.size} px, batch {args.batch}" if args.what in ("load", "modules") else ""
     quick = " (ours fast)" * args.fast + " (ours compiled)" * args.compile
     title = f"{args.what}: {of}{size}, {dtype}{quick}, {args.device.upper()}"

@@ -106,10 +106,10 @@ def to_picture(x: torch.Tensor) -> Image.Image:
     """[3, H, W] in [-1, 1], clamped, to the nearest of the 256 levels. ValueError on NaN or another shape."""
     if x.ndim != 3 or x.shape[0] != 3:
         raise ValueError(f"found a tensor of shape {list(x.shape)}, expected one picture [3, H, W]")
-    x = x.detach().float().cpu()
+    x = x.detach().float()
     if x.isnan().any():
         raise ValueError("the picture holds NaN, no colour: try --mixed_precision no or a lower learning rate")
-    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 

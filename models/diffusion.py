@@ -24,6 +24,9 @@ class Schedule:
     last_alpha_is_one: bool = True  # what DDIM steps to after its last timestep: no noise at all, or the noise of t = 0
     config: dict = field(default_factory=dict)  # what it was made from, to be saved again
 
+    def __post_init__(self):
+        self._numbers = self.alpha.tolist(), self.sigma.tolist()
+
     @classmethod
     def from_config(cls, config: dict) -> "Schedule":
         """From a `scheduler_config.json`. Refuses what is not built here by name."""
@@ -56,10 +59,11 @@ class Schedule:
     def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t on the device of `like` [B, ...], shaped to multiply it, in its type but float32 at
         least: half a type loses what 1 / alpha (14.6 at SD-Turbo's t) then multiplies. t: one or [B]."""
-        t = torch.as_tensor(t, device="cpu")
-        shape, dtype = (-1,) + (1,) * (like.ndim - 1), torch.promote_types(like.dtype, torch.float32)
-        return tuple(table[t].to(device=like.device, dtype=dtype).reshape(shape)
-                     for table in (self.alpha, self.sigma))
+        fine = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+        ones = (1,) * (like.ndim - 1)
+        if isinstance(t, int):  # as numbers: a GPU would wait for a copy, and a compiled graph be cut at it
+            return tuple(torch.full((1, *ones), numbers[t], **fine) for numbers in self._numbers)
+        return tuple(table[t.cpu()].to(**fine).reshape(-1, *ones) for table in (self.alpha, self.sigma))
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:

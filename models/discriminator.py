@@ -212,7 +212,8 @@ class PixelDiscriminator(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
-        t = timestep_embedding(torch.as_tensor(t, device=x.device).expand(len(x)), self.time[0].in_features).to(x.dtype)
+        t = torch.full((), t, device=x.device) if isinstance(t, int) else t.to(x.device)
+        t = timestep_embedding(t.expand(len(x)), self.time[0].in_features).to(x.dtype)
         h = self.conv_in(x)
         for down, time in zip(self.down, self.time):
             h = down(F.leaky_relu(h + time(t)[:, :, None, None], 0.2))

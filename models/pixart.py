@@ -226,7 +226,7 @@ class PixArt(nn.Module):
         if H % p or W % p:
             raise ValueError(f"the latent is {W}x{H} (width x height) and PixArt cuts it into patches of {p}x{p};"
                              f" expected a picture whose sides are multiples of {PIXELS * p} pixels")
-        t = torch.as_tensor(t, device=x.device).expand(B)
+        t = (torch.full((), t, device=x.device) if isinstance(t, int) else t.to(x.device)).expand(B)
         if resolution is None:
             resolution = torch.tensor([PIXELS * H, PIXELS * W], device=x.device).expand(B, 2)
         if aspect_ratio is None:

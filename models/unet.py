@@ -301,8 +301,8 @@ class UNet(nn.Module):
         return block(*inputs)
 
     def _time(self, x: Tensor, t: Tensor | int) -> Tensor:
-        t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
-        embedding = timestep_embedding(t, self.config.block_out_channels[0])
+        t = torch.full((), t, device=x.device) if isinstance(t, int) else t.to(x.device)  # a copy would make it wait
+        embedding = timestep_embedding(t.expand(len(x)), self.config.block_out_channels[0])
         return self.time_embedding(embedding.to(self.time_embedding.linear_1.weight.dtype))
 
     def _down(self, x: Tensor, time: Tensor, context: Tensor) -> tuple[Tensor, list[Tensor]]:
