@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_compile import NAMES, first, inputs, network
 from test_controlnet import KINDS as CONTROLNETS
+from test_dino import TINY as DINO_TINY
 from test_discriminator import UNET as CRITIC
 from test_discriminator import VISION
-from test_dino import TINY as DINO_TINY
 from test_pixart import TINY as PIXART
 from test_t5 import TINY as T5
 from test_weights import TEXT
