@@ -80,7 +80,7 @@ pipe("a cat", num_inference_steps=1, guidance_scale=0.0, height=int(size), width
 # ---------------------------------------------------------------------------------------------- what both sides work on
 
 
-def write_random_folder(folder: pathlib.Path, tiny: bool, dtype: torch.dtype) -> None:
+def write_random_folder(folder: pathlib.Path, tiny: bool, dtype: torch.dtype, device: str) -> None:
     """A base with random weights, written by `diffusers` and `transformers` themselves. The vocabulary is the tiny
     base's: cutting a prompt into pieces takes no measurable time."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -88,9 +88,10 @@ def write_random_folder(folder: pathlib.Path, tiny: bool, dtype: torch.dtype) ->
     unet, vae, text = ({**sizes, **(TINY[part] if tiny else {})} for part, sizes in SD_TURBO.items())
     tokenizer = ROOT / "tiny" / "tiny" / "tokenizer"
     torch.manual_seed(0)
+    with torch.device(device):
+        vae, unet, text = AutoencoderKL(**vae), UNet2DConditionModel(**unet), CLIPTextModel(CLIPTextConfig(**text))
     StableDiffusionPipeline(
-        vae=AutoencoderKL(**vae).to(dtype), unet=UNet2DConditionModel(**unet).to(dtype),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text)).to(dtype),
+        vae=vae.to(dtype), unet=unet.to(dtype), text_encoder=text.to(dtype),
         tokenizer=CLIPTokenizer(str(tokenizer / "vocab.json"), str(tokenizer / "merges.txt"), model_max_length=77),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                                          timestep_spacing="trailing", steps_offset=1),
@@ -194,7 +195,7 @@ def our_dtype(args: argparse.Namespace) -> torch.dtype:
 
 
 def quicken(network: nn.Module, args: argparse.Namespace) -> None:
-    if args.fast:
+    if args.fast and (args.device == "cpu" or args.compile):  # as sample.py
         network.to(memory_format=torch.channels_last)
     if args.compile:
         network.compile(mode="reduce-overhead" if args.device == "cuda" else None)
@@ -229,7 +230,7 @@ def our_modules(args: argparse.Namespace, asked: Generator) -> None:
 def our_translation(args: argparse.Namespace, asked: Generator) -> None:
     model = weights.load_generator(args.checkpoint, dtype=args.dtype, device=args.device)
     as_sampled(args, model.generator.vae, model.generator.unet, [model.generator])
-    context = model.text_encoder(model.tokenizer(PROMPT).to(args.device))
+    context = model.text_encoder(model.tokenizer(PROMPT).to(args.device)).to(model.generator.unet.conv_in.weight)
 
     def translate(task: tuple[int, int]) -> Tensor:
         made = sample.translate_pictures(model, pictures(*task), context, 0, None)
@@ -704,7 +705,7 @@ def main(argv: list[str] | None = None) -> None:
         elif not args.base:
             args.base = f"{args.scratch or args.here}/random-{'tiny-' * args.tiny}{dtype}"
             if not pathlib.Path(args.base, "model_index.json").is_file():
-                write_random_folder(pathlib.Path(args.base), args.tiny, args.dtype)
+                write_random_folder(pathlib.Path(args.base), args.tiny, args.dtype, args.device)
         if args.what in ("translate", "growth", "train", "lora"):
             write_checkpoint(args.checkpoint, args.base)
             write_data(args.data, args.size, args.batch)

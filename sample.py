@@ -206,7 +206,8 @@ def quicken(args: argparse.Namespace, device: torch.device, vaes: list[nn.Module
             network.to(torch.bfloat16)
         denoiser.to(DTYPES[fine] if one_epsilon else torch.bfloat16)
         args.dtype = f"bf16, denoiser {fine}" if one_epsilon else "bf16"
-    for network in (*vaes, denoiser) if args.dtype != "float32" else ():  # which stays mapped from its file
+    # float32 stays mapped from its file. Group norms on a GPU take channels_last apart again, but not when compiled.
+    for network in (*vaes, denoiser) if args.dtype != "float32" and (device.type == "cpu" or args.compile) else ():
         network.to(memory_format=torch.channels_last)
     for network in graphs if args.compile else ():  # once for each size of picture; on a GPU as CUDA graphs
         network.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)

@@ -40,7 +40,6 @@ NETWORKS = {
                            normal(2, 5, 20), X),
     "patch discriminator": lambda: (discriminator.PatchDiscriminator(8), X, discriminator.draw_augmentation(
         2, torch.Generator().manual_seed(0))),
-    "vision-aided discriminator": lambda: (discriminator.VisionAidedDiscriminator(clip.ImageEncoder(VISION), 8), X),
     "latent discriminator": lambda: (discriminator.LatentDiscriminator(unet.UNet(CRITIC), 24), Z,
                                      torch.tensor([3, 999]), normal(2, 5, CRITIC.cross_attention_dim)),
     "pixel discriminator": lambda: (discriminator.PixelDiscriminator(3, 64, 20, 8), X, torch.tensor([3, 999]),
@@ -62,9 +61,14 @@ def flat(result) -> torch.Tensor:
     return torch.cat([part.flatten().cpu() for part in parts])
 
 
+WITHOUT_TIME = {"VAE encode", "VAE decode", "CLIP's text", "CLIP's pictures", "T5", "patch discriminator", "LPIPS", "DINO",
+                "Inception"}  # the sinusoids of a timestep are of float32
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_gives_what_it_gives_on_the_cpu(name):
     here, *given = NETWORKS[name]()
+    bound = 1e-9 if name in WITHOUT_TIME else 1e-4
     here = (here if name in NAMES else randomise(here.double())).requires_grad_(True)
     results, gradients = [], []
     for device in (lambda value: value, moved):
@@ -73,8 +77,8 @@ def test_a_network_gives_what_it_gives_on_the_cpu(name):
         result.square().sum().backward()
         results.append(result.detach())
         gradients.append(flat([p.grad for p in here.parameters() if p.grad is not None]))
-    assert relative(results[1], results[0]) < 1e-9
-    assert relative(gradients[1], gradients[0]) < 1e-9
+    assert relative(results[1], results[0]) < bound
+    assert relative(gradients[1], gradients[0]) < bound
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,13 +98,12 @@ def test_nothing_waits_inside_a_network(name):
 def test_a_compiled_network_is_one_cuda_graph(name):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    here, given = network(name).float().cuda(), [[*map(moved, inputs(name, seed))] for seed in (0, 1)]
-    given = [[v.float() if isinstance(v, torch.Tensor) else v for v in each] for each in given]
+    here, given = network(name).cuda(), [[*map(moved, inputs(name, seed))] for seed in (0, 1)]
     expected = [first(here(*each)).clone() for each in given]
     compiled = torch.compile(here, fullgraph=True, dynamic=False, mode="reduce-overhead")
     for _ in range(3):  # it warms up, it records, it replays
         made = [first(compiled(*each)).clone() for each in given]
-    assert max(map(relative, made, expected)) < 1e-3
+    assert max(map(relative, made, expected)) < 1e-5
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
@@ -122,7 +125,7 @@ def near(one: Path, other: Path, psnr: float, mean: float) -> None:
 @pytest.fixture
 def day(tmp_path) -> list:
     """Flags that translate a drawn scene."""
-    data.to_picture(data.open_unpaired("drawn:day2night", "test", None)[0]["a"]).save(tmp_path / "day.png")
+    data.to_picture(data.open_unpaired("drawn:day2night", "test", "no_resize")[0]["a"]).save(tmp_path / "day.png")
     return ["--checkpoint", "day2night", "--input", tmp_path / "day.png"]
 
 
@@ -164,8 +167,8 @@ def test_a_trainer_learns_what_it_learns_on_the_cpu(trainer, tmp_path):
         logs[device] = trained(tmp_path / device)
     for here, there in zip(*(lines for _, lines in logs.values())):
         for name in here.keys() & {"l2", "gan", "disc", "cycle", "identity", "grad_norm", "loss"}:
-            assert there[name] == pytest.approx(here[name], rel=1e-6), name
-    assert relative(logs["cuda"][0], logs["cpu"][0]) < 1e-5  # Adam's first steps take the sign of the least gradient
+            assert there[name] == pytest.approx(here[name], rel=1e-3), name
+    assert relative(logs["cuda"][0], logs["cpu"][0]) < 1e-3  # Adam's first steps take the sign of the least gradient
 
 
 @pytest.mark.parametrize("how", [["bf16"], ["fp16"], ["bf16", "--gradient_checkpointing"],
