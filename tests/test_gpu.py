@@ -61,8 +61,8 @@ def flat(result) -> torch.Tensor:
     return torch.cat([part.flatten().cpu() for part in parts])
 
 
-WITHOUT_TIME = {"VAE encode", "VAE decode", "CLIP's text", "CLIP's pictures", "T5", "patch discriminator", "LPIPS", "DINO",
-                "Inception"}  # the sinusoids of a timestep are of float32
+WITHOUT_TIME = {"VAE encode", "VAE decode", "CLIP's text", "CLIP's pictures", "T5", "patch discriminator", "LPIPS",
+                "DINO", "Inception"}  # the sinusoids of a timestep are of float32
 
 
 @pytest.mark.parametrize("name", NETWORKS)
