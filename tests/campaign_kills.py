@@ -56,7 +56,7 @@ def main() -> None:
         more = ["--resume", str(cut)] if resumable else first
         process, starts = subprocess.Popen(command(*more), **quiet), starts + 1
         try:
-            process.wait(rng.uniform(0.3 * start, 1.2 * start + 2 * length / args.kills))
+            process.wait(rng.uniform(0.3 * start, 1.2 * start + length / args.kills))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
