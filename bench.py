@@ -547,7 +547,8 @@ def compare(args: argparse.Namespace, sides: dict[str, Callable], tasks: list) -
             if len(new) == 2 and first is not None:
                 off = np.abs(first - last) / np.abs(last).max()
                 new[1]["difference"] = [float(off.max()), float(off.mean())]
-            print(*(f"{task} {row['side']}: {row['seconds']:.3g} s" for row in new), sep=", ", file=sys.stderr)
+            print(*(f"{task} {row['side']}: {row['seconds']:.3g} s, {row['peak_gb']:.3g} GB" for row in new), sep="; ",
+                  file=sys.stderr)
             rows += new
     finally:
         for process in processes:

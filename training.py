@@ -149,7 +149,8 @@ def run(main: Callable[[], None]) -> None:
         tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)  # not into a bar
         sys.exit(2)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        short = "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"  # of the CPU, of a GPU's library that begins last
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in short):
             tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: memory was short ({first_line(error)}); make pictures"
                        " or batches smaller (--size, --batch, --tile; of a trainer --train_batch_size, --resolution),"
                        " or train with --gradient_checkpointing", file=sys.stderr)

@@ -44,14 +44,25 @@ class VAEConfig:
                              f" {len(self.up_block_types)} up blocks: config.json must name one block a width")
 
 
+class GroupNorm(nn.GroupNorm):
+    """Under autocast in its input's type, too (its sums are of float32 anyway): the float32 that autocast would make of
+    it was two fifths of what a training step keeps for the gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class ResBlock(nn.Module):
     """[B, c_in, h, w] -> [B, c_out, h, w]."""
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.norm2 = GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
@@ -66,7 +77,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: int, groups: int):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.group_norm = GroupNorm(groups, c, eps=1e-6)
         self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
         self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list, because the checkpoint's name is to_out.0
 
@@ -151,7 +162,7 @@ class Encoder(nn.Module):
             for i in range(n)
         ])
         self.mid_block = MidBlock(widths[-1], c.norm_num_groups)
-        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(c.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
         self.checkpointing = False
 
@@ -176,7 +187,7 @@ class Decoder(nn.Module):
             for i in range(n)
         ])
         self.mid_block = MidBlock(widths[0], c.norm_num_groups)
-        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(c.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
         self.checkpointing = False
 

@@ -23,7 +23,7 @@ from test_weights import TEXT
 
 import data
 import evaluate
-from models import clip, controlnet, dino, discriminator, inception, lpips, pixart, t5, unet
+from models import clip, controlnet, dino, discriminator, inception, lpips, pixart, t5, unet, vae
 from models.weights import ROOT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
@@ -91,6 +91,14 @@ def test_nothing_waits_inside_a_network(name):
         here(*given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind", [unet.GroupNorm, vae.GroupNorm])
+def test_a_norm_under_autocast_keeps_half_precision_for_the_gradient(kind):
+    x, norm, kept = normal(2, 8, 6, 6).bfloat16().cuda().requires_grad_(True), kind(4, 8).cuda(), []
+    with torch.autocast("cuda", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+        norm(x)
+    assert {t.dtype for t in kept if t.ndim == 4} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", NAMES)

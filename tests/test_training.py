@@ -162,7 +162,8 @@ def test_plot_is_drawn_from_the_log(tmp_path):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"),
-                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")])
 def test_memory_that_is_short_is_one_line(capsys, error):
     def main():
         raise error

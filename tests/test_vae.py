@@ -7,6 +7,7 @@ from conftest import gradients, normal, parameters, randomise, relative
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from models import unet, vae
 from models.pix2pix_turbo import add_skip_convs, convolved_skips
 from models.vae import VAE, VAEConfig, tiled
 
@@ -205,3 +206,16 @@ def test_a_tiled_picture_has_no_seam_and_a_small_one_is_the_same_bits():
     inner = slice(1, -1)  # where zeros beyond the picture's edge do not show, no step is larger than the whole's
     steps = [x[..., inner, inner].diff(dim=-1).abs().amax() for x in (made, whole)]
     assert steps[0] < 1.1 * steps[1]
+
+
+@pytest.mark.parametrize("kind", [unet.GroupNorm, vae.GroupNorm])
+def test_a_norm_under_autocast_is_in_its_input_s_type_and_its_weights_learn(kind):
+    x, norm = normal(2, 8, 6, 6).bfloat16(), randomise(kind(4, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(x)
+    y.float().square().sum().backward()
+    expected = F.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double())
+    assert y.dtype == torch.bfloat16 and relative(y.double(), expected) < 0.01
+    assert norm.weight.grad.dtype == torch.float32
+    assert relative(norm.weight.grad.double(), ((expected - norm.bias[:, None, None]) / norm.weight[:, None, None]
+                                                * 2 * expected).sum((0, 2, 3)).detach()) < 0.02
