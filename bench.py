@@ -536,7 +536,7 @@ def compare(args: argparse.Namespace, sides: dict[str, Callable], tasks: list) -
             looks = {side: ask(side, task, look=True) for side in sides}
             for side in 3 * [*sides] if args.compile or args.device == "cuda" else []:  # it compiles, it records graphs
                 ask(side, task)
-            runs = {side: [] for side in sides}
+            runs = {side: [] if args.runs else [look] for side, look in looks.items()}
             for _ in range(args.runs):
                 for side in sides:
                     runs[side].append(ask(side, task))
@@ -677,7 +677,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--fast", action="store_true", help="our side as sample.py chooses; of other whats in bf16 and channels_last")
     add("--compile", action="store_true", help="our side compiled")
     add("--gan", action="store_true", help="train: with a patch discriminator on both sides")
-    add("--runs", type=int, default=5)
+    add("--runs", type=int, default=5, help="0: one, the very run that counts FLOPs; for what takes minutes [5]")
     add("--scratch", help="where the random weights (5 GB) are written, and stay [a temporary folder]")
     add("--table", type=pathlib.Path, default=ROOT / "BENCHMARKS.md", help="the file that the table is added to")
     add("--plot", type=pathlib.Path, default=ROOT / "assets" / "growth.png", help="the picture of growth")
