@@ -720,7 +720,8 @@ def main(argv: list[str] | None = None) -> None:
     title = f"{args.what}: {of}{size}, {dtype}{quick}, {args.device.upper()}"
     command = f"python bench.py {' '.join(argv)}"
     print(json.dumps(dict(title=title, command=command, runs=args.runs, machine=machine(args), rows=rows), indent=1))
-    write_table(args.table, title, rows, f"`{command}`: medians of {args.runs} runs, alternately; {machine(args)}.")
+    runs = f"medians of {args.runs} runs, alternately" if args.runs else "one run each"
+    write_table(args.table, title, rows, f"`{command}`: {runs}; {machine(args)}.")
     if args.what == "growth":
         plot(args.plot, rows, args)
 
