@@ -1,7 +1,7 @@
 """Judges made pictures: FID and KID between two folders, DINO structure, LPIPS, PSNR and SSIM of pairs, CLIP score.
 
-    python evaluate.py --real FOLDER --fake FOLDER                       every metric that can be had here
-    python evaluate.py --real FOLDER --fake FOLDER --paired              pictures of the same stem are pairs
+    python evaluate.py --real FOLDER --fake FOLDER                       # every metric that can be had here
+    python evaluate.py --real FOLDER --fake FOLDER --paired              # pictures of the same stem are pairs
     python evaluate.py --real FOLDER --fake FOLDER --metrics fid,kid --stats real.npz --json
     python evaluate.py --fake FOLDER --metrics clip --captions captions.json
 

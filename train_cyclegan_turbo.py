@@ -41,7 +41,7 @@ from models.latents import latent_size
 class Config:
     # data
     dataset_folder: str = "drawn:day2night"  # a folder of two domains, drawn:day2night or drawn:clear2rain
-    train_img_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
+    train_img_prep: str | None = None  # resized_(random)crop_N, resize_N, resize_M_randomcrop_NxN, no_resize; _hflip
     val_img_prep: str | None = None  # the same for the test pictures
     resolution: int = 256  # N of the default preparation, resize_286_randomcrop_256x256_hflip in this proportion
     dataloader_num_workers: int = 0  # processes that prepare pictures
@@ -168,16 +168,18 @@ def main() -> None:
                                       for part in (vae.encoder, vae.decoder))):
         network.checkpointing = cfg.gradient_checkpointing
     factor, channels = generator.vae_a2b.factor, generator.vae_a2b.config.latent_channels
-    lpips = inception = dino = discriminators = None
-    if cfg.lambda_cycle_lpips or cfg.lambda_idt_lpips:
-        lpips = training.needed(weights.load_judge, "lpips", str(device),
-                                without="--lambda_cycle_lpips 0 --lambda_idt_lpips 0").network.to(dtype)
-    if cfg.track_val_fid:
-        inception, dino = (training.needed(weights.load_judge, name, str(device), without="no --track_val_fid").network
-                           for name in ("inception", "dino"))
+    lpips = inception = dino = vision = discriminators = None
+    with training.first_alone(rank):
+        if cfg.lambda_cycle_lpips or cfg.lambda_idt_lpips:
+            lpips = training.needed(weights.load_judge, "lpips", str(device),
+                                    without="--lambda_cycle_lpips 0 --lambda_idt_lpips 0").network.to(dtype)
+        if cfg.track_val_fid:
+            inception, dino = (training.needed(weights.load_judge, name, str(device), without="no --track_val_fid"
+                                               ).network for name in ("inception", "dino"))
+        if cfg.lambda_gan and cfg.gan_disc_type == "vagan_clip":
+            vision = training.needed(weights.load_judge, "clip", str(device), without="--gan_disc_type patch"
+                                     ).network.image.to(dtype)
     if cfg.lambda_gan:
-        vision = cfg.gan_disc_type == "vagan_clip" and training.needed(
-            weights.load_judge, "clip", str(device), without="--gan_disc_type patch").network.image.to(dtype)
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
         discriminators = nn.ModuleDict({domain: VisionAidedDiscriminator(vision) if vision
                                         else PatchDiscriminator(cfg.disc_width) for domain in "ab"}).to(device, dtype)
@@ -216,7 +218,7 @@ def main() -> None:
     kept = dict(trained=trained, optimizer=optimizer, scaler=scaler, discriminators=discriminators,
                 optimizer_d=optimizer_d)
     if cfg.resume:
-        start, best = training.restore(folder, frozen, kept, "step", "best")
+        start, best = training.restore(folder, frozen, kept, "step", "best", batch=global_batch)
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_generator(
@@ -268,11 +270,10 @@ def main() -> None:
         batch = next(batches)
         for group in [g for o in (optimizer, optimizer_d) if o for g in o.param_groups]:
             group["lr"] = learning_rate(step, cfg, last_step)
-        size = latent_size(batch["a"].shape[2:], factor)
 
-        def latent_noise(pass_name: str, rows: list[int], step: int = step, size: list[int] = size) -> Tensor:
-            generator = training.rng(cfg.seed, step, pass_name)
-            return torch.randn(global_batch, channels, *size, generator=generator)[rows].to(device, dtype)
+        def latent_noise(x: Tensor, pass_name: str, rows: list[int], step: int = step) -> Tensor:
+            size, rng = latent_size(x.shape[2:], factor), training.rng(cfg.seed, step, pass_name)
+            return torch.randn(global_batch, channels, *size, generator=rng)[rows].to(device, dtype)
 
         # Generator: there and back, past the discriminator, and staying put. One backward pass a piece: a graph is
         # freed before the next begins. The discriminators only pass the gradient on.
@@ -291,9 +292,9 @@ def main() -> None:
                 here, other = there[0], there[2]
                 back = f"{other}2{here}"
                 x = batch[here][i * len(rows):(i + 1) * len(rows)].to(device, dtype)
-                fake = translate(x, there, latent_noise(there, rows))
+                fake = translate(x, there, latent_noise(x, there, rows))
                 cut = fake.detach().requires_grad_(True)
-                returned = translate(cut, back, latent_noise(f"{there} {back}", rows))
+                returned = translate(cut, back, latent_noise(x, f"{there} {back}", rows))
                 with autocast:
                     loss = cfg.lambda_cycle * cycle_loss(returned, x)
                     if cfg.lambda_cycle_lpips:
@@ -309,7 +310,7 @@ def main() -> None:
                 fake.backward(cut.grad)
                 fakes[other].append(cut.detach())
                 del fake
-                same = translate(x, back, latent_noise(f"{here} identity", rows))
+                same = translate(x, back, latent_noise(x, f"{here} identity", rows))
                 with autocast:
                     loss = cfg.lambda_idt * identity_loss(same, x)
                     if cfg.lambda_idt_lpips:
@@ -360,14 +361,15 @@ def main() -> None:
                 if (value := badness(losses)) < best:
                     best = value
                     export("best.safetensors")
-            if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
-                columns = [torch.stack([f(item) for item in shown]) for d in DIRECTIONS
-                           for f in (lambda item, d=d: item[d[0]], lambda item, d=d: translated(item, d))]
+            if shown and (done % cfg.viz_freq == 0 or done == 1 or done == last_step):
+                columns = [torch.stack(column) for d in DIRECTIONS for column in (
+                    [item[d[0]] for item in shown], [translated(item, d) for item in shown])]
                 training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
             report(done, losses)
             if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
                 export("model.safetensors")  # the state last: what a resumed run takes for done has been written
-                training.save_state(folder / "state.pt", dict(step=done, best=best, base=frozen, **kept))
+                training.save_state(folder / "state.pt", dict(
+                    step=done, best=best, base=frozen, batch=global_batch, **kept))
                 training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
             raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")

@@ -41,7 +41,7 @@ from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 class Config:
     # data
     dataset_folder: str = "drawn:scenes"  # a folder of pairs, drawn:scenes or drawn:circles
-    train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
+    train_image_prep: str | None = None  # resized_(random)crop_N, resize_N, resize_M_randomcrop_NxN, no_resize; _hflip
     test_image_prep: str | None = None  # the same for the test pictures
     resolution: int = 512  # N of the default preparation, resized_crop_N
     dataloader_num_workers: int = 0  # processes that prepare pictures
@@ -169,14 +169,17 @@ def main() -> None:
         network.checkpointing = cfg.gradient_checkpointing
     vagan = cfg.lambda_gan > 0 and cfg.gan_disc_type == "vagan_clip"
     lpips = clip = inception = discriminator = None
-    if cfg.lambda_lpips:
-        lpips = training.needed(weights.load_judge, "lpips", str(device), without="--lambda_lpips 0").network.to(dtype)
-    if cfg.lambda_clipsim or vagan:
-        judge = training.needed(weights.load_judge, "clip", str(device),
-                                without="--lambda_clipsim 0 --gan_disc_type patch")
-        clip, clip_tokenizer = judge.network.to(dtype), judge.tokenizer
-    if cfg.track_val_fid:
-        inception = training.needed(weights.load_judge, "inception", str(device), without="no --track_val_fid").network
+    with training.first_alone(rank):
+        if cfg.lambda_lpips:
+            lpips = training.needed(weights.load_judge, "lpips", str(device), without="--lambda_lpips 0"
+                                    ).network.to(dtype)
+        if cfg.lambda_clipsim or vagan:
+            judge = training.needed(weights.load_judge, "clip", str(device),
+                                    without="--lambda_clipsim 0 --gan_disc_type patch")
+            clip, clip_tokenizer = judge.network.to(dtype), judge.tokenizer
+        if cfg.track_val_fid:
+            inception = training.needed(weights.load_judge, "inception", str(device), without="no --track_val_fid"
+                                        ).network
     if cfg.lambda_gan:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
         discriminator = VisionAidedDiscriminator(clip.image) if vagan else PatchDiscriminator(cfg.disc_width)
@@ -217,7 +220,7 @@ def main() -> None:
     kept = dict(trained=trained, optimizer=optimizer, scaler=scaler, discriminator=discriminator,
                 optimizer_d=optimizer_d)
     if cfg.resume:
-        start, best = training.restore(folder, frozen, kept, "step", "best")
+        start, best = training.restore(folder, frozen, kept, "step", "best", batch=global_batch)
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_generator(
@@ -240,6 +243,10 @@ def main() -> None:
         if lpips:
             values["val_lpips"] = torch.cat([lpips(*(x[None].to(device, dtype) for x in pair)) for pair in pairs]
                                             ).mean().item()
+        if cfg.lambda_clipsim:
+            captions = clip.embed_captions(clip_tokenizer([item["caption"] for item in items]).to(device))
+            values["val_clipsim"] = torch.cat([clip.similarity(fake[None].to(device, dtype), captions[i:i + 1])
+                                               for i, (fake, _) in enumerate(pairs)]).mean().item()
         if inception:
             fakes, targets = zip(*pairs)
             values["val_fid"] = evaluate.fid(inception, targets, fakes, device)
@@ -261,7 +268,8 @@ def main() -> None:
         for group in [g for o in (optimizer, optimizer_d) if o for g in o.param_groups]:
             group["lr"] = learning_rate(step, cfg, last_step)
         r = torch.rand((), generator=training.rng(cfg.seed, step, "r")).item() if cfg.stochastic else None
-        set_scale(generator, 1.0 if r is None else r)
+        share = 1.0 if r is None else r  # of the adapters, and of what is asked of the reconstruction
+        set_scale(generator, share)
         size = latent_size(batch["input"].shape[2:], factor)
         latent_noise, noise = (torch.randn(global_batch, channels, *size, generator=training.rng(cfg.seed, step, what))
                                .to(dtype) for what in ("latent", "noise"))
@@ -276,9 +284,9 @@ def main() -> None:
             with autocast:
                 fake = generator(x, encode(batch["caption"][mine]), r, noise[rows].to(device),
                                  latent_noise=latent_noise[rows].to(device))
-                parts = {"l2": cfg.lambda_l2 * reconstruction_loss(fake, target, 1.0 if r is None else r)}
+                parts = {"l2": cfg.lambda_l2 * reconstruction_loss(fake, target, share)}
                 if lpips:
-                    parts["lpips"] = cfg.lambda_lpips * lpips_loss(lpips, fake, target, 1.0 if r is None else r)
+                    parts["lpips"] = cfg.lambda_lpips * lpips_loss(lpips, fake, target, share)
                 if cfg.lambda_clipsim:
                     with torch.no_grad():
                         captions = clip.embed_captions(clip_tokenizer(batch["caption"][mine]).to(device))
@@ -339,7 +347,8 @@ def main() -> None:
             report(done, losses)
             if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
                 export("model.safetensors")  # the state last: what a resumed run takes for done has been written
-                training.save_state(folder / "state.pt", dict(step=done, best=best, base=frozen, **kept))
+                training.save_state(folder / "state.pt", dict(
+                    step=done, best=best, base=frozen, batch=global_batch, **kept))
                 training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
             raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")

@@ -49,8 +49,8 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.
 class Config:
     # data
     train_data_dir: str = "drawn:scenes"  # a folder, .zip, .txt of captions or cache (see data.py), or drawn:scenes
-    train_image_prep: str | None = None  # resized_crop_N, resize_N, resize_M_randomcrop_NxN_hflip, no_resize
-    test_image_prep: str | None = None  # of the test pictures, to the same size [the training's, without chance]
+    train_image_prep: str | None = None  # resized_(random)crop_N, resize_N, resize_M_randomcrop_NxN, no_resize; _hflip
+    test_image_prep: str | None = None  # of test pictures, to the same size [the training's, crops central, no flips]
     resolution: int = 512  # N of the default preparation, resized_randomcrop_N
     center_crop: bool = False  # the default preparation is resized_crop_N
     random_flip: bool = False  # and mirrors every other picture
@@ -77,8 +77,8 @@ class Config:
     snr_floor: float = 0.0  # its smallest in the distance to the data
     coop_steps: int = 250  # how much earlier the better guess is
     con_steps: int = 25  # how much earlier the consistent one
-    last_share: float = 0.0  # of the batch at the last noise level, where one step begins; the rest at any
-    noise_offset: float = 0.0  # of a noise of one value a channel, added to the noise
+    last_share: float = 0.0  # of the batch that begins where one step does, at the last noise level; the rest anywhere
+    noise_offset: float = 0.0  # the weight of more noise, one value for a whole channel
     # optimisation
     learning_rate: float = 2e-5  # of the generator
     disc_lr_ratio: float = 1.0  # the discriminator's learning rate over the generator's
@@ -106,7 +106,7 @@ class Config:
     viz_freq: int = 100  # steps between sample grids
     eval_freq: int = 500  # steps between validations
     num_samples_eval: int = 100  # pictures of a validation
-    validation_prompts: str | None = None  # up to 16 captions of the sample grid, with | between; else the test's
+    validation_prompts: str | None = None  # captions of the sample grid, with | between, up to 16 and to the test items
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
     report_to: str = "none"  # none, tensorboard, wandb
@@ -239,20 +239,24 @@ def main() -> None:
     with training.first_alone(rank):
         base = gaussians.load_base(seed, dtype, device) if points else weights.load_base(
             cfg.base, weights.parts_of(cfg.base, isinstance(train_set, data.Cached)), dtype, str(device), seed)
+        critic, teacher, inception = base, None, None
+        if cfg.stage == "yoso" and base.transformer:  # only a U-Net looks at latents
+            critic = weights.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), dtype, str(device))
+        if cfg.teacher:
+            teacher = weights.load_base(cfg.teacher, weights.parts_of(cfg.teacher), dtype, str(device))
+        if cfg.track_val_fid:
+            inception = training.needed(weights.load_judge, "inception", str(device), without="no --track_val_fid"
+                                        ).network
     if cfg.prediction_type:
         base.schedule = Schedule.from_config(base.schedule.config | {"prediction_type": cfg.prediction_type})
     check(cfg, base.schedule)
     check_data(train_set, cfg.train_data_dir, base, cfg.base, cfg.teacher, cfg.validation_prompts or cfg.unconditional)
     generator, shape = base.denoiser, latent_shape(base, train_set[0], cfg.resolution)
-    teacher = weights.load_base(cfg.teacher, weights.parts_of(cfg.teacher), dtype, str(device)) if cfg.teacher else None
-    critic, old = base, base.schedule
-    pretrained = judge = discriminator = inception = None
+    old, pretrained, judge, discriminator = base.schedule, None, None, None
     if cfg.stage != "yoso":  # what it was, and what it is to be
         pretrained = copy.deepcopy(generator, {id(p): p for p in generator.parameters() if cfg.train == "lora"})
         base.schedule = Schedule.from_config(old.config | {"prediction_type": "v_prediction"} | (
             {"rescale_betas_zero_snr": True} if cfg.stage == "adapt_zsnr" else {}))
-    elif base.transformer:  # only a U-Net looks at latents
-        critic = weights.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), dtype, str(device))
     if cfg.stage == "yoso" and cfg.lambda_con and cfg.consistency == "perceptual":
         judge = lower_half(critic.unet, share=cfg.train == "lora" or critic is not base)
     if cfg.stage == "yoso" and cfg.lambda_gan:
@@ -279,8 +283,6 @@ def main() -> None:
         weights.cast_frozen(network, half)
     for network in filter(None, (generator, getattr(discriminator, "unet", None), judge)):
         network.checkpointing = cfg.gradient_checkpointing
-    if cfg.track_val_fid:
-        inception = training.needed(weights.load_judge, "inception", str(device), without="no --track_val_fid").network
 
     # ---- what the losses are made of
     read = Reader(base, critic, teacher, shape, cfg.unconditional, autocast)
@@ -312,7 +314,7 @@ def main() -> None:
     kept = dict(trained=trained, ema=ema, optimizer=optimizer, scaler=scaler, discriminator=discriminator,
                 optimizer_d=optimizer_d)
     if cfg.resume:
-        start, best, prior = training.restore(folder, frozen, kept, "step", "best", "prior")
+        start, best, prior = training.restore(folder, frozen, kept, "step", "best", "prior", batch=global_batch)
     elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
         order = torch.randperm(len(train_set), generator=training.rng(cfg.seed, 0, "prior"))[:cfg.prior_pictures]
         prior = diffusion.mean_and_std(  # of a sorted folder the first are alike
@@ -334,7 +336,8 @@ def main() -> None:
             training.write_file(folder / name, lambda path, name=name: weights.save_tensors(
                 path, write_lora(generator, part, "kohya" in name), {"format": "pt"}))
         swap()
-        training.save_state(folder / "state.pt", dict(step=step, best=best, base=frozen, prior=prior, **kept))
+        training.save_state(folder / "state.pt", dict(
+            step=step, best=best, base=frozen, batch=global_batch, prior=prior, **kept))
 
     def export(name: str) -> None:
         training.write_file(folder / name, lambda path: weights.save_yoso(
@@ -468,7 +471,8 @@ def main() -> None:
                     best = value
                     export("best.safetensors")
             if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
-                columns = [gaussians.scatter(c)[None] if points else c for c in drawn(shown)]
+                columns = drawn(shown)[bool(cfg.validation_prompts and not teacher):]  # no picture has these captions
+                columns = [gaussians.scatter(c)[None] if points else c for c in columns]
                 training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
             swap()
             report(done, losses)

@@ -68,7 +68,8 @@ def parse(cls: type, tables: dict[str, dict], aliases: dict[str, str], descripti
     if "resume" in given:
         return resumed(cls, given, parser)
     base = given.get("base") or next(f.default for f in fields(cls) if f.name == "base")
-    table = next((table for name, table in tables.items() if str(base).startswith(name)), {})
+    name = pathlib.Path(base).name if pathlib.Path(base).is_dir() else str(base)
+    table = next((table for prefix, table in tables.items() if name.startswith(prefix)), {})
     small = {k: v for k, v in table.items() if k not in given}
     if small and int(os.environ.get("RANK", 0)) == 0:
         print(f"defaults of the base {base}: " + " ".join(f"--{k} {v}" for k, v in small.items()), file=sys.stderr)
@@ -322,9 +323,10 @@ def save_state(path: pathlib.Path, state: dict) -> None:
 
 
 @torch.no_grad()
-def restore(folder: pathlib.Path, base: str, parts: dict, *names: str) -> list:
+def restore(folder: pathlib.Path, base: str, parts: dict, *names: str, batch: int | None = None) -> list:
     """Puts what `save_state` wrote back into the parts (networks, optimizers, dictionaries of tensors, None), and
-    returns the values of these names; tensors and plain values only, no code. `base`: what is frozen's fingerprint."""
+    returns the values of these names; tensors and plain values only, no code. `base`: what is frozen's fingerprint;
+    `batch`: of how many items a step is, of all processes."""
     path = folder / "state.pt"
     if not path.is_file():
         raise ValueError(f"{folder} has no state.pt to resume from: the run ended before its first save: start again")
@@ -339,6 +341,9 @@ def restore(folder: pathlib.Path, base: str, parts: dict, *names: str) -> list:
     if found != base:
         raise ValueError(f"{path} was trained beside frozen weights with fingerprint {found}, and these have {base};"
                          " put the original base back, or whatever else is frozen")
+    if (before := state.get("batch", batch)) != batch:
+        raise ValueError(f"{path} is of steps of {before} items and these would be of {batch}; start as many processes"
+                         " as before")
     try:
         if not isinstance(state["step"], int):
             raise TypeError(f"its step is {state['step']!r:.100}")
@@ -418,8 +423,8 @@ def announce(rank: int, trained: dict[str, Tensor], items: str, device: torch.de
 
 def open_report(cfg, rank: int, folder: pathlib.Path, start: int, last: int, items: int
                 ) -> Callable[[int, dict[str, float]], None]:
-    """A function of a step that is done, of so many items, and its numbers: they go to the log, to who else was asked
-    for, and the losses to the bar."""
+    """report(done, values): the values of step `done`, of `items` items, go to log.jsonl and to --report_to, the losses
+    to the progress bar."""
     if rank != 0:
         return lambda done, values: None
     log, tell = open_log(folder, start), open_reporter(cfg.report_to, folder, cfg.tracker_project_name)

@@ -35,17 +35,6 @@ class CycleGANTurboConfig:
     prediction_type: str = "epsilon"  # of the base
 
 
-def unet_targets(unet: UNet) -> dict[str, list[str]]:
-    """The full names of the U-Net's adapted layers in the official files' three groups: encoder (the way down and
-    conv_in), decoder (the way up), others (the middle and conv_out)."""
-    groups: dict[str, list[str]] = dict(encoder=[], decoder=[], others=[])
-    for name, layer in unet.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and any(pattern in name for pattern in UNET_PATTERNS):
-            down, up = "down_blocks" in name or "conv_in" in name, "up_blocks" in name
-            groups["encoder" if down else "decoder" if up else "others"].append(name)
-    return groups
-
-
 class CycleGANTurbo(nn.Module):
     """Adapts the given networks in place: they belong to the generator from here on.
 
@@ -67,7 +56,8 @@ class CycleGANTurbo(nn.Module):
             for part in (self.vae_a2b, self.vae_b2a):
                 add_lora(part, (*VAE_TARGETS, *skip_convs), config.lora_rank_vae, config.lora_alpha_vae, generator)
             alpha = config.lora_rank_unet if config.lora_alpha_unet is None else config.lora_alpha_unet
-            targets = [name for group in unet_targets(unet).values() for name in group]
+            targets = [name for name, layer in unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+                       and any(pattern in name for pattern in UNET_PATTERNS)]
             add_lora(unet, targets, config.lora_rank_unet, alpha, generator)
         for name, parameter in self.named_parameters():
             if "skip_conv" in name or (config.conv_in and name.startswith("unet.conv_in.")):

@@ -58,7 +58,7 @@ class Schedule:
 
     def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t on the device of `like` [B, ...], shaped to multiply it, in its type but float32 at
-        least: half a type loses what 1 / alpha (14.6 at SD-Turbo's t) then multiplies. t: one or [B]."""
+        least: half precision would lose what 1 / alpha (14.6 at SD-Turbo's t) then multiplies. t: one or [B]."""
         fine = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
         ones = (1,) * (like.ndim - 1)
         if isinstance(t, int):  # as numbers: a GPU would wait for a copy, and a compiled graph be cut at it

@@ -195,8 +195,8 @@ class LatentDiscriminator(nn.Module):
 
 
 class PixelDiscriminator(nn.Module):
-    """The same for small pictures, which need no U-Net: picture [B, C, H, W] -> logit [B, 1]. Convolutions halve it to
-    4 x 4 places or fewer than twice that; the timestep shifts each level; the context's mean joins by a product (Miyato
+    """The same for small pictures, which need no U-Net: picture [B, C, H, W] -> logit [B, 1]. Convolutions halve it
+    until 4 to 7 places a side are left; the timestep shifts each level; the context's mean joins by a product (Miyato
     and Koyama 2018, "cGANs with Projection Discriminator")."""
 
     def __init__(self, in_channels: int, side: int, c_context: int, width: int = 64):

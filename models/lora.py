@@ -4,7 +4,7 @@
 Parameter objects) and gains `lora_A.weight` [rank, in, ...] and `lora_B.weight` [out, rank, ...]: the names, shapes
 and arithmetic of `peft`. Source: Hu et al. 2021.
 
-Below them the tensors of LoRA files, in the world's several ways: `read_lora`, `apply_lora`, `write_lora`."""
+Below them the tensors of LoRA files, in the formats in use: `read_lora`, `apply_lora`, `write_lora`."""
 
 import functools
 import json

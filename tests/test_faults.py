@@ -34,7 +34,7 @@ import train_pix2pix_turbo
 import train_yoso
 import training
 from models import clip, diffusion, lora, t5, unet, vae, weights
-from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig, unet_targets
+from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 
 PICTURES = ("png", "jpg", "webp", "bmp", "tif", "gif", "ppm")
@@ -67,7 +67,7 @@ def official(generator: torch.nn.Module) -> dict:
         return dict(rank_unet=8, rank_vae=4, unet_lora_target_modules=[*c.unet_targets],
                     vae_lora_target_modules=[*c.vae_targets], state_dict_unet=under(generator.unet),
                     state_dict_vae=under(generator.vae))
-    groups = {name: {} for name in unet_targets(generator.unet)}
+    groups = dict(encoder={}, decoder={}, others={})
     for name, p in under(generator.unet).items():
         if "lora" in name:
             group = "encoder" if "down_blocks" in name or "conv_in" in name else "decoder" if "up_blocks" in name else \

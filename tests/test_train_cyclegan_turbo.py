@@ -201,6 +201,17 @@ def test_resuming_asks_for_the_same_text_encoder_and_lets_the_intervals_change(m
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
+def test_domains_may_be_of_different_sizes(monkeypatch, tmp_path, domains):
+    folder = tmp_path / "data"
+    subprocess.run(["cp", "-r", domains, folder], check=True)
+    for path in folder.glob("*/*.png"):
+        Image.open(path).resize((32, 24) if path.name[0] == "A" else (24, 40)).save(path)
+    train(monkeypatch, "--dataset_folder", folder, *SMALL, "--train_img_prep", "no_resize", "--val_img_prep",
+          "no_resize", "--max_train_steps", "2", "--output_dir", tmp_path / "run")
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+    assert not [*(tmp_path / "run").glob("samples/*.png")]  # a grid is of one size
+
+
 BAD = {
     "no second domain": (lambda folder: subprocess.run(["rm", "-r", folder / "train_B"], check=True), [], ["train_B"]),
     "no caption": (lambda folder: (folder / "fixed_prompt_b.txt").unlink(), [], ["fixed_prompt_b.txt"]),

@@ -196,7 +196,7 @@ def test_all_losses_of_the_paper_train_in_slices_as_in_one_batch(monkeypatch, tm
         assert all(torch.equal(v.double(), before[name][k].double()) for k, v in network.state_dict().items())
     lines = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
     assert {"l2", "lpips", "clipsim", "gan", "disc", "disc_right_on_real", "disc_right_on_fake", "change", "drift",
-            "grad_norm", "val_lpips", "val_fid"} <= lines[0].keys()
+            "grad_norm", "val_lpips", "val_clipsim", "val_fid"} <= lines[0].keys()
     best = min(range(2), key=lambda i: lines[i]["val_lpips"])
     kept = load_file(tmp_path / "one" / "best.safetensors")
     assert all(torch.equal(kept[k], one[k]) for k in one) == (best == 1)

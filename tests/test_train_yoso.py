@@ -283,7 +283,7 @@ def test_the_grid_shows_the_validation_prompts(monkeypatch, tmp_path, pairs):  #
     monkeypatch.setattr(training, "save_grid", lambda path, columns: seen.append(columns))
     train(monkeypatch, "--train_data_dir", pairs, "--validation_prompts", "fog|rain", *SMALL, "--dtype", "float64",
           "--max_train_steps", 1, "--output_dir", tmp_path / "run")
-    made, = (columns[1] for columns in seen)
+    made, = (columns[0] for columns in seen if len(columns) == 1)  # no picture of the set has these captions
     base, prior = weights.load_yoso(tmp_path / "run" / "model.safetensors", dtype=torch.float64)
     assert len(made) == 2
     for i, (own, other) in enumerate([("fog", "rain"), ("rain", "fog")]):

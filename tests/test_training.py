@@ -87,6 +87,13 @@ def test_a_state_goes_back_into_what_it_was_taken_from(tmp_path):
         assert a == b
 
 
+def test_a_state_of_other_batches_is_refused(tmp_path):
+    training.save_state(tmp_path / "state.pt", dict(step=1, base="abc", batch=8))
+    assert training.restore(tmp_path, "abc", {}, "step", batch=8) == [1]
+    with pytest.raises(ValueError, match="steps of 8 items and these would be of 2; start as many processes as before"):
+        training.restore(tmp_path, "abc", {}, "step", batch=2)
+
+
 def restore(folder, base):
     return training.restore(folder, base, {}, "step")[0]
 
@@ -215,6 +222,14 @@ def test_tiny_bases_have_other_defaults_which_flags_override(capsys):
     assert parse("--base", "tiny") == Settings("tiny", 1e-2, seed=7)
     assert "--learning_rate 0.01" in capsys.readouterr().err
     assert parse("--base", "tiny-turbo", "--seed", "1").seed == 1
+
+
+def test_a_base_by_its_path_has_the_defaults_of_its_name(monkeypatch, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("tiny", "./tiny", str(tmp_path / "tiny")):
+        assert parse("--base", path).learning_rate == 1e-2
+    assert parse("--base", str(tmp_path)).learning_rate == Settings().learning_rate
 
 
 @pytest.mark.parametrize("argv, words", [

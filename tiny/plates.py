@@ -109,7 +109,7 @@ IDEAS = {
         "models/lora.py:changed", "--base tiny", {"with": "unpaired", "without": "random-base"},
         dict(psnr="PSNR, dB", edges="edges kept"), "It is nearer, and the things are sharper."),
     "lora": Idea(
-        "A few weights learn the task; the base stays as it was.", "W x + b + s B (A x)", "models/lora.py:changed",
+        "A few weights learn the task; the base stays as it was.", "(W + s B A) x + b", "models/lora.py:changed",
         "--train all", {"LoRA": "paired", "all weights": "all-weights"},
         dict(psnr="PSNR, dB", trained="weights trained, M", words="captions that the base then obeys"),
         "The task is learned nearly as well by a fifteenth of the weights, and the base forgets nothing."),
@@ -160,8 +160,9 @@ IDEAS = {
         ATTRIBUTES | dict(neighbours="distance of neighbours"),
         "It helps, on one seed a little, on two much; but not by what it is named after: all that is blurred agrees."),
     "perceptual": Idea(
-        "Distances as a frozen U-Net sees them.", "f: features of the way down", "models/discriminator.py:lower_half",
-        "--consistency mse", {"with": "yoso", "without": "mse"}, ATTRIBUTES | dict(sharp="sharpness"),
+        "Distances as a frozen U-Net sees them.", "f: features after the middle block",
+        "models/discriminator.py:lower_half", "--consistency mse", {"with": "yoso", "without": "mse"},
+        ATTRIBUTES | dict(sharp="sharpness"),
         "Sharper on every seed, and on two of three more attributes."),
     "disc_init": Idea(
         "The discriminator begins as half of the diffusion model.", "D = head(lower half of the U-Net)",
@@ -380,8 +381,9 @@ HEAD = """# Ideas, turned off
 
 Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer and
 seeds, equal steps, one flag changed (`base`: also the flags by which the other base would have other defaults;
-`adaption`: with two stages of 250 steps before). `python -m tiny.plates IDEA` makes a row anew; minutes are those of
-one core for one seed, without the stages that the YOSO rows share. Figures are of 200 held-out drawings, means over
+`adaption`: with two stages of 250 steps before). `python -m tiny.plates IDEA --output FOLDER` measures a row anew
+(without `--output` what was measured before is kept); minutes are those of one core for one seed, without the stages
+that the YOSO rows share. Figures are of 200 held-out drawings, means over
 seeds (with their range where there are several); attributes are shares that the judge of
 [tiny/measure.py](tiny/measure.py) finds right, sharpness and the spread of brightness are shares of the drawings'
 own. No setting was tuned until an idea won; but the YOSO ideas were begun anew once: at first LoRA was trained on
