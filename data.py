@@ -536,7 +536,7 @@ def batches(dataset: Dataset, batch: int, seed: int, start_step: int = 0, end_st
     ValueError, one sentence, also when a worker met the picture."""
     steps = _steps(len(dataset), batch, seed, start_step, end_step, range(batch) if rows is None else rows)
     loader = DataLoader(dataset, batch_sampler=steps, num_workers=num_workers, collate_fn=collate,
-                        pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_stops_to_the_trainer,
+                        pin_memory=torch.cuda.is_initialized(), worker_init_fn=_leave_stops_to_the_trainer,
                         generator=torch.Generator())  # its own: a loader draws a number from the global one otherwise
     iterator = iter(loader)  # named, so that it is there until what comes of a lost worker has been dealt with
     try:

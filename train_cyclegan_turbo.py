@@ -195,7 +195,8 @@ def main() -> None:
     def translate(x: Tensor, direction: str, latent_noise: Tensor | None = None) -> Tensor:
         context = contexts[direction] if contexts else text_encoder(tokenizer(leads_to[direction]).to(device))
         with autocast:
-            return generator(x, context.expand(len(x), -1, -1), direction, latent_noise=latent_noise)
+            made = generator(x, context.expand(len(x), -1, -1), direction, latent_noise=latent_noise)
+        return made.to(dtype)  # as real pictures are: rounded to half precision it would be known by that alone
 
     def judged(domain: str, pictures: Tensor, rows: list[int], step: int, what: str) -> list[Tensor]:
         """A discriminator's logits, of pictures augmented by the draws of their rows of the global batch."""
@@ -372,7 +373,7 @@ def main() -> None:
                     step=done, best=best, base=frozen, batch=global_batch, **kept))
                 training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
-            raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")
+            raise training.stopped(done, folder)
     if rank == 0:
         print(folder / "model.safetensors")
 

@@ -284,6 +284,7 @@ def main() -> None:
             with autocast:
                 fake = generator(x, encode(batch["caption"][mine]), r, noise[rows].to(device),
                                  latent_noise=latent_noise[rows].to(device))
+                fake = fake.to(dtype)  # as targets are: rounded to half precision it would be known by that alone
                 parts = {"l2": cfg.lambda_l2 * reconstruction_loss(fake, target, share)}
                 if lpips:
                     parts["lpips"] = cfg.lambda_lpips * lpips_loss(lpips, fake, target, share)
@@ -351,7 +352,7 @@ def main() -> None:
                     step=done, best=best, base=frozen, batch=global_batch, **kept))
                 training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
-            raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")
+            raise training.stopped(done, folder)
     if rank == 0:
         print(folder / "model.safetensors")
 

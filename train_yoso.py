@@ -173,7 +173,8 @@ def consistency_loss(seen: Tensor, goal: Tensor, t: Tensor, s: Tensor, schedule:
     (latent perceptual loss), or nothing; w = min(1 / (sigma_t / alpha_t - sigma_s / alpha_s), gamma)."""
     here, there = (schedule.sigma[u] / schedule.alpha[u] for u in (t, s))
     weight = (1 / (here - there)).clamp(max=gamma)  # at t = s = 0: gamma times 0
-    return (weight.to(seen) * mean_square(seen, goal.detach())).mean()
+    distance = mean_square(seen, goal.detach())
+    return (weight.to(distance) * distance).mean()
 
 
 def adapt_loss(v: Tensor, told: Tensor, x: Tensor, x_new: Tensor, t: Tensor, old: Schedule, new: Schedule) -> Tensor:
@@ -480,7 +481,7 @@ def main() -> None:
                 save(done)
                 training.plot_losses(folder / "log.jsonl", folder / "losses.png")
         if stopping:
-            raise KeyboardInterrupt(f"stopped after step {done}, saved; go on with --resume {folder}")
+            raise training.stopped(done, folder)
     if rank == 0:
         if cfg.train == "all" and not points:
             swap()

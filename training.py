@@ -186,9 +186,10 @@ def pick_device(name: str) -> torch.device:
 def start_ranks(device_name: str) -> tuple[int, int, torch.device]:
     """This process's rank, the number of processes, and its device. Under `torchrun` the processes are joined."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device_name == "cuda" or device_name == "auto" and torch.cuda.is_available():
+        device_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # before anything takes room on the first GPU
     device = pick_device(device_name)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
@@ -259,13 +260,20 @@ def catch_stop() -> Callable[[], bool]:
     asked = []
 
     def handler(number, frame):
-        if asked:
+        if asked and number == signal.SIGINT:  # of SIGTERMs several come, from a scheduler and from torchrun
             raise KeyboardInterrupt
         asked.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
     return lambda: mean_over_ranks({"stop": float(bool(asked))})["stop"] > 0
+
+
+def stopped(step: int, folder: pathlib.Path) -> KeyboardInterrupt:
+    """What a trainer raises when all is saved. No process ends before the others: its end would have them killed."""
+    if dist.is_initialized():
+        dist.barrier()
+    return KeyboardInterrupt(f"stopped after step {step}, saved; go on with --resume {folder}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -29,7 +29,7 @@ class LoRALinear(nn.Linear):
         self.scale = self.full_scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
+        return torch.add(super().forward(x), self.lora_B(self.lora_A(x)), alpha=self.scale)
 
     def merged(self) -> nn.Linear:
         return _merged(self, nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
@@ -47,7 +47,7 @@ class LoRAConv2d(nn.Conv2d):
         self.scale = self.full_scale = alpha / rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * self.lora_B(self.lora_A(x))
+        return torch.add(super().forward(x), self.lora_B(self.lora_A(x)), alpha=self.scale)
 
     def merged(self) -> nn.Conv2d:
         layer = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,

@@ -52,7 +52,7 @@ def add_skip_convs(vae: VAE) -> None:
 def convolved_skips(vae: VAE, skips: list[Tensor], skip_scale: float) -> list[Tensor]:
     """The encoder's skips, first to last, as the decoder wants them: deepest first, times gamma, convolved."""
     convs = [getattr(vae.decoder, f"skip_conv_{i}") for i in range(1, len(skips) + 1)]
-    return [conv(skip * skip_scale) for conv, skip in zip(convs, reversed(skips))]
+    return [conv(skip if skip_scale == 1 else skip * skip_scale) for conv, skip in zip(convs, reversed(skips))]
 
 
 class Pix2PixTurbo(nn.Module):

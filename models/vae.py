@@ -45,8 +45,8 @@ class VAEConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Under autocast in its input's type, too (its sums are of float32 anyway): the float32 that autocast would make of
-    it was two fifths of what a training step keeps for the gradient."""
+    """Under autocast in its input's type, too: the float32 that autocast would make of it was two fifths of what a
+    training step keeps for the gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):

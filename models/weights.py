@@ -578,9 +578,9 @@ def load_prior(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
-    """Stores the frozen weights of linear layers and convolutions in `dtype` (for autocast); norms stay as they are."""
+    """Stores the frozen weights of linear layers, convolutions and group norms in `dtype`, autocast's."""
     for layer in network.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm):
             for p in layer.parameters(recurse=False):
                 p.data = p.data if p.requires_grad else p.data.to(dtype)
 

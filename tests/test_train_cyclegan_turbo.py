@@ -201,6 +201,14 @@ def test_resuming_asks_for_the_same_text_encoder_and_lets_the_intervals_change(m
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
+def test_half_precision_shows_the_discriminators_made_and_real_pictures_alike(monkeypatch, tmp_path, domains):
+    seen, look = [], trainer.PatchDiscriminator.forward
+    monkeypatch.setattr(trainer.PatchDiscriminator, "forward", lambda d, x, *a: seen.append(x.dtype) or look(d, x, *a))
+    train(monkeypatch, "--train", "lora", "--mixed_precision", "bf16", "--dataset_folder", domains, *SMALL,
+          "--max_train_steps", "1", "--output_dir", tmp_path / "run")
+    assert seen == [torch.float32] * 6
+
+
 def test_domains_may_be_of_different_sizes(monkeypatch, tmp_path, domains):
     folder = tmp_path / "data"
     subprocess.run(["cp", "-r", domains, folder], check=True)

@@ -157,11 +157,13 @@ def test_ten_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_path
 
 
 def test_half_precision_stores_what_is_frozen_in_half_and_trains_in_float32(monkeypatch, tmp_path, pairs):
-    made = []
-    build = trainer.Pix2PixTurbo
+    made, seen = [], []
+    build, look = trainer.Pix2PixTurbo, trainer.PatchDiscriminator.forward
     monkeypatch.setattr(trainer, "Pix2PixTurbo", lambda *a, **k: made.append(build(*a, **k)) or made[0])
+    monkeypatch.setattr(trainer.PatchDiscriminator, "forward", lambda d, x, *a: seen.append(x.dtype) or look(d, x, *a))
     train(monkeypatch, "--train", "lora", "--mixed_precision", "bf16", "--gradient_checkpointing", "--dataset_folder",
-          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 1)
+          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 1, "--lambda_gan", 0.5)
+    assert seen == [torch.float32] * 3  # made ones and real ones alike
     q = made[0].unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     assert (q.weight.dtype, q.lora_A.weight.dtype) == (torch.bfloat16, torch.float32)
 

@@ -1,6 +1,8 @@
 """The plumbing: flags, draws, rows, files that are whole or untouched, logs, pictures of them."""
 
 import json
+import os
+import signal
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,6 +145,21 @@ def test_log_forgets_the_steps_that_run_again_and_lines_that_a_kill_cut_or_are_o
     path.write_text(path.read_text() + '7\n[]\n{}\n{"step": "2"}\n{"step": 6, "lo')
     training.open_log(tmp_path, 3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_stop_is_asked_for_once_and_only_a_second_ctrl_c_does_not_wait():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = training.catch_stop()
+        assert not stop()
+        for _ in range(3):  # a scheduler tells every process, and torchrun tells its own again
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_loss_that_is_no_number_names_step_and_pictures():
