@@ -76,7 +76,7 @@ class Config:
     max_train_steps: int = 25_000  # optimizer steps
     num_training_epochs: int | None = None  # ends earlier, after so many passes over the larger domain
     gradient_checkpointing: bool = False  # less memory, a third more time
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast and the type of frozen weights
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast, frozen weights; bf16 is slow on a CPU without it
     dtype: Literal["float32", "float64"] = "float32"  # of what is trained (float64 for tests)
     # the run
     seed: int = 42  # of every draw

@@ -96,7 +96,7 @@ class Config:
     max_train_steps: int = 5000  # optimizer steps
     num_train_epochs: int | None = None  # ends earlier, after so many passes over the data
     gradient_checkpointing: bool = False  # less memory, a third more time
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast and the type of frozen weights
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast, frozen weights; bf16 is slow on a CPU without it
     dtype: Literal["float32", "float64"] = "float32"  # of what is trained (float64 for tests)
     # the run
     seed: int = 42  # of every draw
@@ -253,7 +253,8 @@ def main() -> None:
     check(cfg, base.schedule)
     check_data(train_set, cfg.train_data_dir, base, cfg.base, cfg.teacher, cfg.validation_prompts or cfg.unconditional)
     generator, shape = base.denoiser, latent_shape(base, train_set[0], cfg.resolution)
-    old, pretrained, judge, discriminator = base.schedule, None, None, None
+    old = base.schedule
+    pretrained = judge = discriminator = None
     if cfg.stage != "yoso":  # what it was, and what it is to be
         pretrained = copy.deepcopy(generator, {id(p): p for p in generator.parameters() if cfg.train == "lora"})
         base.schedule = Schedule.from_config(old.config | {"prediction_type": "v_prediction"} | (

@@ -68,8 +68,8 @@ def parse(cls: type, tables: dict[str, dict], aliases: dict[str, str], descripti
     if "resume" in given:
         return resumed(cls, given, parser)
     base = given.get("base") or next(f.default for f in fields(cls) if f.name == "base")
-    name = pathlib.Path(base).name if pathlib.Path(base).is_dir() else str(base)
-    table = next((table for prefix, table in tables.items() if name.startswith(prefix)), {})
+    names = str(base), pathlib.Path(base).name  # as it is written, and what a path leads to
+    table = next((table for prefix, table in tables.items() if any(name.startswith(prefix) for name in names)), {})
     small = {k: v for k, v in table.items() if k not in given}
     if small and int(os.environ.get("RANK", 0)) == 0:
         print(f"defaults of the base {base}: " + " ".join(f"--{k} {v}" for k, v in small.items()), file=sys.stderr)

@@ -45,8 +45,8 @@ class VAEConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Under autocast in its input's type, too: the float32 that autocast would make of it was two fifths of what a
-    training step keeps for the gradient."""
+    """Under autocast, too, in its input's type. Autocast on a GPU would go through float32, and keep twice the memory
+    for the gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x.device.type):

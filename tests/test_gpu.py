@@ -93,7 +93,7 @@ def test_nothing_waits_inside_a_network(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("norm", [unet.GroupNorm(4, 8), vae.GroupNorm(4, 8), unet.LayerNorm(8)], ids=repr)
+@pytest.mark.parametrize("norm", [unet.GroupNorm(4, 8), vae.GroupNorm(4, 8)], ids=["U-Net", "VAE"])
 def test_a_norm_under_autocast_keeps_half_precision_for_the_gradient(norm):
     x, norm, kept = normal(2, 8, 6, 8).bfloat16().cuda().requires_grad_(True), norm.cuda(), []
     with torch.autocast("cuda", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
@@ -170,11 +170,10 @@ def trained(folder) -> tuple[torch.Tensor, list[dict]]:
 def test_a_trainer_learns_what_it_learns_on_the_cpu(trainer, tmp_path):
     logs = {}
     for device in ("cpu", "cuda"):
-        run(trainer, *COMMON, "--dtype", "float64", "--device", device, "--output_dir",
-            tmp_path / device)
+        run(trainer, *COMMON, "--dtype", "float64", "--device", device, "--output_dir", tmp_path / device)
         logs[device] = trained(tmp_path / device)
     for here, there in zip(*(lines for _, lines in logs.values())):
-        for name in here.keys() & {"l2", "gan", "disc", "cycle", "identity", "grad_norm", "loss"}:
+        for name in here.keys() & {"l2", "gan", "disc", "cycle", "idt", "kl", "con", "grad_norm"}:
             assert there[name] == pytest.approx(here[name], rel=1e-3), name
     assert relative(logs["cuda"][0], logs["cpu"][0]) < 1e-3  # Adam's first steps take the sign of the least gradient
 

@@ -242,11 +242,12 @@ def test_tiny_bases_have_other_defaults_which_flags_override(capsys):
 
 
 def test_a_base_by_its_path_has_the_defaults_of_its_name(monkeypatch, tmp_path):
-    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny-denoiser" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for path in ("tiny", "./tiny", str(tmp_path / "tiny")):
+    for path in ("tiny", "./tiny", "/somewhere/tiny", "tiny-denoiser/base"):  # the last is of a run of that name
         assert parse("--base", path).learning_rate == 1e-2
-    assert parse("--base", str(tmp_path)).learning_rate == Settings().learning_rate
+    for path in (str(tmp_path), "runs/v/base"):
+        assert parse("--base", path).learning_rate == Settings().learning_rate
 
 
 @pytest.mark.parametrize("argv, words", [

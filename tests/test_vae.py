@@ -210,10 +210,9 @@ def test_a_tiled_picture_has_no_seam_and_a_small_one_is_the_same_bits():
     assert steps[0] < 1.1 * steps[1]
 
 
-@pytest.mark.parametrize("kind", [unet.GroupNorm, vae.GroupNorm, unet.LayerNorm])
+@pytest.mark.parametrize("kind", [unet.GroupNorm, vae.GroupNorm])
 def test_a_norm_under_autocast_is_in_its_input_s_type_and_its_weights_learn(kind):
-    norm = randomise(kind(8) if kind is unet.LayerNorm else kind(4, 8))
-    x = normal(2, 6, 6, 8) if kind is unet.LayerNorm else normal(2, 8, 6, 6)
+    norm, x = randomise(kind(4, 8)), normal(2, 8, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):
         y = norm(x.bfloat16())
     y.float().square().sum().backward()

@@ -6,9 +6,10 @@
     python -m tiny.plates --page               # IDEAS.md and the plates again, of what was measured before
 
 Each idea trains the tiny base with and without it, by the ordinary trainers as processes: equal steps of the stage that
-has it, equal seeds, nothing else changed. The runs are in runs/plates and are shared between
-ideas; a run that was stopped goes on where it stood, one that was measured is not made again. Figures of 200 held-out
-drawings go to assets/plates/results.json, a plate of each idea's first seed beside them, the table to IDEAS.md.
+has it, equal seeds, nothing else changed; in bf16, without which a processor needs minutes for a step. The runs are in
+runs/plates and are shared between ideas; a run that was stopped goes on where it stood, one that was measured is not
+made again. Figures of 200 held-out drawings go to assets/plates/results.json, a plate of each idea's first seed beside
+them, the table to IDEAS.md.
 """
 
 import argparse
@@ -383,8 +384,8 @@ Each row is an idea of one of the two papers, and what the tiny base does with i
 seeds, equal steps, one flag changed (`base`: also the flags by which the other base would have other defaults;
 `adaption`: with two stages of 250 steps before). `python -m tiny.plates IDEA --output FOLDER` measures a row anew
 (without `--output` what was measured before is kept); minutes are those of one core for one seed, without the stages
-that the YOSO rows share. Figures are of 200 held-out drawings, means over
-seeds (with their range where there are several); attributes are shares that the judge of
+that the YOSO rows share. Figures are of 200 held-out drawings, means over seeds (with their range where there are
+several); attributes are shares that the judge of
 [tiny/measure.py](tiny/measure.py) finds right, sharpness and the spread of brightness are shares of the drawings'
 own. No setting was tuned until an idea won; but the YOSO ideas were begun anew once: at first LoRA was trained on
 `tiny-sd` for 200 steps (seed 0), and all sides that had been run lay close together (coop 64.2 %, noisy 62.2, data
