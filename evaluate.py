@@ -29,9 +29,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
 import training
-from models import clip, dino, inception, weights
+from dataset import folders
+from dataset.pictures import open_picture, to_picture, to_tensor
+from files import metrics
+from models import clip, dino, inception
 
 CLEAN = "each channel to 299x299 as float, Pillow bicubic, clipped; (x - 128) / 128 (clean-fid)"
 METRICS = {  # name: its judge in weights.py, the network and what is taken of it, what is better, image preparation
@@ -135,17 +137,17 @@ def clip_pixels(x: Tensor, size: int = 224) -> Tensor:
     """Pictures -> pixels [B, 3, size, size] as CLIP's own preprocessing makes them of an 8-bit picture: short side to
     `size` by Pillow's bicubic, centre crop, normalised. (The trainers' loss stretches: `clip.prepare`.)"""
     cropped = []
-    for picture in map(data.to_picture, x):
+    for picture in map(to_picture, x):
         W, H = picture.size
         w, h = size * W // min(W, H), size * H // min(W, H)
         left, top = round((w - size) / 2), round((h - size) / 2)
         resized = picture.resize((w, h), Image.Resampling.BICUBIC)
-        cropped.append(data.to_tensor(resized.crop((left, top, left + size, top + size))))
+        cropped.append(to_tensor(resized.crop((left, top, left + size, top + size))))
     return clip.normalise(torch.stack(cropped).to(x) * 2 - 1)
 
 
 @torch.no_grad()
-def clip_score(judge: weights.Judge, x: Tensor, captions: list[str]) -> Tensor:
+def clip_score(judge: metrics.MetricNetwork, x: Tensor, captions: list[str]) -> Tensor:
     """100 times the cosine of each picture with its own caption, [B], negative ones as 0 (Hessel et al. 2021)."""
     captions = judge.network.embed_captions(judge.tokenizer(captions).to(x.device))
     pictures = judge.network.image(clip_pixels(x, judge.network.image.config.image_size))
@@ -155,7 +157,7 @@ def clip_score(judge: weights.Judge, x: Tensor, captions: list[str]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ folders
 
 def list_pictures(folder: Path) -> list[Path]:
-    return [folder / name for name in data.pictures_in(folder)]
+    return [folder / name for name in folders.pictures_in(folder)]
 
 
 def match(real: list[Path], fake: list[Path]) -> list[tuple[Path, Path]]:
@@ -169,7 +171,7 @@ def match(real: list[Path], fake: list[Path]) -> list[tuple[Path, Path]]:
                          f" {len(real) + len(fake)} pictures are alone); expected the same stems in both folders")
     pairs = [(path, stems[1][path.stem]) for path in real]
     for pair in tqdm(pairs, desc="sizes", leave=False, disable=None):  # before networks are loaded
-        a, b = ("{}x{}".format(*data.open_picture(path).size) for path in pair)
+        a, b = ("{}x{}".format(*open_picture(path).size) for path in pair)
         if a != b:
             raise ValueError(f"{pair[0]} is {a} pixels and its partner {pair[1]} {b}; make them equal")
     return pairs
@@ -178,7 +180,7 @@ def match(real: list[Path], fake: list[Path]) -> list[tuple[Path, Path]]:
 def read_batches(rows: list[tuple[Path, ...]], batch: int, device: torch.device, what: str) -> Iterator[list[Tensor]]:
     """The files, column by column, as pictures [B, 3, H, W] in [-1, 1]; B is up to `batch` neighbours of one size."""
     def load(row: tuple[Path, ...]) -> list[Tensor]:
-        return [data.to_tensor(data.open_picture(path)) * 2 - 1 for path in row]
+        return [to_tensor(open_picture(path)) * 2 - 1 for path in row]
 
     with ThreadPoolExecutor() as pool:
         for first in tqdm(range(0, len(rows), batch), desc=what, unit="batch", leave=False, disable=None):
@@ -187,7 +189,7 @@ def read_batches(rows: list[tuple[Path, ...]], batch: int, device: torch.device,
                 yield [torch.stack(column).to(device) for column in zip(*group)]
 
 
-def folder_features(paths: list[Path], judge: weights.Judge, batch: int, device: torch.device,
+def folder_features(paths: list[Path], judge: metrics.MetricNetwork, batch: int, device: torch.device,
                     stats: Path | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Features [N, D] of the files, their mean and covariance. With `stats` they are kept in that file (features, mu,
     sigma), or read from it; ValueError where it was made of other pictures, Inception weights or preparation."""
@@ -219,7 +221,7 @@ def folder_features(paths: list[Path], judge: weights.Judge, batch: int, device:
 
 def read_captions(path: Path, fake: list[Path]) -> list[str]:
     """The caption of each made picture, under its file name or one of the same stem."""
-    prompts = data.read_prompts(path)
+    prompts = folders.read_prompts(path)
     if prompts is None:
         raise ValueError(f'{path} does not exist; expected a JSON file {{"file name": "caption"}}')
     stems = {Path(name).stem: caption for name, caption in prompts.items()}
@@ -280,7 +282,7 @@ def choose(args: argparse.Namespace, real: list[Path], fake: list[Path]) -> tupl
     if args.metrics and reasons:
         raise ValueError("; ".join(f"{name} cannot be computed: {reasons[name]}" for name in asked if name in reasons))
     for name, (judge, *_) in METRICS.items():
-        if not args.metrics and judge and name not in reasons and not weights.has_judge(judge):
+        if not args.metrics and judge and name not in reasons and not metrics.has_metric_network(judge):
             reasons[name] = f"the weights of {judge} are not on this machine; --metrics {name} fetches them"
     chosen = [name for name in METRICS if name in asked and name not in reasons]
     return chosen, pairs, {name: reasons[name] for name in METRICS if name in reasons}
@@ -290,7 +292,7 @@ def compute(args: argparse.Namespace, chosen: list[str], real: list[Path], fake:
             device: torch.device) -> dict[str, dict]:
     """name -> value, its deviation over KID's subsets or over pictures, and all that it depends on."""
     captions = read_captions(args.captions, fake) if "clip" in chosen else []
-    judges = {judge: weights.load_judge(judge, str(device)) for judge in {METRICS[name][0] for name in chosen} - {None}}
+    judges = {judge: metrics.load_metric_network(judge, str(device)) for judge in {METRICS[name][0] for name in chosen} - {None}}
     values, notes = {name: [] for name in chosen}, {}
     if {"fid", "kid"} & set(chosen):
         f1, *stats1 = folder_features(real, judges["inception"], args.batch, device, args.stats)

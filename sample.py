@@ -32,9 +32,11 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
 import training
-from models import controlnet, diffusion, vae, weights
+from dataset import folders
+from dataset.pictures import SUFFIXES, canny, open_picture, pad_to_multiple, sketch, to_picture, to_tensor
+from files import bases, checkpoints, hub
+from models import controlnet, diffusion, vae
 
 DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16,
           "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
@@ -55,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", help="what to draw; a checkpoint that knows its caption needs none")
     add("--base", help="a diffusers folder, a one-file checkpoint, a Hub id, or "
-        f"{', '.join(weights.BASES)} [tiny-turbo; the checkpoint's own]")
+        f"{', '.join(hub.BASES)} [tiny-turbo; the checkpoint's own]")
     add("--merge", metavar="'A + B - C'", help="in place of --base: the sum of bases' denoisers, tensor by tensor")
     add("--lora", action="append", metavar="FILE[:SCALE]", help="added to the base; may be given several times")
     add("--controlnet", help="a ControlNet's folder or Hub id, for what --control_image shows")
@@ -65,7 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save", type=pathlib.Path, help="also write the base with its LoRA as a folder in the diffusers layout,"
         " and a one-step generator's prior into it")
     add("--checkpoint", help="what a trainer made: model.safetensors, a run's folder; or an official .pkl or its name: "
-        + ", ".join(weights.CHECKPOINTS))
+        + ", ".join(checkpoints.CHECKPOINTS))
     add("--input", type=pathlib.Path, help="a picture or a folder of pictures to translate or, without a checkpoint,"
         " to edit")
     add("--output", type=pathlib.Path, help="a .png file, or a folder [out.png, for several pictures out/]")
@@ -102,7 +104,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuses flags that do not go together. Sets what follows from them: translator, page, strength."""
-    args.translator = bool(args.checkpoint) and weights.kind_of(args.checkpoint) != "yoso"
+    args.translator = bool(args.checkpoint) and checkpoints.checkpoint_kind(args.checkpoint) != "yoso"
     if (args.translator and not args.input) or (args.input and not args.translator and args.prompt is None):
         raise ValueError("a translator (--checkpoint) and --input belong together; expected both, or a prompt to edit"
                          " the input by")
@@ -144,7 +146,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def is_file(output: pathlib.Path) -> bool:
     """Whether --output names one picture, not a folder."""
-    if output.suffix.lower() in data.SUFFIXES - {".png"} and not output.is_dir():
+    if output.suffix.lower() in SUFFIXES - {".png"} and not output.is_dir():
         raise ValueError(f"--output {output}: pictures are written as PNG; expected a name ending in .png, or a folder")
     return output.suffix.lower() == ".png" and not output.is_dir()
 
@@ -163,7 +165,7 @@ def save(picture: Tensor, path: pathlib.Path, args: argparse.Namespace, **facts)
         if value is not None:
             text.add_itxt(key, str(value))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = data.to_picture(picture.float().cpu())
+    image = to_picture(picture.float().cpu())
     training.write_file(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text))
     print(path)
 
@@ -223,7 +225,7 @@ class Control:
     scale: float = 1.0
 
 
-def bind(base: weights.Base, contexts: tuple[Tensor, ...], guidance: float, control: Control | None
+def bind(base: bases.Base, contexts: tuple[Tensor, ...], guidance: float, control: Control | None
          ) -> diffusion.Model:
     """The network as the samplers call it: all but the latent and the timestep is bound. The contexts are of what is
     wanted and, for guidance above 1, of what is not."""
@@ -251,7 +253,7 @@ def bind(base: weights.Base, contexts: tuple[Tensor, ...], guidance: float, cont
 
 
 @torch.inference_mode()
-def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple[int, int], steps: int = 1,
+def text_to_image(base: bases.Base, prompt: str, seeds: list[int], size: tuple[int, int], steps: int = 1,
                   sampler: str = "ddim", guidance: float = 1.0, negative: str = "", *, control: Control | None = None,
                   prior: tuple[Tensor, Tensor] | None = None, pictures: Tensor | None = None, strength: float = 1.0,
                   contexts: tuple[Tensor, ...] | None = None, tile: int | None = None) -> Tensor:
@@ -285,29 +287,29 @@ def text_to_image(base: weights.Base, prompt: str, seeds: list[int], size: tuple
     return vae.tiled(base.vae.decode, [z / base.vae.config.scaling_factor], shape[1:], side).clamp(-1, 1)
 
 
-def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
+def load(args: argparse.Namespace, device: torch.device) -> bases.Base:
     """The base, merged, with its LoRA, or a one-step generator; written where --save says. Sets sampler and prior."""
     how = dict(dtype=DTYPES.get(args.dtype, torch.float32), device=str(device))
     name = args.base or "tiny-turbo"
     if args.checkpoint:
         strength = 1.0 if args.input else args.strength  # of an edit it is the noise
-        base, args.own_prior = weights.load_yoso(weights.find_checkpoint(args.checkpoint), args.base, **how,
+        base, args.own_prior = checkpoints.load_yoso(checkpoints.find_checkpoint(args.checkpoint), args.base, **how,
                                                  strength=strength)
     elif args.merge:
-        base = weights.load_merged(args.merge, **how)
+        base = bases.load_merged(args.merge, **how)
     else:
-        base = weights.load_base(name, weights.parts_of(name), **how)
+        base = bases.load_base(name, bases.parts_of(name), **how)
     if args.prediction_type:
         base.schedule = diffusion.Schedule.from_config(base.schedule.config | {"prediction_type": args.prediction_type})
     for spec in args.lora or []:
-        weights.load_lora(spec, base)
+        bases.load_lora(spec, base)
     if args.controlnet and base.unet is None:
         raise ValueError(f"--controlnet steers a U-Net, and {base.name} is PixArt; expected a Stable Diffusion base")
     if args.save:
-        weights.save_folder(args.save, base)
+        bases.save_folder(args.save, base)
         print(args.save)
         if args.checkpoint and base.schedule.alpha[-1] > 0:
-            weights.save_prior(args.save / "prior.safetensors", *args.own_prior)
+            bases.save_prior(args.save / "prior.safetensors", *args.own_prior)
             print(args.save / "prior.safetensors")
     known = {"LCM": "lcm", "DPM": "dpm"}  # by the begin of the scheduler's class
     args.sampler = args.sampler or known.get(base.schedule.config.get("_class_name", "")[:3], "ddim")
@@ -317,7 +319,7 @@ def load(args: argparse.Namespace, device: torch.device) -> weights.Base:
     return base
 
 
-def parse_size(text: str | None, base: weights.Base) -> tuple[int, int]:
+def parse_size(text: str | None, base: bases.Base) -> tuple[int, int]:
     """(width, height)."""
     multiple = base.multiple
     sides = str(text or base.denoiser.config.sample_size * base.vae.factor).lower().split("x")
@@ -326,18 +328,18 @@ def parse_size(text: str | None, base: weights.Base) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def read_condition(args: argparse.Namespace, base: weights.Base, size: tuple[int, int] | None) -> Tensor:
+def read_condition(args: argparse.Namespace, base: bases.Base, size: tuple[int, int] | None) -> Tensor:
     """--control_image [1, 3, H, W] in [0, 1], scaled to a size (width, height) if one is given, else padded."""
-    picture = preprocess(data.open_picture(args.control_image), args)
+    picture = preprocess(open_picture(args.control_image), args)
     picture = picture.resize(size, Image.Resampling.LANCZOS) if size else picture
-    return data.pad_to_multiple(data.to_tensor(picture)[None], base.multiple)[0].to(next(base.unet.parameters()))
+    return pad_to_multiple(to_tensor(picture)[None], base.multiple)[0].to(next(base.unet.parameters()))
 
 
-def load_control(args: argparse.Namespace, base: weights.Base, size: tuple[int, int] | None) -> Control | None:
+def load_control(args: argparse.Namespace, base: bases.Base, size: tuple[int, int] | None) -> Control | None:
     if args.controlnet is None:
         return None
     condition = read_condition(args, base, size)
-    network = weights.load_controlnet(args.controlnet, base.unet, condition.dtype, str(condition.device))
+    network = bases.load_controlnet(args.controlnet, base.unet, condition.dtype, str(condition.device))
     return Control(network, condition, args.control_scale)
 
 
@@ -346,7 +348,7 @@ def draw(args: argparse.Namespace, device: torch.device) -> None:
     one = is_file(output)
     if one and several:
         raise ValueError(f"--output {output} is one file for {args.n} pictures; expected a folder")
-    picture = data.open_picture(args.control_image) if args.control_image else None
+    picture = open_picture(args.control_image) if args.control_image else None
     base = load(args, device)
     if args.prompt is None:
         return
@@ -357,7 +359,7 @@ def draw(args: argparse.Namespace, device: torch.device) -> None:
     size = parse_size(args.size, base) if control is None else tuple(control.condition.shape[:1:-1])
     W, H = size if args.size or control is None else picture.size
     shape = (base.denoiser.config.in_channels, size[1] // base.vae.factor, size[0] // base.vae.factor)
-    prior = weights.load_prior(args.prior, shape) if args.prior else None
+    prior = bases.load_prior(args.prior, shape) if args.prior else None
     if args.checkpoint and base.schedule.alpha[-1] > 0:  # else one step begins at pure noise, of any size
         prior = args.own_prior
         if prior[0].shape != shape:
@@ -386,7 +388,7 @@ def edit(args: argparse.Namespace, device: torch.device) -> None:
 
     def batches() -> Batches:
         for paths, pictures in ahead(read_batches([*targets], args)):
-            x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]), base.multiple)
+            x, (H, W) = pad_to_multiple(torch.stack([to_tensor(p) for p in pictures]), base.multiple)
             size, seeds = tuple(x.shape[:1:-1]), [args.seed] * len(x)
             if control:
                 control.condition = read_condition(args, base, size)
@@ -410,8 +412,8 @@ def draw_page(args: argparse.Namespace, device: torch.device) -> None:
 
 def preprocess(picture: Image.Image, args: argparse.Namespace) -> Image.Image:
     if args.preprocess == "canny":
-        return data.canny(picture, args.low_threshold, args.high_threshold)
-    return data.sketch(picture) if args.preprocess == "sketch" else picture
+        return canny(picture, args.low_threshold, args.high_threshold)
+    return sketch(picture) if args.preprocess == "sketch" else picture
 
 
 def read_batches(paths: list[pathlib.Path], args: argparse.Namespace
@@ -420,7 +422,7 @@ def read_batches(paths: list[pathlib.Path], args: argparse.Namespace
     group, problems = [], []
     for path in paths:
         try:
-            picture = data.open_picture(path)
+            picture = open_picture(path)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -438,7 +440,7 @@ def read_batches(paths: list[pathlib.Path], args: argparse.Namespace
 class Translator(nn.Module):
     """A generator with all but pictures [B, 3, H, W] in [0, 1] and, with r, noise given."""
 
-    def __init__(self, model: weights.Loaded, context: Tensor, r: float | None, skip_scale: float,
+    def __init__(self, model: checkpoints.LoadedGenerator, context: Tensor, r: float | None, skip_scale: float,
                  direction: str | None):
         super().__init__()
         self.generator, self.r, self.skip_scale = model.generator, r, skip_scale
@@ -453,13 +455,13 @@ class Translator(nn.Module):
 
 
 @torch.inference_mode()
-def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], context: Tensor, seed: int, r: float | None,
+def translate_pictures(model: checkpoints.LoadedGenerator, pictures: list[Image.Image], context: Tensor, seed: int, r: float | None,
                        skip_scale: float = 1.0, direction: str | None = None, tile: int | None = None,
                        export: pathlib.Path | None = None) -> Tensor:
     """Pictures of any one size, padded to the VAE's factor, translated, by squares of `tile` pixels where they are
     larger, cut back: [B, 3, H, W] in [-1, 1]. The program that did it goes to `export`."""
     factor, channels = model.generator.vae.factor, model.generator.unet.config.in_channels
-    x, (H, W) = data.pad_to_multiple(torch.stack([data.to_tensor(p) for p in pictures]).to(context.device), factor)
+    x, (H, W) = pad_to_multiple(torch.stack([to_tensor(p) for p in pictures]).to(context.device), factor)
     size = x.shape[2] // factor, x.shape[3] // factor
     inputs = [x] if r is None else [x, training.draw_noise([seed] * len(x), (channels, *size))[0].to(x)]
 
@@ -476,11 +478,11 @@ def translate_pictures(model: weights.Loaded, pictures: list[Image.Image], conte
 def plan(args: argparse.Namespace) -> dict[pathlib.Path, pathlib.Path]:
     """Input pictures, and where each one's translation goes."""
     if not args.input.is_dir():
-        data.open_picture(args.input)  # a bad file is known before the networks are loaded
+        open_picture(args.input)  # a bad file is known before the networks are loaded
         output = args.output or pathlib.Path("out.png")
         targets = {args.input: output if is_file(output) else output / f"{args.input.stem}.png"}
     else:
-        paths = [args.input / name for name in data.pictures_in(args.input)]
+        paths = [args.input / name for name in folders.pictures_in(args.input)]
         output = args.output or pathlib.Path("out")
         if is_file(output):
             raise ValueError(f"--output {output} is one file for a folder of pictures; expected a folder")
@@ -494,13 +496,13 @@ def plan(args: argparse.Namespace) -> dict[pathlib.Path, pathlib.Path]:
 
 def translate(args: argparse.Namespace, device: torch.device) -> None:
     targets = plan(args)
-    model = weights.load_generator(args.checkpoint, args.base, DTYPES.get(args.dtype, torch.float32), str(device),
+    model = checkpoints.load_generator(args.checkpoint, args.base, DTYPES.get(args.dtype, torch.float32), str(device),
                                    args.r, args.strength)
     vaes = [part for name, part in model.generator.named_children() if name.startswith("vae")]
     one_epsilon = model.generator.config.prediction_type == "epsilon"
     quicken(args, device, vaes, model.generator.unet, one_epsilon, [model.generator])
     if model.kind == "cyclegan_turbo":
-        _, own, caption = next((released for name, released in weights.CHECKPOINTS.items()
+        _, own, caption = next((released for name, released in checkpoints.CHECKPOINTS.items()
                                 if args.checkpoint == name or pathlib.Path(args.checkpoint).name == released[0]),
                                (None, None, None))
         args.direction = args.direction or own or "a2b"

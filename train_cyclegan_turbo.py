@@ -27,14 +27,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import data
 import evaluate
 import training
-from models import weights
+from dataset import folders, loader
+from dataset.pictures import pad_to_multiple
+from files import bases, checkpoints, metrics
+from files.tensors import cast_frozen, fingerprint
 from models.cyclegan_turbo import DIRECTIONS, CycleGANTurbo, CycleGANTurboConfig
 from models.dino import structure_distance
 from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
-from models.latents import latent_size
+from models.vae import latent_size
 
 
 @dataclass
@@ -144,26 +146,26 @@ def main() -> None:
 
     # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
     n = cfg.resolution
-    train_set = data.open_unpaired(cfg.dataset_folder, "train",
+    train_set = folders.open_unpaired(cfg.dataset_folder, "train",
                                    cfg.train_img_prep or f"resize_{n * 286 // 256}_randomcrop_{n}x{n}_hflip",
                                    cfg.seed, n)
-    test_set = data.open_unpaired(cfg.dataset_folder, "test", cfg.val_img_prep or f"resize_{n}", cfg.seed, n)
+    test_set = folders.open_unpaired(cfg.dataset_folder, "test", cfg.val_img_prep or f"resize_{n}", cfg.seed, n)
     global_batch, slices, last_step = training.plan(cfg, rank, world, len(train_set), cfg.num_training_epochs)
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
     with training.first_alone(rank):
-        base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
+        base = bases.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
     generator = CycleGANTurbo(base.vae, base.unet, base.schedule, CycleGANTurboConfig(
         lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, skips=cfg.skips, conv_in=cfg.conv_in,
         train=cfg.train, prediction_type=base.schedule.prediction_type), training.rng(cfg.seed, 0, "lora")).train()
     tokenizer, text_encoder = base.tokenizer, base.text_encoder.requires_grad_(cfg.train == "all")
     trained = {n: p for n, p in generator.named_parameters() if p.requires_grad}
     trained |= {f"text_encoder.{n}": p for n, p in text_encoder.named_parameters() if p.requires_grad}
-    frozen = weights.fingerprint(generator, trained)
-    frozen += weights.fingerprint(text_encoder) if cfg.train == "lora" else ""
+    frozen = fingerprint(generator, trained)
+    frozen += fingerprint(text_encoder) if cfg.train == "lora" else ""
     if half:
-        weights.cast_frozen(generator, half)
+        cast_frozen(generator, half)
     for network in (generator.unet, *(part for vae in (generator.vae_a2b, generator.vae_b2a)
                                       for part in (vae.encoder, vae.decoder))):
         network.checkpointing = cfg.gradient_checkpointing
@@ -171,13 +173,13 @@ def main() -> None:
     lpips = inception = dino = vision = discriminators = None
     with training.first_alone(rank):
         if cfg.lambda_cycle_lpips or cfg.lambda_idt_lpips:
-            lpips = training.needed(weights.load_judge, "lpips", str(device),
+            lpips = training.needed(metrics.load_metric_network, "lpips", str(device),
                                     without="--lambda_cycle_lpips 0 --lambda_idt_lpips 0").network.to(dtype)
         if cfg.track_val_fid:
-            inception, dino = (training.needed(weights.load_judge, name, str(device), without="no --track_val_fid"
+            inception, dino = (training.needed(metrics.load_metric_network, name, str(device), without="no --track_val_fid"
                                                ).network for name in ("inception", "dino"))
         if cfg.lambda_gan and cfg.gan_disc_type == "vagan_clip":
-            vision = training.needed(weights.load_judge, "clip", str(device), without="--gan_disc_type patch"
+            vision = training.needed(metrics.load_metric_network, "clip", str(device), without="--gan_disc_type patch"
                                      ).network.image.to(dtype)
     if cfg.lambda_gan:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
@@ -222,13 +224,13 @@ def main() -> None:
         start, best = training.restore(folder, frozen, kept, "step", "best", batch=global_batch)
 
     def export(name: str) -> None:
-        training.write_file(folder / name, lambda path: weights.save_generator(
+        training.write_file(folder / name, lambda path: checkpoints.save_generator(
             path, generator, "cyclegan_turbo", cfg.base, list(test_set.prompts), text_encoder, tokenizer))
 
     @torch.inference_mode()
     def translated(item: dict, direction: str) -> Tensor:
         """A test item's picture of the one domain, of any size, led to the other: [3, H, W] in [-1, 1]."""
-        x, size = data.pad_to_multiple(item[direction[0]][None].to(device, dtype), factor)
+        x, size = pad_to_multiple(item[direction[0]][None].to(device, dtype), factor)
         return translate(x, direction)[0, :, :size[0], :size[1]].float().cpu()
 
     @torch.inference_mode()
@@ -265,7 +267,7 @@ def main() -> None:
     training.announce(rank, trained, f"{len(train_set)} pictures", device, folder)
     report = training.open_report(cfg, rank, folder, start, last_step, global_batch)
     stop = training.catch_stop()
-    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
+    batches = loader.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)
     for step in range(start, last_step):
         batch = next(batches)

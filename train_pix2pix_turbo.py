@@ -1,7 +1,7 @@
 """Trains pix2pix-Turbo: a one-step text-to-image model becomes a translator of pictures, from pairs.
 
     python train_pix2pix_turbo.py                         # drawn outlines to scenes, LoRA on tiny-turbo, CPU
-    python train_pix2pix_turbo.py --base tiny             # drawn circles, from random weights, CPU, six minutes
+    python train_pix2pix_turbo.py --base tiny             # the same from random weights, CPU
     python train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA --mixed_precision bf16
     torchrun --nproc_per_node=4 train_pix2pix_turbo.py --base stabilityai/sd-turbo --dataset_folder DATA ...
     python train_pix2pix_turbo.py --resume runs/NAME
@@ -27,20 +27,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import data
 import evaluate
 import training
-from models import weights
+from dataset import folders, loader
+from dataset.pictures import pad_to_multiple
+from files import bases, checkpoints, metrics
+from files.tensors import cast_frozen, fingerprint
 from models.discriminator import PatchDiscriminator, VisionAidedDiscriminator, draw_augmentation, spectral_step
-from models.latents import latent_size
 from models.lora import set_scale
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
+from models.vae import latent_size
 
 
 @dataclass
 class Config:
     # data
-    dataset_folder: str = "drawn:scenes"  # a folder of pairs, drawn:scenes or drawn:circles
+    dataset_folder: str = "drawn:scenes"  # a folder of pairs, or drawn:scenes
     train_image_prep: str | None = None  # resized_(random)crop_N, resize_N, resize_M_randomcrop_NxN, no_resize; _hflip
     test_image_prep: str | None = None  # the same for the test pictures
     resolution: int = 512  # N of the default preparation, resized_crop_N
@@ -92,11 +94,11 @@ class Config:
 
 
 # Where the base is tiny and starts from nothing: every weight trains, on small pictures, faster, in larger batches.
-TINY = dict(train="all", dataset_folder="drawn:circles", resolution=32, learning_rate=1e-3, lr_scheduler="cosine",
+TINY = dict(train="all", resolution=32, learning_rate=1e-3, lr_scheduler="cosine",
             lr_warmup_steps=200, train_batch_size=16, max_train_steps=1500, lambda_lpips=0.0, lambda_clipsim=0.0,
             lambda_gan=0.0, gan_disc_type="patch", disc_width=16, checkpointing_steps=200, adam_beta2=0.99)
 # Where it has learned to draw, LoRA does.
-PRETRAINED = TINY | dict(train="lora", dataset_folder="drawn:scenes", resolution=64, train_batch_size=8,
+PRETRAINED = TINY | dict(train="lora", resolution=64, train_batch_size=8,
                          lora_rank_unet=4, lambda_gan=0.1, disc_width=32, lr_warmup_steps=100, max_train_steps=600)
 ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume")
 
@@ -145,14 +147,14 @@ def main() -> None:
 
     # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
     prep = [name or f"resized_crop_{cfg.resolution}" for name in (cfg.train_image_prep, cfg.test_image_prep)]
-    train_set = data.open_paired(cfg.dataset_folder, "train", prep[0], cfg.seed, cfg.resolution)
-    test_set = data.open_paired(cfg.dataset_folder, "test", prep[1], cfg.seed, cfg.resolution)
+    train_set = folders.open_paired(cfg.dataset_folder, "train", prep[0], cfg.seed, cfg.resolution)
+    test_set = folders.open_paired(cfg.dataset_folder, "test", prep[1], cfg.seed, cfg.resolution)
     global_batch, slices, last_step = training.plan(cfg, rank, world, len(train_set), cfg.num_training_epochs)
 
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     base_seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
     with training.first_alone(rank):
-        base = weights.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
+        base = bases.load_base(cfg.base, device=str(device), dtype=dtype, seed=base_seed)
     prompts = sorted({*train_set.captions})
     generator = Pix2PixTurbo(base.vae, base.unet, base.schedule, Pix2PixTurboConfig(
         lora_rank_unet=cfg.lora_rank_unet, lora_rank_vae=cfg.lora_rank_vae, stochastic=cfg.stochastic,
@@ -161,24 +163,24 @@ def main() -> None:
     tokenizer, text_encoder = base.tokenizer, base.text_encoder.requires_grad_(cfg.train == "all")
     trained = {n: p for n, p in generator.named_parameters() if p.requires_grad}
     trained |= {f"text_encoder.{n}": p for n, p in text_encoder.named_parameters() if p.requires_grad}
-    frozen = weights.fingerprint(generator, trained)
-    frozen += weights.fingerprint(text_encoder) if cfg.train == "lora" else ""
+    frozen = fingerprint(generator, trained)
+    frozen += fingerprint(text_encoder) if cfg.train == "lora" else ""
     if half:
-        weights.cast_frozen(generator, half)
+        cast_frozen(generator, half)
     for network in (generator.unet, generator.vae.encoder, generator.vae.decoder):
         network.checkpointing = cfg.gradient_checkpointing
     vagan = cfg.lambda_gan > 0 and cfg.gan_disc_type == "vagan_clip"
     lpips = clip = inception = discriminator = None
     with training.first_alone(rank):
         if cfg.lambda_lpips:
-            lpips = training.needed(weights.load_judge, "lpips", str(device), without="--lambda_lpips 0"
+            lpips = training.needed(metrics.load_metric_network, "lpips", str(device), without="--lambda_lpips 0"
                                     ).network.to(dtype)
         if cfg.lambda_clipsim or vagan:
-            judge = training.needed(weights.load_judge, "clip", str(device),
+            judge = training.needed(metrics.load_metric_network, "clip", str(device),
                                     without="--lambda_clipsim 0 --gan_disc_type patch")
             clip, clip_tokenizer = judge.network.to(dtype), judge.tokenizer
         if cfg.track_val_fid:
-            inception = training.needed(weights.load_judge, "inception", str(device), without="no --track_val_fid"
+            inception = training.needed(metrics.load_metric_network, "inception", str(device), without="no --track_val_fid"
                                         ).network
     if cfg.lambda_gan:
         torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
@@ -223,14 +225,14 @@ def main() -> None:
         start, best = training.restore(folder, frozen, kept, "step", "best", batch=global_batch)
 
     def export(name: str) -> None:
-        training.write_file(folder / name, lambda path: weights.save_generator(
+        training.write_file(folder / name, lambda path: checkpoints.save_generator(
             path, generator, "pix2pix_turbo", cfg.base, prompts if len(prompts) == 1 else [], text_encoder, tokenizer))
 
     @torch.inference_mode()
     def translate(item: dict) -> Tensor:
         """A test item of any size -> output [3, H, W] in [-1, 1]; of a stochastic model at r = 1, without noise."""
         set_scale(generator, 1.0)
-        x, size = data.pad_to_multiple(item["input"][None].to(device, dtype), factor)
+        x, size = pad_to_multiple(item["input"][None].to(device, dtype), factor)
         with autocast:
             return generator(x, encode([item["caption"]]))[0, :, :size[0], :size[1]].float().cpu()
 
@@ -250,9 +252,6 @@ def main() -> None:
         if inception:
             fakes, targets = zip(*pairs)
             values["val_fid"] = evaluate.fid(inception, targets, fakes, device)
-        if judge := getattr(test_set, "judge", None):  # drawn pictures know what is right
-            fakes = torch.stack([fake for fake, _ in pairs])
-            values |= {f"val_{k}": v for k, v in judge(fakes, list(range(len(items)))).items()}
         return values
 
     # ---- the loop
@@ -261,7 +260,7 @@ def main() -> None:
     training.announce(rank, trained, f"{len(train_set)} pairs", device, folder)
     report = training.open_report(cfg, rank, folder, start, last_step, global_batch)
     stop = training.catch_stop()
-    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
+    batches = loader.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)
     for step in range(start, last_step):
         batch = next(batches)

@@ -22,23 +22,30 @@ what the discriminator takes for real is G too, c_skip and c_out included."""
 
 import collections
 import copy
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import data
 import evaluate
 import training
-from models import diffusion, weights
+from dataset import cache, folders, loader
+from files import bases, checkpoints, metrics
+from files.bases import Base
+from files.formats import write_lora
+from files.tensors import cast_frozen, fingerprint, save_tensors
+from models import diffusion
 from models.diffusion import Schedule, add_noise, predict_x0
 from models.discriminator import LatentDiscriminator, PixelDiscriminator, lower_half
-from models.latents import Reader, check_data, latent_shape
-from models.lora import add_lora, write_lora
+from models.lora import add_lora
+from models.vae import latent_size
 from tiny import gaussians
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
@@ -193,14 +200,94 @@ def learning_rate(step: int, config: Config, last: int) -> float:
     return config.learning_rate * rise * fall
 
 
+def check_data(items: Dataset, where: str, base: Base, base_name: str, teacher: str | None, other_captions: str | bool
+               ) -> None:
+    """Refuses a data set that the base cannot train on, or not in this way."""
+    pictures, facts = {"target", "mean"} & items[0].keys(), getattr(items, "facts", {})
+    if not pictures and not teacher:
+        raise ValueError(f"{where} holds captions alone; expected --teacher, a one-step base that draws their pictures"
+                         " (sd-turbo), or pictures")
+    if pictures and teacher:
+        raise ValueError(f"{where} holds pictures; leave --teacher out")
+    if facts and other_captions:
+        raise ValueError(f"{where} holds captions that are encoded already; leave --validation_prompts and"
+                         " --unconditional out")
+    for part in ("vae", "text_encoder") if facts.get("dtype") == "float32" else ("vae",) if facts else ():
+        network = getattr(base, part)  # the VAE is of float32 whatever the cache's type
+        if network and facts[part] != fingerprint(network):
+            raise ValueError(f"{where} is a cache of {facts['base']}, whose {part} is not that of {base_name} here;"
+                             " make a cache of this base")
+
+
+def latent_shape(base: Base, item: dict, resolution: int) -> tuple[int, ...]:
+    """[C, h, w] of the latent of a data set's item, of captions of a picture of that resolution; of points [2]."""
+    if "mean" in item:
+        return item["mean"].shape
+    sides = item["target"].shape[1:] if "target" in item else (resolution, resolution)
+    return base.denoiser.config.in_channels, *latent_size(sides, base.vae.factor)
+
+
+def one_step(base: Base, captions: list[str], noise: Tensor) -> Tensor:
+    """The latents [B, C, h, w] that a one-step base makes of noise."""
+    schedule, t = base.schedule, len(base.schedule.alpha) - 1
+    x = diffusion.start(noise, t, schedule)
+    return diffusion.predict_x0(base.denoiser(x, t, *base.encode(captions)), x, t, schedule, schedule.prediction_type)
+
+
+def remembering(base: Base, autocast: torch.autocast) -> Callable[[list[str]], list[Tensor]]:
+    """base.encode, which is asked once for a caption and keeps what it says of 2,000."""
+
+    @functools.lru_cache(maxsize=2000)
+    def encoded(caption: str) -> list[Tensor]:
+        with torch.no_grad(), autocast:
+            return [c[0].cpu() for c in base.encode([caption])]
+
+    return lambda captions: [torch.stack(c) for c in zip(*map(encoded, captions))]
+
+
+@dataclass
+class Reader:
+    """read(batch, rows, noise) -> x0 [B, *shape], the denoiser's contexts, and the critic's context; in the type and on
+    the device of the noise [B, *shape], which places x0 in the encoder's spread, or is what a teacher begins from."""
+    base: Base
+    critic: Base  # whose U-Net looks at latents; the base itself where that has one
+    teacher: Base | None  # the one-step base that draws the pictures of captions alone
+    shape: tuple[int, ...]  # of every latent
+    unconditional: bool  # to all but the teacher captions are empty
+    autocast: torch.autocast
+
+    def __post_init__(self):
+        self.encode = remembering(self.base, self.autocast)
+        self.encode_for_critic = remembering(self.critic, self.autocast)
+
+    def __call__(self, batch: dict, rows: slice, noise: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        texts = batch["caption"][rows]
+        captions = [""] * len(texts) if self.unconditional else texts
+        cached = [batch[name][rows] for name in ("context_0", "context_1") if name in batch]
+        contexts = [c.to(noise) for c in cached or self.encode(captions)]
+        seen = contexts[0] if self.critic is self.base else self.encode_for_critic(captions)[0].to(noise)
+        if "mean" in batch:
+            return batch["mean"][rows].to(noise) + batch["std"][rows].to(noise) * noise, contexts, seen
+        with torch.no_grad(), self.autocast:
+            if self.teacher:
+                return one_step(self.teacher, texts, noise).to(noise), contexts, seen
+            pictures = batch["target"][rows].to(noise)
+            if pictures.shape[2:] != tuple(side * self.base.vae.factor for side in self.shape[1:]):
+                raise ValueError(f"'{batch['name'][rows][0]}' is not of the size of the first training picture,"
+                                 " expected one size for all: choose --train_image_prep and --test_image_prep for it")
+            mean, logvar, _ = self.base.vae.encode(pictures)
+            x0 = mean.to(noise) + (0.5 * logvar.to(noise)).exp() * noise
+            return x0 * self.base.vae.config.scaling_factor, contexts, seen
+
+
 def open_data(cfg: Config, split: str, prep: str | None):
     if cfg.base == "gaussians":
         return gaussians.Points(split, cfg.seed)
     asked = cfg.train_image_prep or cfg.test_image_prep or cfg.center_crop or cfg.random_flip
     random = split == "train" and not cfg.center_crop
     prep = prep or f"resized_{'random' * random}crop_{cfg.resolution}{'_hflip' * cfg.random_flip}"
-    items = data.open_captioned(cfg.train_data_dir, split, prep, cfg.seed, cfg.resolution, cfg.caption_column)
-    if asked and isinstance(items, data.Cached):
+    items = folders.open_captioned(cfg.train_data_dir, split, prep, cfg.seed, cfg.resolution, cfg.caption_column)
+    if asked and isinstance(items, cache.Cached):
         raise ValueError(f"{cfg.train_data_dir} is a cache, whose pictures were cropped when it was made; leave out"
                          " what is said of crops and flips (python data.py cache has --prep)")
     return items
@@ -238,15 +325,15 @@ def main() -> None:
     # ---- networks: what is trained stays in float32, what is frozen may be stored in half
     seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
     with training.first_alone(rank):
-        base = gaussians.load_base(seed, dtype, device) if points else weights.load_base(
-            cfg.base, weights.parts_of(cfg.base, isinstance(train_set, data.Cached)), dtype, str(device), seed)
+        base = gaussians.load_base(seed, dtype, device) if points else bases.load_base(
+            cfg.base, bases.parts_of(cfg.base, isinstance(train_set, cache.Cached)), dtype, str(device), seed)
         critic, teacher, inception = base, None, None
         if cfg.stage == "yoso" and base.transformer:  # only a U-Net looks at latents
-            critic = weights.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), dtype, str(device))
+            critic = bases.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), dtype, str(device))
         if cfg.teacher:
-            teacher = weights.load_base(cfg.teacher, weights.parts_of(cfg.teacher), dtype, str(device))
+            teacher = bases.load_base(cfg.teacher, bases.parts_of(cfg.teacher), dtype, str(device))
         if cfg.track_val_fid:
-            inception = training.needed(weights.load_judge, "inception", str(device), without="no --track_val_fid"
+            inception = training.needed(metrics.load_metric_network, "inception", str(device), without="no --track_val_fid"
                                         ).network
     if cfg.prediction_type:
         base.schedule = Schedule.from_config(base.schedule.config | {"prediction_type": cfg.prediction_type})
@@ -280,9 +367,9 @@ def main() -> None:
     ema = {n: p.detach().clone() for n, p in trained.items() if cfg.use_ema}
     beside = nn.ModuleList([network for other in (teacher, critic) if other and other is not base
                             for network in (other.denoiser, other.text_encoder)])
-    frozen = "".join(weights.fingerprint(network, trained) for network in (parts, beside) if len(network))
+    frozen = "".join(fingerprint(network, trained) for network in (parts, beside) if len(network))
     for network in filter(None, (parts, beside, pretrained, judge) if half else ()):
-        weights.cast_frozen(network, half)
+        cast_frozen(network, half)
     for network in filter(None, (generator, getattr(discriminator, "unet", None), judge)):
         network.checkpointing = cfg.gradient_checkpointing
 
@@ -321,7 +408,7 @@ def main() -> None:
         order = torch.randperm(len(train_set), generator=training.rng(cfg.seed, 0, "prior"))[:cfg.prior_pictures]
         prior = diffusion.mean_and_std(  # of a sorted folder the first are alike
             z for group in tqdm(order.split(cfg.train_batch_size), "prior", disable=rank != 0)
-            for z in read(data.collate([train_set[i] for i in group.tolist()]), slice(None),  # the means, without noise
+            for z in read(loader.collate([train_set[i] for i in group.tolist()]), slice(None),  # the means, without noise
                           bool(teacher) * training.draw_noise(group.tolist(), shape)[0].to(device, dtype))[0])
 
     def swap() -> None:
@@ -333,16 +420,16 @@ def main() -> None:
         """The state last: what a resumed run takes for done has been written."""
         swap()
         export("model.safetensors")
-        training.write_file(folder / "prior.safetensors", lambda path: weights.save_prior(path, *prior))
+        training.write_file(folder / "prior.safetensors", lambda path: bases.save_prior(path, *prior))
         for name in ("lora.safetensors", "lora_kohya.safetensors") if cfg.train == "lora" else ():
-            training.write_file(folder / name, lambda path, name=name: weights.save_tensors(
+            training.write_file(folder / name, lambda path, name=name: save_tensors(
                 path, write_lora(generator, part, "kohya" in name), {"format": "pt"}))
         swap()
         training.save_state(folder / "state.pt", dict(
             step=step, best=best, base=frozen, batch=global_batch, prior=prior, **kept))
 
     def export(name: str) -> None:
-        training.write_file(folder / name, lambda path: weights.save_yoso(
+        training.write_file(folder / name, lambda path: checkpoints.save_yoso(
             path, base, cfg.base, trained, prior, cfg.train == "lora" and cfg.lora_rank))
 
     @torch.inference_mode()
@@ -351,7 +438,7 @@ def main() -> None:
         from the noise of seed i: each [N, 3, H, W], or points."""
         made = []
         for i in range(0, len(items), cfg.train_batch_size):
-            some = data.collate(items[i:i + cfg.train_batch_size])
+            some = loader.collate(items[i:i + cfg.train_batch_size])
             n = len(some["caption"])
             noise, generators = training.draw_noise(range(i, i + n), shape)
             again = torch.cat([torch.randn(1, *shape, generator=g) for g in generators])
@@ -381,7 +468,7 @@ def main() -> None:
     training.announce(rank, trained, f"{len(train_set)} items", device, folder)
     report = training.open_report(cfg, rank, folder, start, last_step, global_batch)
     stop = training.catch_stop()
-    batches = data.batches(train_set, global_batch, cfg.seed, start, last_step,
+    batches = loader.batches(train_set, global_batch, cfg.seed, start, last_step,
                            [row for rows in slices for row in rows], cfg.dataloader_num_workers)
     for step in range(start, last_step):
         batch, losses, pairs = next(batches), collections.defaultdict(float), []
@@ -486,7 +573,7 @@ def main() -> None:
     if rank == 0:
         if cfg.train == "all" and not points:
             swap()
-            weights.save_folder(folder / "base", base, rest=cfg.base)
+            bases.save_folder(folder / "base", base, rest=cfg.base)
         print(folder / "model.safetensors")
 
 

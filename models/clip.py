@@ -5,7 +5,6 @@ One class for CLIP ViT-L (SD 1.x), OpenCLIP ViT-H (SD 2.x, SD-Turbo) and small o
 Module names are those of `transformers`' `CLIPTextModel`. Source: Radford et al. 2021."""
 
 import json
-import re
 from dataclasses import dataclass
 
 import torch
@@ -196,41 +195,6 @@ def clip_pieces(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Pieces:
     pieces.decoder = decoders.ByteLevel()
     pieces.add_special_tokens([token for token in ("<|startoftext|>", end) if token in vocab])
     return pieces
-
-
-# ---------------------------------------------------------------------------------------- the layout of one-file models
-
-# Our words for OpenCLIP's, to be replaced one after the other.
-OPEN_CLIP = {"text_model.": "", "embeddings.token_embedding": "token_embedding",
-             "embeddings.position_embedding.weight": "positional_embedding", "encoder.layers": "transformer.resblocks",
-             "final_layer_norm": "ln_final", "layer_norm": "ln_", "self_attn": "attn", "fc1": "c_fc", "fc2": "c_proj"}
-
-
-def open_clip_name(name: str) -> tuple[str, int | None]:
-    """Our name of a tensor -> OpenCLIP's, and which third of that it is: q, k and v are one matrix there."""
-    for ours, theirs in OPEN_CLIP.items():
-        name = name.replace(ours, theirs)
-    if match := re.fullmatch(r"(.+)\.([qkv])_proj\.(weight|bias)", name):
-        return f"{match[1]}.in_proj_{match[3]}", "qkv".index(match[2])
-    return name, None
-
-
-def from_original(tensors: dict[str, Tensor], config: TextConfig) -> dict[str, Tensor]:
-    """The text encoder's tensors of a one-file model under our names: CLIP's own of SD 1.x, OpenCLIP's of SD 2.x. Left
-    out are buffers, what only serves to compare with pictures, and OpenCLIP's last block, which SD 2.x does not run.
-    What else has no place here keeps the name it had, for whoever loads them to refuse."""
-    unused = {"logit_scale", "text_projection", "text_projection.weight", "attn_mask"}
-    place = re.compile(r"(?:cond_stage_model|conditioner\.embedders\.0)\.(?:transformer|model)\.(.+)")
-    theirs = {match[1]: tensor for name, tensor in tensors.items() if (match := place.fullmatch(name))}
-    theirs = {name: t for name, t in theirs.items() if name not in unused and not name.endswith("position_ids")}
-    if not any(name.startswith("transformer.resblocks.") for name in theirs):
-        return {"text_model." + name.removeprefix("text_model."): tensor for name, tensor in theirs.items()}
-    with torch.device("meta"):
-        names = {name: open_clip_name(name) for name in TextEncoder(config).state_dict()}
-    found = {name: theirs[whole] if third is None else theirs[whole].tensor_split(3)[third]
-             for name, (whole, third) in names.items() if whole in theirs}
-    placed, last = {whole for whole, _ in names.values()}, f"transformer.resblocks.{config.num_hidden_layers}."
-    return found | {name: t for name, t in theirs.items() if name not in placed and not name.startswith(last)}
 
 
 # ------------------------------------------------------------------------------------------------ pictures and captions

@@ -6,7 +6,6 @@ as it is. Source: Rombach et al. 2022; the skips: Parmar et al. 2024, "One-Step 
 Models", 3.2."""
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -283,31 +282,9 @@ class Identity(nn.Module):
         return z
 
 
-# ---------------------------------------------------------------------------------------- the layout of one-file models
-
-# Our words for the original code's (CompVis/latent-diffusion), to be replaced one after the other.
-ORIGINAL = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
-            "mid_block.attentions.0": "mid.attn_1", "down_blocks": "down", "up_blocks": "up", "resnets": "block",
-            "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_shortcut": "nin_shortcut",
-            "conv_norm_out": "norm_out", "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v",
-            "to_out.0": "proj_out"}
-
-
-def original_name(name: str, config: VAEConfig) -> str:
-    """Our name of a tensor -> the original's, without `first_stage_model.`. The original counts the way up from its
-    end. Its attention is of 1x1 convolutions, [C, C, 1, 1], ours of linear layers."""
-    for ours, theirs in ORIGINAL.items():
-        name = name.replace(ours, theirs)
-    last = len(config.block_out_channels) - 1
-    return re.sub(r"\.up\.(\d+)\.", lambda level: f".up.{last - int(level[1])}.", name)
-
-
-def from_original(tensors: dict[str, Tensor], config: VAEConfig) -> dict[str, Tensor]:
-    """The VAE's tensors of a one-file model, or of a VAE's own file, under our names. Its training's losses and running
-    averages are left out; what else has no place here keeps the name it had, for whoever loads them to refuse."""
-    prefix = "first_stage_model." if any(name.startswith("first_stage_model.") for name in tensors) else ""
-    with torch.device("meta"):
-        names = {prefix + original_name(name, config): name for name in VAE(config).state_dict()}
-    found = {names.get(name, name): tensor for name, tensor in tensors.items()
-             if name.startswith(prefix) and not name.removeprefix(prefix).startswith(("loss.", "model_ema."))}
-    return {name: t.flatten(1) if ".attentions." in name and t.ndim == 4 else t for name, t in found.items()}
+def latent_size(sides: tuple[int, int], factor: int) -> list[int]:
+    """[h, w] of the latent of a picture of [H, W]; ValueError where it has no whole one."""
+    if any(side % factor for side in sides):
+        raise ValueError(f"pictures of {sides[1]}x{sides[0]} pixels; expected sides that are multiples of {factor}:"
+                         " choose another --resolution or --train_image_prep")
+    return [side // factor for side in sides]

@@ -33,9 +33,11 @@ from test_weights import SCHEDULE, UNET, VAE, tiny_pipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
-import data
 import sample
-from models import diffusion, t5, weights
+from dataset import __main__
+from dataset.pictures import open_picture, to_tensor
+from files import bases, hub
+from models import diffusion, t5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,7 +78,7 @@ def float32_noise(monkeypatch):
                         draw(shape, generator=generator, device=device, dtype=torch.float32).to(dtype))
 
 
-def ours_and_theirs(pipe, base: weights.Base, size: tuple[int, int], steps: int, guidance: float, sampler: str,
+def ours_and_theirs(pipe, base: bases.Base, size: tuple[int, int], steps: int, guidance: float, sampler: str,
                     control: sample.Control | None = None, **theirs) -> tuple[Tensor, Tensor]:
     """Two pictures by sample.py and by the pipeline, in float64, of the same noise."""
     seeds = [3, 4]
@@ -106,7 +108,7 @@ def test_pixart_draws_what_its_pipeline_draws(tmp_path, exact_norm, exact_dpm, f
     pipe = pixart(fine(scheduler, LINEAR_ALPHA_BAR), sample_size)
     pipe.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len([*tmp_path.glob("text_encoder/*.safetensors")]) > 1
-    base = weights.load_base(str(tmp_path), weights.parts_of(str(tmp_path)))
+    base = bases.load_base(str(tmp_path), bases.parts_of(str(tmp_path)))
     ours, theirs = ours_and_theirs(pipe, base, size, steps, guidance, sampler, use_resolution_binning=False)
     assert relative(ours, theirs) < (1e-7 if sampler == "lcm" else 1e-9)
 
@@ -138,14 +140,14 @@ def test_pixart_knows_its_sampler_and_has_sides_of_twice_the_factor(dit, command
 @torch.no_grad()
 def test_a_transformer_alone_is_a_base_with_pixarts_other_parts(dit, tmp_path, monkeypatch, command):  # noqa: F811
     shutil.copytree(dit["tuned"] / "transformer", tmp_path / "alone")
-    monkeypatch.setitem(weights.BASES, "pixart512", str(dit["512"]))
-    monkeypatch.setitem(weights.BASES, "yoso512", str(tmp_path / "alone"))
-    weights.save_folder(tmp_path / "stage", weights.load_base("yoso512", weights.PIXART), rest="yoso512")
+    monkeypatch.setitem(hub.BASES, "pixart512", str(dit["512"]))
+    monkeypatch.setitem(hub.BASES, "yoso512", str(tmp_path / "alone"))
+    bases.save_folder(tmp_path / "stage", bases.load_base("yoso512", bases.PIXART), rest="yoso512")
     for name, kind in [("yoso512", "v_prediction"), (str(tmp_path / "alone"), "v_prediction"),
                        (str(tmp_path / "stage"), "v_prediction")]:
-        base = weights.load_base(name, weights.parts_of(name))
+        base = bases.load_base(name, bases.parts_of(name))
         assert base.schedule.prediction_type == kind
-    tuned, plain = (weights.load_base(str(dit[name]), weights.PIXART) for name in ("tuned", "512"))
+    tuned, plain = (bases.load_base(str(dit[name]), bases.PIXART) for name in ("tuned", "512"))
     for part, other in [("transformer", tuned), ("vae", plain), ("text_encoder", plain)]:
         ours, theirs = getattr(base, part).state_dict(), getattr(other, part).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -165,17 +167,17 @@ def test_a_merged_model_is_the_sum_and_takes_what_one_alone_has(dit, command):  
     assert merged.keys() == b.keys()
     for name, tensor in merged.items():
         assert torch.equal(tensor, a[name] + b[name] - c[name] if name in a else b[name]), name
-    assert weights.load_base("merged", ("transformer",)).transformer.config.sample_size == 128
+    assert bases.load_base("merged", ("transformer",)).transformer.config.sample_size == 128
     assert all(torch.equal(t, load_file(dit["tuned"] / "vae" / "diffusion_pytorch_model.safetensors")[name])
                for name, t in load_file("merged/vae/diffusion_pytorch_model.safetensors").items())
-    elsewhere = weights.load_merged(formula, device="meta")  # no GPU here
+    elsewhere = bases.load_merged(formula, device="meta")  # no GPU here
     assert all(p.is_meta for network in elsewhere.networks.values() for p in network.parameters())
 
 
 @torch.no_grad()
 def test_diffusers_reads_a_written_pixart_and_draws_the_same(dit, tmp_path, exact_norm, exact_dpm):  # noqa: F811
-    base = weights.load_base(str(dit["1024"]), weights.PIXART, torch.float64)
-    weights.save_folder(tmp_path, base)
+    base = bases.load_base(str(dit["1024"]), bases.PIXART, torch.float64)
+    bases.save_folder(tmp_path, base)
     pipe = PixArtAlphaPipeline.from_pretrained(tmp_path, torch_dtype=torch.float64)
     pipe.set_progress_bar_config(disable=True)
     ours, theirs = ours_and_theirs(pipe, base, (16, 16), 2, 3.0, "dpm", use_resolution_binning=False)
@@ -207,9 +209,9 @@ def test_a_lora_with_lcm_draws_what_its_pipeline_draws(tmp_path, float32_noise, 
     """Within 1e-7: the peer's c_skip is in float32."""
     pipe = tiny_pipeline(scheduler=fine(LCMScheduler(**SCHEDULE))).to(torch.float64)
     pipe.save_pretrained(tmp_path)
-    base, plain = (weights.load_base(str(tmp_path)) for _ in range(2))
+    base, plain = (bases.load_base(str(tmp_path)) for _ in range(2))
     file = lora_file(tmp_path / "lora.safetensors")
-    weights.load_lora(str(file) if strength == 1 else f"{file}:{strength}", base)
+    bases.load_lora(str(file) if strength == 1 else f"{file}:{strength}", base)
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors", adapter_name="one")
     pipe.set_adapters("one", strength)
     ours, theirs = ours_and_theirs(pipe, base, (16, 16), steps, 1.5, "lcm")
@@ -232,11 +234,11 @@ def test_a_controlnet_draws_what_its_pipeline_draws(tmp_path, with_lora):
     pipe.to(torch.float64)
     plain.save_pretrained(tmp_path / "base")
     peer.save_pretrained(tmp_path / "control")
-    base = weights.load_base(str(tmp_path / "base"))
-    network = weights.load_controlnet(str(tmp_path / "control"), base.unet)
+    base = bases.load_base(str(tmp_path / "base"))
+    network = bases.load_controlnet(str(tmp_path / "control"), base.unet)
     if with_lora:
         lora_file(tmp_path / "lora.safetensors")
-        weights.load_lora(str(tmp_path / "lora.safetensors"), base)
+        bases.load_lora(str(tmp_path / "lora.safetensors"), base)
         pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     condition = normal(1, 3, 16, 24).sigmoid()
     made = {}
@@ -290,8 +292,8 @@ def test_a_one_file_model_is_the_folder_it_was_made_from(tmp_path, monkeypatch, 
     pipe.unet.config["cross_attention_dim"] = 64
     pipe.unet = randomise(UNet2DConditionModel(**dict(unet_sizes, cross_attention_dim=64)))
     pipe.save_pretrained(tmp_path / family)
-    monkeypatch.setitem(weights.BASES, family, str(tmp_path / family))
-    folder = weights.load_base(family)
+    monkeypatch.setitem(hub.BASES, family, str(tmp_path / family))
+    folder = bases.load_base(family)
     file = unet_file(folder.unet.config, folder.unet.state_dict()) | vae_file(folder.vae.config,
                                                                               folder.vae.state_dict()) | others()
     text = folder.text_encoder.state_dict()
@@ -304,13 +306,13 @@ def test_a_one_file_model_is_the_folder_it_was_made_from(tmp_path, monkeypatch, 
     save_file({name: t.clone().contiguous() for name, t in file.items()}, tmp_path / "model.safetensors")
     torch.save({"state_dict": file}, tmp_path / "model.ckpt")
     for name in ("model.safetensors", "model.ckpt"):
-        base = weights.load_base(str(tmp_path / name))
+        base = bases.load_base(str(tmp_path / name))
         for part in ("vae", "unet", "text_encoder"):
             ours, theirs = getattr(base, part), getattr(folder, part)
             assert ours.state_dict().keys() == theirs.state_dict().keys()
             assert all(torch.equal(t, theirs.state_dict()[key]) for key, t in ours.state_dict().items())
-        weights.save_folder(tmp_path / name.replace(".", "-"), base, rest=str(tmp_path / name))  # as a stage's result
-        stage = weights.load_base(str(tmp_path / name.replace(".", "-")))
+        bases.save_folder(tmp_path / name.replace(".", "-"), base, rest=str(tmp_path / name))  # as a stage's result
+        stage = bases.load_base(str(tmp_path / name.replace(".", "-")))
         made = [sample.text_to_image(b, PROMPT, [1], (16, 16), 2, guidance=2.0) for b in (base, folder, stage)]
         assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
 
@@ -320,7 +322,7 @@ def test_a_one_file_model_is_the_folder_it_was_made_from(tmp_path, monkeypatch, 
 
 @torch.no_grad()
 def test_an_edited_picture_leaves_its_input_as_strength_grows_and_forgets_it_at_1(sd):
-    base = weights.load_base(str(sd), dtype=torch.float64)
+    base = bases.load_base(str(sd), dtype=torch.float64)
     pictures, other = (normal(4, 3, 16, 16, seed=seed).sigmoid() for seed in (1, 2))
 
     def made(input: Tensor, strength: float) -> Tensor:
@@ -349,12 +351,12 @@ def test_a_priors_statistics_are_numpys_and_its_noise_is_the_second_draw(sd, tmp
         picture(tmp_path / "photos" / f"{seed}.png", 20, 16, seed)
     monkeypatch.setattr(sys, "argv", ["data.py", "prior", str(tmp_path / "photos"), "--base", str(sd), "--size", "16",
                                       "--output", "prior.safetensors"])
-    data.main()
-    base = weights.load_base(str(sd))
+    __main__.main()
+    base = bases.load_base(str(sd))
     with torch.no_grad():
-        z = torch.cat([base.vae.encode(2 * data.to_tensor(data.open_picture(path).crop((2, 0, 18, 16)))[None] - 1)[0]
+        z = torch.cat([base.vae.encode(2 * to_tensor(open_picture(path).crop((2, 0, 18, 16)))[None] - 1)[0]
                        for path in sorted((tmp_path / "photos").iterdir())]).double().numpy() * 0.18215
-    mean, std = weights.load_prior(Path("prior.safetensors"), (4, 8, 8))
+    mean, std = bases.load_prior(Path("prior.safetensors"), (4, 8, 8))
     assert relative(mean.double(), torch.tensor(z.mean(0))) < 1e-5
     assert relative(std.double(), torch.tensor(z.std(0))) < 1e-5
     made = sample.text_to_image(base, PROMPT, [7], (16, 16), sampler="lcm", prior=(mean, std))
@@ -448,7 +450,7 @@ def test_what_is_wrong_with_a_file_is_one_line_and_writes_nothing(files, command
 LOAD = """
 import sys, threading, time
 import torch
-from models import weights
+
 
 def anonymous():  # kB
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
@@ -463,7 +465,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-network = weights.load_base(sys.argv[1], ("text_encoder",), torch.bfloat16).text_encoder
+network = bases.load_base(sys.argv[1], ("text_encoder",), torch.bfloat16).text_encoder
 done = True
 thread.join()
 own = sum(p.numel() * p.element_size() for p in network.parameters())
@@ -489,7 +491,7 @@ def test_a_sharded_t5_takes_its_own_memory_and_one_tensors(tmp_path):
         save_file({name: torch.rand(t.shape) for name, t in shapes[i::4]}, tmp_path / "text_encoder" / shard)
         index |= {name: shard for name, _ in shapes[i::4]}
     (tmp_path / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
-    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], cwd=weights.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], cwd=hub.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     over, largest = map(int, done.stdout.split())
     assert over < 2 * largest + 64e6

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import bench
+from benchmarks import bench
 from models import lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,9 @@ import torch
 from conftest import parameters, randomise, relative
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from files.hub import ROOT
+from files.tokenizers import load_tokenizer
 from models.clip import TextConfig, TextEncoder, Tokenizer
-from models.weights import ROOT, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

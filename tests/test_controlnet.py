@@ -8,9 +8,9 @@ from conftest import gradients, normal, parameters, randomise, relative
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor
 
+from files.tensors import read_config
 from models.controlnet import FIXED, ControlNet, ControlNetConfig
 from models.unet import UNet, UNetConfig
-from models.weights import read_config
 
 DOWN = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D")
 UP = ("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")

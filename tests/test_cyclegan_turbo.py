@@ -16,7 +16,9 @@ from test_pix2pix_turbo import SIZES, SKIPS, draw
 from test_weights import SCHEDULE, TEXTS, UNET, tiny_pipeline
 from torch import Tensor, nn
 
-from models import pix2pix_turbo, weights
+from files import bases, checkpoints
+from files.tensors import assign, cast_frozen
+from models import pix2pix_turbo
 from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig, from_official
 from models.lora import ADAPTERS
 from models.unet import UNet, UNetConfig
@@ -125,7 +127,7 @@ def official(tmp_path_factory) -> Official:
 
 
 def load(official: Official, **options) -> CycleGANTurbo:
-    return weights.load_generator(str(official.pkl), base=str(official.base), dtype=torch.float64, **options).generator
+    return checkpoints.load_generator(str(official.pkl), base=str(official.base), dtype=torch.float64, **options).generator
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +136,9 @@ def generator(official) -> CycleGANTurbo:
     return load(official, merged=False)
 
 
-def fresh(official: Official, seed: int | None = None, **options) -> tuple[CycleGANTurbo, weights.Base]:
+def fresh(official: Official, seed: int | None = None, **options) -> tuple[CycleGANTurbo, bases.Base]:
     """A generator on the official model's base: untrained, or with all trained weights drawn."""
-    base = weights.load_base(str(official.base))
+    base = bases.load_base(str(official.base))
     options = dict(lora_rank_unet=RANK) | options
     generator = CycleGANTurbo(base.vae, base.unet, base.schedule, CycleGANTurboConfig(**options),
                               torch.Generator().manual_seed(0))
@@ -151,7 +153,7 @@ def as_official(official: Official, **options) -> CycleGANTurbo:
     tensors = {name: p.detach() for name, p in generator.named_parameters() if p.requires_grad}  # conv_in, if anything
     found = from_official(torch.load(official.pkl), official.pkl)[1]
     tensors |= {name: t for name, t in found.items() if generator.config.skips or "skip_conv" not in name}
-    weights.assign(generator, tensors, official.pkl)
+    assign(generator, tensors, official.pkl)
     return generator
 
 
@@ -224,7 +226,7 @@ def test_latent_noise_is_the_official_draw_of_the_latent(official, generator, di
 @torch.no_grad()
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_an_untrained_generator_is_the_base_but_for_nearly_nothing(official, direction):
-    base = weights.load_base(str(official.base), ("vae", "unet", "schedule"))
+    base = bases.load_base(str(official.base), ("vae", "unet", "schedule"))
     x, context = inputs()
     z = base.vae.encode(x)[0] * base.vae.config.scaling_factor
     z = (z - base.schedule.sigma[999] * base.unet(z, 999, context)) / base.schedule.alpha[999]
@@ -283,7 +285,7 @@ def assert_one_frozen_vae(generator: CycleGANTurbo) -> None:
 
 def test_the_two_vaes_share_every_frozen_parameter_and_no_trained_one(official, generator):
     untrained, base = fresh(official)
-    plain = weights.load_base(str(official.base), ("vae",)).vae
+    plain = bases.load_base(str(official.base), ("vae",)).vae
     assert_one_frozen_vae(untrained)
     assert all(p.requires_grad == ("lora" in name or "skip_conv" in name or name.startswith("unet.conv_in."))
                for name, p in untrained.named_parameters())
@@ -295,7 +297,7 @@ def test_the_two_vaes_share_every_frozen_parameter_and_no_trained_one(official, 
     # and it stays so: loaded, and in another type
     assert_one_frozen_vae(generator)
     assert_one_frozen_vae(untrained.to(torch.bfloat16))
-    weights.cast_frozen(untrained.float(), torch.bfloat16)
+    cast_frozen(untrained.float(), torch.bfloat16)
     assert_one_frozen_vae(untrained)
 
 
@@ -391,7 +393,7 @@ def test_what_is_saved_is_what_is_loaded(official, tmp_path, train, options):
     shutil.copytree(official.base, folder)
     path.parent.mkdir()
     prompts = ["a picture of a", "a picture of b"]
-    weights.save_generator(path, generator, "cyclegan_turbo", str(folder), prompts, base.text_encoder, base.tokenizer)
+    checkpoints.save_generator(path, generator, "cyclegan_turbo", str(folder), prompts, base.text_encoder, base.tokenizer)
     if train == "all":
         shutil.rmtree(folder)
     with safetensors.safe_open(path, "pt") as file:
@@ -401,7 +403,7 @@ def test_what_is_saved_is_what_is_loaded(official, tmp_path, train, options):
     assert (trained == names) == (train == "lora")
     assert ("unet.conv_in.weight" in names) == generator.config.conv_in
     for merged in (False, True):
-        loaded = weights.load_generator(str(path.parent), dtype=torch.float64, merged=merged)
+        loaded = checkpoints.load_generator(str(path.parent), dtype=torch.float64, merged=merged)
         for direction in DIRECTIONS:
             assert relative(loaded.generator(*inputs(), direction), generator(*inputs(), direction)) < 1e-9
         assert (loaded.kind, loaded.base, loaded.prompts) == ("cyclegan_turbo", str(folder), prompts)
@@ -450,5 +452,5 @@ def test_files_of_another_kind_are_refused_in_one_line(official, tmp_path):
         damage(damaged)
         torch.save(damaged, path)
         with pytest.raises(ValueError, match=text) as error:
-            weights.load_generator(str(path), base=str(official.base))
+            checkpoints.load_generator(str(path), base=str(official.base))
         assert str(path) in str(error.value) and "\n" not in str(error.value)

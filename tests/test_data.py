@@ -17,9 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import dataset.pictures
+import files.tensors
 import training
-from models import weights
+from dataset import __main__, cache, folders, loader
+from dataset.pictures import canny, open_picture, pad_to_multiple, prepare, sketch, to_picture, to_tensor
+from files.tensors import save_tensors
 
 
 @pytest.fixture
@@ -65,28 +68,28 @@ def test_captions_come_from_metadata_or_text_files_and_every_tenth_item_is_for_t
     for i in range(20):
         noise(6, 8, i).save(tmp_path / f"{i:02d}.png")
         (tmp_path / f"{i:02d}.txt").write_text(f" noise \n{i}")
-    train, test = (data.open_captioned(tmp_path, split, "no_resize") for split in ("train", "test"))
+    train, test = (folders.open_captioned(tmp_path, split, "no_resize") for split in ("train", "test"))
     assert (len(train), len(test)) == (18, 2) and test[1]["name"] == "19.png" and train[3]["caption"] == "noise 3"
-    assert np.array_equal(pixels(data.to_picture(train[3]["target"])), pixels(noise(6, 8, 3)))
+    assert np.array_equal(pixels(to_picture(train[3]["target"])), pixels(noise(6, 8, 3)))
     rows = [json.dumps(dict(file_name=f"{i:02d}.png", text=f"text {i}", other=f"other {i}")) for i in range(20)]
     (tmp_path / "metadata.jsonl").write_text("\n".join([*rows, ""]))
-    assert data.open_captioned(tmp_path, "train", "no_resize")[3]["caption"] == "text 3"
-    assert data.open_captioned(tmp_path, "test", "no_resize", column="other")[0]["caption"] == "other 9"
-    refused(data.open_captioned, tmp_path, "train", "no_resize", column="caption", match="--caption_column")
+    assert folders.open_captioned(tmp_path, "train", "no_resize")[3]["caption"] == "text 3"
+    assert folders.open_captioned(tmp_path, "test", "no_resize", column="other")[0]["caption"] == "other 9"
+    refused(folders.open_captioned, tmp_path, "train", "no_resize", column="caption", match="--caption_column")
     (tmp_path / "metadata.jsonl").write_text("\n".join(rows[:-1]))
-    refused(data.open_captioned, tmp_path, "train", "no_resize", match="no caption for '19.png'")
+    refused(folders.open_captioned, tmp_path, "train", "no_resize", match="no caption for '19.png'")
     for split in ("train", "test"):
         (tmp_path / "whole" / split).mkdir(parents=True)
         noise(6, 8).save(tmp_path / "whole" / split / f"{split}.png")
-    assert data.open_captioned(tmp_path / "whole", "test", "no_resize")[0] | {"target": 0} == dict(
+    assert folders.open_captioned(tmp_path / "whole", "test", "no_resize")[0] | {"target": 0} == dict(
         target=0, caption="", name="test.png")
 
 
 def test_a_zip_of_edm_gives_its_classes_as_captions(shared):
-    train, test = (data.open_captioned(shared / "cifar10.zip", split, "no_resize") for split in ("train", "test"))
+    train, test = (folders.open_captioned(shared / "cifar10.zip", split, "no_resize") for split in ("train", "test"))
     assert (len(train), len(test)) == (18_000, 2_000) and train[0]["target"].shape == (3, 32, 32)
     assert set(train.captions) == {f"class {i}" for i in range(10)}
-    batch = next(data.batches(train, 4, 0, num_workers=1))  # a worker opens the file for itself
+    batch = next(loader.batches(train, 4, 0, num_workers=1))  # a worker opens the file for itself
     assert batch["target"].shape == (4, 3, 32, 32) and len(batch["caption"]) == 4
 
 
@@ -95,8 +98,8 @@ def test_a_cache_with_half_its_text_encoder_has_the_latents_of_a_whole_one(tmp_p
         noise(12, 12, i).save(tmp_path / f"{i}.png")
     made = []
     for dtype in ("float32", "bfloat16"):
-        data.cache(str(tmp_path), "tiny", tmp_path / dtype, "resized_crop_8", 8, "text", 0, 4, "cpu", dtype)
-        made.append(data.Cached(tmp_path / dtype, "train"))
+        cache.write_cache(str(tmp_path), "tiny", tmp_path / dtype, "resized_crop_8", 8, "text", 0, 4, "cpu", dtype)
+        made.append(cache.Cached(tmp_path / dtype, "train"))
     assert made[0].facts["vae"] == made[1].facts["vae"]  # which a trainer asks for
     a, b = (pictures[3] for pictures in made)
     assert torch.equal(a["mean"], b["mean"]) and torch.equal(a["std"], b["std"])
@@ -111,68 +114,68 @@ def test_workers_open_a_zip_and_a_cache_for_themselves(tmp_path):
             noise(40, 40, i).save(tmp_path / "one.png")
             archive.write(tmp_path / "one.png", f"{i:02d}.png")
         archive.writestr("dataset.json", '{"labels": null}')
-    data.cache(str(tmp_path / "set.zip"), "tiny", tmp_path / "cache", "resized_crop_8", 8, "text", 0, 4, "cpu",
+    cache.write_cache(str(tmp_path / "set.zip"), "tiny", tmp_path / "cache", "resized_crop_8", 8, "text", 0, 4, "cpu",
                "float32")
     for source in ("set.zip", "cache"):
-        pictures = data.open_captioned(tmp_path / source, "train", "no_resize")
+        pictures = folders.open_captioned(tmp_path / source, "train", "no_resize")
         first = pictures[0]
         again = pickle.loads(pickle.dumps(pictures))[0]
         assert all(torch.equal(first[k], again[k]) for k in first if isinstance(first[k], torch.Tensor))
-        one, several = (data.batches(pictures, 4, 0, end_step=60, num_workers=n) for n in (0, 2))
+        one, several = (loader.batches(pictures, 4, 0, end_step=60, num_workers=n) for n in (0, 2))
         assert all(a["name"] == b["name"] and torch.equal(a[k], b[k]) for a, b in zip(one, several, strict=True)
                    for k in {"target", "mean"} & a.keys())
 
 
 def test_random_crops_stay_inside_follow_their_key_and_are_central_without_one():
-    picture, prepare = coordinates(20, 40), data.prepare("resized_randomcrop_20_hflip")
-    crops = [pixels(prepare([picture], np.random.default_rng(i))[0]) for i in range(40)]
+    picture, arrange = coordinates(20, 40), prepare("resized_randomcrop_20_hflip")
+    crops = [pixels(arrange([picture], np.random.default_rng(i))[0]) for i in range(40)]
     lefts = {min(crop[0, 0, 0], crop[0, -1, 0]) for crop in crops}
     assert min(lefts) == 0 and max(lefts) == 20 and len(lefts) > 10
     assert {crop[0, 0, 0] < crop[0, -1, 0] for crop in crops} == {True, False}
     assert all(np.ptp(crop[..., 0]) == np.ptp(crop[..., 1]) == 19 for crop in crops)
-    assert np.array_equal(crops[7], pixels(prepare([picture], np.random.default_rng(7))[0]))
-    assert np.array_equal(pixels(prepare([picture])[0]), pixels(data.prepare("resized_crop_20")([picture])[0]))
+    assert np.array_equal(crops[7], pixels(arrange([picture], np.random.default_rng(7))[0]))
+    assert np.array_equal(pixels(arrange([picture])[0]), pixels(prepare("resized_crop_20")([picture])[0]))
 
 
 def test_a_stopped_cache_goes_on_and_a_damaged_one_is_noticed_and_mended(tmp_path, monkeypatch):
     for i in range(20):
         noise(12, 12, i).save(tmp_path / f"{i:02d}.png")
     arguments = (str(tmp_path), "tiny", tmp_path / "cache", "resized_crop_8", 8, "text", 0, 4, "cpu", "float32", 5)
-    count, item = [], data.Captioned.__getitem__
+    count, item = [], folders.Captioned.__getitem__
     def stopped(self, index):
         count.append(index)
         if len(count) == 12:
             raise KeyboardInterrupt
         return item(self, index)
-    save = weights.save_tensors
+    save = save_tensors
     def cut(path, *_):
         path.write_bytes(b"half of")
         raise KeyboardInterrupt
-    monkeypatch.setattr(weights, "save_tensors", cut)
+    monkeypatch.setattr(files.tensors, "save_tensors", cut)
     with pytest.raises(KeyboardInterrupt):
-        data.cache(*arguments)
-    monkeypatch.setattr(weights, "save_tensors", save)
-    monkeypatch.setattr(data.Captioned, "__getitem__", stopped)
+        cache.write_cache(*arguments)
+    monkeypatch.setattr(files.tensors, "save_tensors", save)
+    monkeypatch.setattr(folders.Captioned, "__getitem__", stopped)
     with pytest.raises(KeyboardInterrupt):
-        data.cache(*arguments)
-    refused(data.open_captioned, tmp_path / "cache", "train", "", match="10 of 18")
-    data.cache(*arguments)
+        cache.write_cache(*arguments)
+    refused(folders.open_captioned, tmp_path / "cache", "train", "", match="10 of 18")
+    cache.write_cache(*arguments)
     assert len(count) == 12 + 8 + 2  # the two whole shards were not made again
-    cached = data.open_captioned(tmp_path / "cache", "train", "")
+    cached = folders.open_captioned(tmp_path / "cache", "train", "")
     assert len(cached) == 18 and cached[7]["name"] == "07.png" and cached[17]["name"] == "18.png"
     whole = cached[7]
     shard = tmp_path / "cache" / "train-00001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     shard.write_bytes(content)
-    refused(lambda: data.open_captioned(tmp_path / "cache", "train", "")[7], match="train-00001.safetensors")
-    data.cache(*arguments)
-    assert torch.equal(data.open_captioned(tmp_path / "cache", "train", "")[7]["mean"], whole["mean"])
-    refused(data.cache, *arguments[:6], 1, *arguments[7:], match="choose another --output")
-    refused(data.cache, *arguments[:5], "caption", *arguments[6:], match="choose another --output")
-    refused(data.cache, str(tmp_path / "cache"), "tiny", tmp_path / "second", *arguments[3:], match="a cache already")
+    refused(lambda: folders.open_captioned(tmp_path / "cache", "train", "")[7], match="train-00001.safetensors")
+    cache.write_cache(*arguments)
+    assert torch.equal(folders.open_captioned(tmp_path / "cache", "train", "")[7]["mean"], whole["mean"])
+    refused(cache.write_cache, *arguments[:6], 1, *arguments[7:], match="choose another --output")
+    refused(cache.write_cache, *arguments[:5], "caption", *arguments[6:], match="choose another --output")
+    refused(cache.write_cache, str(tmp_path / "cache"), "tiny", tmp_path / "second", *arguments[3:], match="a cache already")
     (tmp_path / "cache" / "index.json").write_text("[]")
-    refused(data.open_captioned, tmp_path / "cache", "train", "", match="index.json cannot be used")
+    refused(folders.open_captioned, tmp_path / "cache", "train", "", match="index.json cannot be used")
 
 
 # -------------------- one picture
@@ -181,7 +184,7 @@ def test_grey_and_one_bit_pictures_become_three_equal_channels(tmp_path):
     grey = noise(5, 7).convert("L")
     for mode in ("L", "1"):
         grey.convert(mode).save(tmp_path / "a.png")
-        opened = data.open_picture(tmp_path / "a.png")
+        opened = open_picture(tmp_path / "a.png")
         assert opened.mode == "RGB"
         assert (np.asarray(opened) == np.asarray(grey.convert(mode).convert("L"))[..., None]).all()
 
@@ -191,21 +194,21 @@ def test_palette_pictures_keep_their_colours_and_show_white_where_transparent(tm
     palette.putpalette([10, 20, 30, 200, 100, 50, 0, 0, 0])
     palette.putdata([0, 1, 2])
     palette.save(tmp_path / "plain.png")
-    assert pixels(data.open_picture(tmp_path / "plain.png")).tolist() == [[[10, 20, 30], [200, 100, 50], [0, 0, 0]]]
+    assert pixels(open_picture(tmp_path / "plain.png")).tolist() == [[[10, 20, 30], [200, 100, 50], [0, 0, 0]]]
     palette.save(tmp_path / "index.png", transparency=1)
-    assert pixels(data.open_picture(tmp_path / "index.png")).tolist() == [[[10, 20, 30], [255] * 3, [0, 0, 0]]]
+    assert pixels(open_picture(tmp_path / "index.png")).tolist() == [[[10, 20, 30], [255] * 3, [0, 0, 0]]]
     palette.save(tmp_path / "bytes.png", transparency=bytes([255, 255, 51]))  # black at a fifth
-    assert pixels(data.open_picture(tmp_path / "bytes.png")).tolist() == [[[10, 20, 30], [200, 100, 50], [204] * 3]]
+    assert pixels(open_picture(tmp_path / "bytes.png")).tolist() == [[[10, 20, 30], [200, 100, 50], [204] * 3]]
 
 
 def test_transparency_is_laid_over_white(tmp_path):
     rgba = np.array([[[0, 100, 200, 255], [0, 100, 200, 0], [0, 100, 200, 51]]], dtype=np.uint8)
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
-    assert pixels(data.open_picture(tmp_path / "rgba.png")).tolist() == [[[0, 100, 200], [255] * 3, [204, 224, 244]]]
+    assert pixels(open_picture(tmp_path / "rgba.png")).tolist() == [[[0, 100, 200], [255] * 3, [204, 224, 244]]]
     Image.fromarray(rgba[..., [1, 3]], mode="LA").save(tmp_path / "la.png")
-    assert pixels(data.open_picture(tmp_path / "la.png")).tolist() == [[[100] * 3, [255] * 3, [224] * 3]]
+    assert pixels(open_picture(tmp_path / "la.png")).tolist() == [[[100] * 3, [255] * 3, [224] * 3]]
     noise(1, 1).save(tmp_path / "rgb.png", transparency=noise(1, 1).getpixel((0, 0)))
-    assert pixels(data.open_picture(tmp_path / "rgb.png")).tolist() == [[[255] * 3]]
+    assert pixels(open_picture(tmp_path / "rgb.png")).tolist() == [[[255] * 3]]
 
 
 @pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff", "pgm", "mode I"])
@@ -218,21 +221,21 @@ def test_16_bit_grey_is_rounded_to_the_nearest_of_8_bits(tmp_path, kind):
         Image.fromarray(values.astype(np.int32)).save(path)
     else:
         Image.fromarray(values.astype(">u2") if kind.startswith("big") else values).save(path)
-    opened = pixels(data.open_picture(path))
+    opened = pixels(open_picture(path))
     assert opened[0, :, 0].tolist() == [0, 0, 1, 1, 1, 2, 128, 254, 255, 255]
     assert (opened == opened[..., :1]).all()
 
 
 def test_16_bit_colour_and_16_bit_transparency_open(tmp_path):
     (tmp_path / "rgb.png").write_bytes(png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 257 * 10, 257 * 20, 257 * 30)))
-    assert pixels(data.open_picture(tmp_path / "rgb.png")).tolist() == [[[10, 20, 30]]]
+    assert pixels(open_picture(tmp_path / "rgb.png")).tolist() == [[[10, 20, 30]]]
     (tmp_path / "la.png").write_bytes(png(1, 1, 16, 4, b"\0" + struct.pack(">HH", 257 * 100, 257 * 51)))
-    assert pixels(data.open_picture(tmp_path / "la.png")).tolist() == [[[224] * 3]]
+    assert pixels(open_picture(tmp_path / "la.png")).tolist() == [[[224] * 3]]
 
 
 def test_cmyk_becomes_rgb(tmp_path):
     Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tmp_path / "a.tif")
-    assert data.open_picture(tmp_path / "a.tif").getpixel((0, 0)) == (255, 0, 0)
+    assert open_picture(tmp_path / "a.tif").getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("format", ["png", "jpg", "tif", "webp"])
@@ -242,7 +245,7 @@ def test_exif_rotation_is_applied(tmp_path, format):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown a quarter turn clockwise: left becomes top
     picture.save(tmp_path / f"a.{format}", exif=exif)
-    opened = data.open_picture(tmp_path / f"a.{format}")
+    opened = open_picture(tmp_path / f"a.{format}")
     assert opened.size == (20, 40)
     assert opened.getpixel((10, 5))[2] > 200 and opened.getpixel((10, 35))[0] > 200
 
@@ -251,12 +254,12 @@ def test_16_bit_pictures_are_rotated_too(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)).save(tmp_path / "a.png", exif=exif)
-    assert pixels(data.open_picture(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 0]
+    assert pixels(open_picture(tmp_path / "a.png"))[0, :, 0].tolist() == [255, 0]
 
 
 def test_broken_exif_does_not_cost_the_picture(tmp_path):
     noise(8, 8).save(tmp_path / "a.png", exif=b"Exif\0\0XX\0*nonsense")
-    assert data.open_picture(tmp_path / "a.png").tobytes() == noise(8, 8).tobytes()
+    assert open_picture(tmp_path / "a.png").tobytes() == noise(8, 8).tobytes()
 
 
 @pytest.mark.parametrize("format", ["gif", "png", "webp"])
@@ -264,7 +267,7 @@ def test_an_animation_gives_its_first_frame(tmp_path, format):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / f"a.{format}", save_all=True, append_images=frames[1:], lossless=True)
     assert Image.open(tmp_path / f"a.{format}").n_frames == 2
-    assert data.open_picture(tmp_path / f"a.{format}").getpixel((3, 3)) == (255, 0, 0)
+    assert open_picture(tmp_path / f"a.{format}").getpixel((3, 3)) == (255, 0, 0)
 
 
 def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
@@ -273,8 +276,8 @@ def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
     (tmp_path / "folder.png").mkdir()
     for name, what in {"text": "not a picture of a known format", "empty": "not a picture of a known format",
                        "folder": "Is a directory", "absent": "No such file"}.items():
-        refused(data.open_picture, tmp_path / f"{name}.png", match=f"{name}.png is not a")
-        refused(data.open_picture, tmp_path / f"{name}.png", match=what)
+        refused(open_picture, tmp_path / f"{name}.png", match=f"{name}.png is not a")
+        refused(open_picture, tmp_path / f"{name}.png", match=what)
 
 
 @pytest.mark.parametrize("format", ["png", "jpg", "tif", "webp", "bmp", "gif"])
@@ -284,7 +287,7 @@ def test_a_file_cut_short_is_refused_by_name(tmp_path, format):
     whole = path.read_bytes()
     for part in (8, 2, 1.2):
         path.write_bytes(whole[: int(len(whole) / part)])
-        refused(data.open_picture, path, match=str(path))
+        refused(open_picture, path, match=str(path))
 
 
 def test_damaged_bytes_give_a_picture_or_one_sentence(tmp_path):
@@ -298,70 +301,70 @@ def test_damaged_bytes_give_a_picture_or_one_sentence(tmp_path):
             damaged[rng.integers(0, len(whole), 3)] = rng.integers(0, 256, 3)
             path.write_bytes(damaged.tobytes())
             try:
-                assert data.open_picture(path).mode == "RGB"
+                assert open_picture(path).mode == "RGB"
             except ValueError as error:
                 assert str(path) in str(error) and "\n" not in str(error)
 
 
 def test_too_many_pixels_are_refused_from_the_header(tmp_path, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(png(30_000, 30_000, 8, 2, b""))
-    refused(data.open_picture, tmp_path / "bomb.png", match="bomb.png")
-    refused(data.open_picture, tmp_path / "bomb.png", match="900000000 pixels")
+    refused(open_picture, tmp_path / "bomb.png", match="bomb.png")
+    refused(open_picture, tmp_path / "bomb.png", match="900000000 pixels")
     noise(10, 10).save(tmp_path / "a.png")
-    monkeypatch.setattr(data, "MAX_PIXELS", 99)  # ours holds where a user has lifted Pillow's
-    refused(data.open_picture, tmp_path / "a.png", match="10x10, expected 1 to 99 pixels")
+    monkeypatch.setattr(dataset.pictures, "MAX_PIXELS", 99)  # ours holds where a user has lifted Pillow's
+    refused(open_picture, tmp_path / "a.png", match="10x10, expected 1 to 99 pixels")
 
 
 def test_a_large_but_allowed_picture_opens_without_a_warning(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # Pillow warns from here, refuses from twice as much
     noise(10, 10).save(tmp_path / "a.png")
-    assert data.open_picture(tmp_path / "a.png").size == (10, 10)
+    assert open_picture(tmp_path / "a.png").size == (10, 10)
     assert not recwarn.list
 
 
 def test_pictures_without_pixels_are_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0, 5, 8, 2, b""))
     (tmp_path / "a.bmp").write_bytes(b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 0, 4, 1, 24, *[0] * 6))
-    refused(data.open_picture, tmp_path / "a.png", match="a.png")
-    refused(data.open_picture, tmp_path / "a.bmp", match="a.bmp")
+    refused(open_picture, tmp_path / "a.png", match="a.png")
+    refused(open_picture, tmp_path / "a.bmp", match="a.bmp")
 
 
 def test_values_without_a_known_range_are_refused(tmp_path):
     Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tif")
-    refused(data.open_picture, tmp_path / "float.tif", match="floating-point")
+    refused(open_picture, tmp_path / "float.tif", match="floating-point")
     Image.fromarray(np.full((2, 2), 70_000, np.int32)).save(tmp_path / "wide.tif")
-    refused(data.open_picture, tmp_path / "wide.tif", match="from 70000 to 70000")
+    refused(open_picture, tmp_path / "wide.tif", match="from 70000 to 70000")
 
 
 def test_tensors_and_pictures_convert_back_and_forth_at_every_level():
     picture = coordinates(256, 256, blue=7)
-    x = data.to_tensor(picture)
+    x = to_tensor(picture)
     assert x.dtype == torch.float32 and x.shape == (3, 256, 256) and x.is_contiguous()
     assert x[0, 0, 255] == 1 and x[1, 0, 255] == 0 and x[2, 0, 0] == torch.tensor(7.0) / 255
-    assert data.to_picture(x * 2 - 1).tobytes() == picture.tobytes()
+    assert to_picture(x * 2 - 1).tobytes() == picture.tobytes()
 
 
 def test_to_picture_rounds_to_the_nearest_level_and_clamps():
     for level, drift in itertools.product((0, 1, 127, 128, 254, 255), (-0.49, 0.49)):
         x = torch.full((3, 1, 1), (level + drift) / 127.5 - 1, dtype=torch.float64)
-        assert data.to_picture(x).getpixel((0, 0)) == (level,) * 3
+        assert to_picture(x).getpixel((0, 0)) == (level,) * 3
     extremes = torch.tensor([-1e9, float("inf"), -1.0]).view(3, 1, 1)
-    assert data.to_picture(extremes).getpixel((0, 0)) == (0, 255, 0)
-    assert data.to_picture(torch.ones(3, 2, 2, dtype=torch.float16, requires_grad=True)).getpixel((0, 0)) == (255,) * 3
+    assert to_picture(extremes).getpixel((0, 0)) == (0, 255, 0)
+    assert to_picture(torch.ones(3, 2, 2, dtype=torch.float16, requires_grad=True)).getpixel((0, 0)) == (255,) * 3
 
 
 def test_to_picture_refuses_nan_and_other_shapes():
     x = torch.zeros(3, 4, 4)
     x[1, 2, 3] = float("nan")
-    refused(data.to_picture, x, match="NaN")
-    refused(data.to_picture, torch.zeros(1, 3, 4, 4), match="[1, 3, 4, 4]")
-    refused(data.to_picture, torch.zeros(1, 4, 4), match="[1, 4, 4]")
+    refused(to_picture, x, match="NaN")
+    refused(to_picture, torch.zeros(1, 3, 4, 4), match="[1, 3, 4, 4]")
+    refused(to_picture, torch.zeros(1, 4, 4), match="[1, 4, 4]")
 
 
 @pytest.mark.parametrize("height,width", [(16, 24), (9, 15), (5, 17), (13, 8), (4, 4), (1, 1), (3, 20), (8, 1)])
 def test_padding_reflects_or_repeats_the_edge_and_crops_back(height, width):
     x = torch.arange(2 * 3 * height * width, dtype=torch.float64).view(2, 3, height, width)
-    padded, size = data.pad_to_multiple(x, 8)
+    padded, size = pad_to_multiple(x, 8)
     assert size == (height, width)
     assert padded.shape[-2] % 8 == 0 and padded.shape[-1] % 8 == 0
     assert padded.shape[-2] - height < 8 and padded.shape[-1] - width < 8
@@ -384,7 +387,7 @@ def test_padding_reflects_or_repeats_the_edge_and_crops_back(height, width):
 ])
 def test_resized_crop_is_the_one_of_torchvision(width, height, scaled, corner):
     picture = noise(height, width)
-    (prepared,) = data.prepare("resized_crop_64")([picture])
+    (prepared,) = prepare("resized_crop_64")([picture])
     expected = picture.resize(scaled, Image.Resampling.LANCZOS)
     expected = expected.crop((*corner, corner[0] + 64, corner[1] + 64))
     assert prepared.size == (64, 64) and prepared.tobytes() == expected.tobytes()
@@ -393,18 +396,18 @@ def test_resized_crop_is_the_one_of_torchvision(width, height, scaled, corner):
 @pytest.mark.parametrize("name", ["resize_48", "resize_48x48"])
 def test_resize_stretches_to_a_square(name):
     picture = noise(30, 90)
-    (prepared,) = data.prepare(name)([picture], np.random.default_rng(0))
+    (prepared,) = prepare(name)([picture], np.random.default_rng(0))
     assert prepared.tobytes() == picture.resize((48, 48), Image.Resampling.LANCZOS).tobytes()
 
 
 def test_no_resize_leaves_the_pictures_as_they_are():
     pictures = [noise(30, 91), noise(5, 6)]
-    prepared = data.prepare("no_resize")(pictures, np.random.default_rng(0))
+    prepared = prepare("no_resize")(pictures, np.random.default_rng(0))
     assert [p.tobytes() for p in prepared] == [p.tobytes() for p in pictures]
 
 
 def test_crop_and_flip_are_shared_by_all_pictures_of_a_list():
-    arrange = data.prepare("resize_40_randomcrop_32x32_hflip")
+    arrange = prepare("resize_40_randomcrop_32x32_hflip")
     corners, flips = set(), set()
     for seed in range(60):
         pair = [coordinates(40, 40, 1), coordinates(40, 40, 2)]
@@ -425,14 +428,14 @@ def test_crop_and_flip_are_shared_by_all_pictures_of_a_list():
 
 
 def test_without_hflip_nothing_is_flipped():
-    arrange = data.prepare("resize_40_randomcrop_32x32")
+    arrange = prepare("resize_40_randomcrop_32x32")
     for seed in range(20):
         (a,) = arrange([coordinates(40, 40)], np.random.default_rng(seed))
         assert (np.diff(pixels(a)[0, :, 0]) == 1).all()
 
 
 def test_without_a_generator_the_crop_is_central_and_unflipped():
-    (a,) = data.prepare("resize_40_randomcrop_32x32_hflip")([coordinates(40, 40)])
+    (a,) = prepare("resize_40_randomcrop_32x32_hflip")([coordinates(40, 40)])
     assert pixels(a)[0, 0].tolist() == [4, 4, 0] and pixels(a)[-1, -1].tolist() == [35, 35, 0]
 
 
@@ -440,7 +443,7 @@ def test_the_official_names_are_known():
     sizes = {"resized_crop_512": 512, "resize_286_randomcrop_256x256_hflip": 256, "resize_256": 256,
              "resize_256x256": 256, "resize_512": 512, "resize_512x512": 512}
     for name, size in sizes.items():
-        assert data.prepare(name)([noise(20, 30)])[0].size == (size, size)
+        assert prepare(name)([noise(20, 30)])[0].size == (size, size)
 
 
 @pytest.mark.parametrize("name", ["", "resize", "resize_0", "resize_256x512", "resized_crop_-1", "crop_256",
@@ -448,18 +451,18 @@ def test_the_official_names_are_known():
                                   "resize_286_randomcrop_256x255"])
 def test_unknown_preparations_are_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match="resized_crop_N.*resize_N.*resize_M_randomcrop_NxN.*no_resize"):
-        data.prepare(name)
+        prepare(name)
 
 
 def test_a_thin_line_is_not_scaled_to_a_huge_picture():
-    refused(data.prepare("resized_crop_512"), [Image.new("RGB", (1, 2000))], match="1x2000")
+    refused(prepare("resized_crop_512"), [Image.new("RGB", (1, 2000))], match="1x2000")
 
 
 # -------------------- edges and sketches
 
 def assert_canny_is_opencvs(picture: Image.Image, low: float = 100, high: float = 200) -> None:
     cv2 = pytest.importorskip("cv2")
-    edges = np.asarray(data.canny(picture, low, high))
+    edges = np.asarray(canny(picture, low, high))
     expected = cv2.Canny(np.ascontiguousarray(picture), low, high)
     assert edges.dtype == np.uint8 and edges.shape == (*expected.shape, 3)
     assert (edges == expected[..., None]).all()
@@ -481,7 +484,7 @@ def test_canny_is_opencvs_on_lines_and_tiny_pictures(height, width):
 
 def test_canny_of_a_flat_picture_is_black():
     assert_canny_is_opencvs(Image.new("RGB", (30, 20), (70, 80, 90)))
-    assert data.canny(Image.new("RGB", (30, 20), (70, 80, 90))).getextrema() == ((0, 0),) * 3
+    assert canny(Image.new("RGB", (30, 20), (70, 80, 90))).getextrema() == ((0, 0),) * 3
 
 
 def test_canny_is_opencvs_at_other_thresholds():
@@ -495,7 +498,7 @@ def test_canny_is_opencvs_on_photographs(shared):
     paths = sorted((shared / "day_night").glob("*_*/*.jpg"))[::12] + sorted((shared / "facades").glob("*_*/*.png"))[::6]
     assert len(paths) > 30
     for path in paths:
-        assert_canny_is_opencvs(data.open_picture(path))
+        assert_canny_is_opencvs(open_picture(path))
 
 
 def test_canny_follows_a_weak_winding_line_to_its_end():
@@ -505,18 +508,18 @@ def test_canny_follows_a_weak_winding_line_to_its_end():
     points = 120 + 2.2 * turn[:, None] * np.stack([np.cos(turn), np.sin(turn)], axis=1)
     canvas = np.zeros((240, 240, 3), np.uint8)
     cv2.polylines(canvas, [points.round().astype(np.int32)], False, (30, 30, 30), 5)
-    assert data.canny(Image.fromarray(canvas)).getextrema()[0] == (0, 0)
+    assert canny(Image.fromarray(canvas)).getextrema()[0] == (0, 0)
     canvas[118:123, 225:232] = 255
-    edges = np.asarray(data.canny(Image.fromarray(canvas)))
+    edges = np.asarray(canny(Image.fromarray(canvas)))
     assert (edges[110:130, 110:130] == 255).any()
     assert_canny_is_opencvs(Image.fromarray(canvas))
 
 
 def test_sketch_turns_dark_into_one_and_light_into_zero_in_each_channel():
     picture = Image.fromarray(np.array([[[0, 127, 128], [255, 200, 10]]], dtype=np.uint8))
-    assert pixels(data.sketch(picture)).tolist() == [[[255, 255, 0], [0, 0, 255]]]
+    assert pixels(sketch(picture)).tolist() == [[[255, 255, 0], [0, 0, 255]]]
     picture = coordinates(256, 256)
-    assert torch.equal(data.to_tensor(data.sketch(picture)), (data.to_tensor(picture) < 0.5).float())
+    assert torch.equal(to_tensor(sketch(picture)), (to_tensor(picture) < 0.5).float())
 
 
 # -------------------- folders of pairs
@@ -534,17 +537,17 @@ def make_pairs(folder: Path, count: int = 5, size: tuple[int, int] = (40, 40), s
 
 
 def test_a_pair_is_input_target_caption_and_name(tmp_path):
-    pairs = data.PairedFolder(make_pairs(tmp_path), "train", "no_resize")
+    pairs = folders.PairedFolder(make_pairs(tmp_path), "train", "no_resize")
     assert len(pairs) == 5
     item = pairs[3]
     assert set(item) == {"input", "target", "caption", "name"}
     assert item["caption"] == "caption 3" and item["name"] == "003.png"
-    assert torch.equal(item["input"], data.to_tensor(coordinates(40, 40, 3)))
-    assert torch.equal(item["target"], data.to_tensor(coordinates(40, 40, 103)) * 2 - 1)
+    assert torch.equal(item["input"], to_tensor(coordinates(40, 40, 3)))
+    assert torch.equal(item["target"], to_tensor(coordinates(40, 40, 103)) * 2 - 1)
 
 
 def test_crop_and_flip_of_a_pair_match_and_come_from_the_key(tmp_path):
-    pairs = data.PairedFolder(make_pairs(tmp_path), "train", "resize_40_randomcrop_32x32_hflip")
+    pairs = folders.PairedFolder(make_pairs(tmp_path), "train", "resize_40_randomcrop_32x32_hflip")
     places = set()
     for step in range(20):
         item, again = pairs[1, (7, step, 0)], pairs[1, (7, step, 0)]
@@ -558,20 +561,20 @@ def test_crop_and_flip_of_a_pair_match_and_come_from_the_key(tmp_path):
 
 
 def test_pairs_match_by_name_first_and_by_stem_otherwise(tmp_path):
-    folders = dict(A=["a.jpg", "b.png", "c.PNG", "d.png"], B=["a.png", "b.png", "b.jpg", "c.webp", "d.png"])
-    for side, files in folders.items():
+    sides = dict(A=["a.jpg", "b.png", "c.PNG", "d.png"], B=["a.png", "b.png", "b.jpg", "c.webp", "d.png"])
+    for side, names in sides.items():
         (tmp_path / f"test_{side}").mkdir()
-        for name in files:
+        for name in names:
             noise(8, 8).save(tmp_path / f"test_{side}" / name)
     (tmp_path / "test_A" / ".hidden.png").write_text("")
     (tmp_path / "test_A" / "notes.md").write_text("")
-    pairs = data.PairedFolder(tmp_path, "test", "no_resize")
+    pairs = folders.PairedFolder(tmp_path, "test", "no_resize")
     assert pairs.pairs == [("a.jpg", "a.png"), ("b.png", "b.png"), ("c.PNG", "c.webp"), ("d.png", "d.png")]
 
 
 def test_a_stem_with_two_candidates_or_two_claims_is_no_match(tmp_path):
-    assert data._partners(["a.jpg"], ["a.png", "a.webp"]) == {"a.jpg": None}
-    assert data._partners(["a.jpg", "a.png"], ["a.png"]) == {"a.jpg": None, "a.png": "a.png"}
+    assert folders._partners(["a.jpg"], ["a.png", "a.webp"]) == {"a.jpg": None}
+    assert folders._partners(["a.jpg", "a.png"], ["a.png"]) == {"a.jpg": None, "a.png": "a.png"}
 
 
 def test_captions_come_from_text_files_without_the_json(tmp_path):
@@ -580,7 +583,7 @@ def test_captions_come_from_text_files_without_the_json(tmp_path):
     (tmp_path / "train_A" / "000.txt").write_text("beside A\n")
     (tmp_path / "train_B" / "001.txt").write_text("\ufeffbeside B,\n in two lines", encoding="utf-8")
     (tmp_path / "train_A" / "003.txt").write_text("")
-    pairs = data.PairedFolder(tmp_path, "train", "no_resize")
+    pairs = folders.PairedFolder(tmp_path, "train", "no_resize")
     assert [pairs[i]["caption"] for i in range(4)] == ["beside A", "beside B, in two lines", "", ""]
 
 
@@ -588,23 +591,23 @@ def test_the_json_goes_before_text_files_and_may_hold_more_entries(tmp_path):
     make_pairs(tmp_path, 2)
     (tmp_path / "train_A" / "000.txt").write_text("beside A")
     (tmp_path / "train_prompts.json").write_text(json.dumps({"000.png": "Été", "001.png": "", "x": "extra"}))
-    pairs = data.PairedFolder(tmp_path, "train", "no_resize")
+    pairs = folders.PairedFolder(tmp_path, "train", "no_resize")
     assert pairs[0]["caption"] == "Été" and pairs[1]["caption"] == ""
 
 
 def test_bad_folders_are_refused_when_they_are_opened(tmp_path):
-    refused(data.PairedFolder, tmp_path / "none", "train", "no_resize", match="none/train_A is not a folder")
+    refused(folders.PairedFolder, tmp_path / "none", "train", "no_resize", match="none/train_A is not a folder")
     make_pairs(tmp_path)
-    refused(data.PairedFolder, tmp_path, "test", "no_resize", match="test_A is not a folder")
+    refused(folders.PairedFolder, tmp_path, "test", "no_resize", match="test_A is not a folder")
     (tmp_path / "test_A").mkdir()
-    refused(data.PairedFolder, tmp_path, "test", "no_resize", match="test_A holds no picture")
+    refused(folders.PairedFolder, tmp_path, "test", "no_resize", match="test_A holds no picture")
     noise(8, 8).save(tmp_path / "test_A" / "a.png")
-    refused(data.PairedFolder, tmp_path, "test", "no_resize", match="test_B is not a folder")
-    refused(data.PairedFolder, tmp_path, "train", "resize_big", match="resize_big")
+    refused(folders.PairedFolder, tmp_path, "test", "no_resize", match="test_B is not a folder")
+    refused(folders.PairedFolder, tmp_path, "train", "resize_big", match="resize_big")
     (tmp_path / "train_B" / "002.png").unlink()
     (tmp_path / "train_B" / "004.png").unlink()
-    refused(data.PairedFolder, tmp_path, "train", "no_resize", match="002.png has no partner")
-    refused(data.PairedFolder, tmp_path, "train", "no_resize", match="(2 of 5 have none)")
+    refused(folders.PairedFolder, tmp_path, "train", "no_resize", match="002.png has no partner")
+    refused(folders.PairedFolder, tmp_path, "train", "no_resize", match="(2 of 5 have none)")
 
 
 @pytest.mark.parametrize("text,match", [
@@ -617,20 +620,20 @@ def test_bad_folders_are_refused_when_they_are_opened(tmp_path):
 def test_bad_prompts_are_refused_when_the_folder_is_opened(tmp_path, text, match):
     make_pairs(tmp_path, 2)
     (tmp_path / "train_prompts.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    refused(data.PairedFolder, tmp_path, "train", "no_resize", match=match)
+    refused(folders.PairedFolder, tmp_path, "train", "no_resize", match=match)
 
 
 @pytest.mark.parametrize("prep", ["no_resize", "resize_32"])
 def test_a_pair_of_two_sizes_is_refused_by_name(tmp_path, prep):
     make_pairs(tmp_path)
     noise(41, 40).save(tmp_path / "train_B" / "001.png")
-    pairs = data.PairedFolder(tmp_path, "train", prep)
+    pairs = folders.PairedFolder(tmp_path, "train", prep)
     pairs[0]
     refused(lambda: pairs[1], match="001.png and its partner in train_B are 40x40 and 40x41 pixels")
 
 
 def test_real_pairs_open(shared):
-    pairs = data.open_paired(shared / "facades", "train", "resize_286_randomcrop_256x256_hflip")
+    pairs = folders.open_paired(shared / "facades", "train", "resize_286_randomcrop_256x256_hflip")
     assert len(pairs) == 36
     item = pairs[0, (1, 2, 3)]
     assert item["input"].shape == item["target"].shape == (3, 256, 256)
@@ -638,7 +641,7 @@ def test_real_pairs_open(shared):
 
 
 def test_unknown_drawings_are_refused_with_the_known_ones():
-    refused(data.open_paired, "drawn:squares", "train", "no_resize", match="drawn:squares: expected drawn:circles")
+    refused(folders.open_paired, "drawn:squares", "train", "no_resize", match="drawn:squares: expected drawn:scenes")
 
 
 # -------------------- the order of training
@@ -669,48 +672,48 @@ def names(iterator) -> list[list[str]]:
 
 
 def test_every_sample_is_seen_once_an_epoch_and_none_is_dropped():
-    taken = [int(name.split()[0]) for name in itertools.chain(*names(data.batches(Numbers(10), 4, 0, end_step=10)))]
+    taken = [int(name.split()[0]) for name in itertools.chain(*names(loader.batches(Numbers(10), 4, 0, end_step=10)))]
     epochs = [taken[i : i + 10] for i in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_a_batch_may_be_larger_than_the_data_set():
-    (batch,) = names(data.batches(Numbers(3), 8, 0, end_step=1))
+    (batch,) = names(loader.batches(Numbers(3), 8, 0, end_step=1))
     taken = [int(name.split()[0]) for name in batch]
     assert sorted(taken[:3]) == sorted(taken[3:6]) == [0, 1, 2] and len(taken) == 8
 
 
 def test_row_j_of_step_s_has_the_key_seed_s_j():
-    steps = names(data.batches(Numbers(5), 3, 9, start_step=2, end_step=4))
+    steps = names(loader.batches(Numbers(5), 3, 9, start_step=2, end_step=4))
     assert [[name.partition(" ")[2] for name in step] for step in steps] == [
         [f"(9, {step}, {row})" for row in range(3)] for step in (2, 3)]
 
 
 def test_the_seed_decides_the_order():
-    one, same, other = (names(data.batches(Numbers(50), 50, seed, end_step=1)) for seed in (1, 1, 2))
+    one, same, other = (names(loader.batches(Numbers(50), 50, seed, end_step=1)) for seed in (1, 1, 2))
     assert one == same != other
 
 
 def test_resuming_at_any_step_continues_the_same_run():
-    whole = names(data.batches(Numbers(7), 3, 5, end_step=12))
+    whole = names(loader.batches(Numbers(7), 3, 5, end_step=12))
     for start in (0, 1, 5, 11):
-        assert names(data.batches(Numbers(7), 3, 5, start_step=start, end_step=12)) == whole[start:]
-    endless = data.batches(Numbers(7), 3, 5, start_step=4)
+        assert names(loader.batches(Numbers(7), 3, 5, start_step=start, end_step=12)) == whole[start:]
+    endless = loader.batches(Numbers(7), 3, 5, start_step=4)
     assert names(itertools.islice(endless, 5)) == whole[4:9]
 
 
 def test_the_rows_of_several_processes_are_those_of_one():
-    whole = names(data.batches(Numbers(7), 4, 5, end_step=6))
-    ranks = [names(data.batches(Numbers(7), 4, 5, end_step=6, rows=rows)) for rows in ([0, 2], [1], [3])]
+    whole = names(loader.batches(Numbers(7), 4, 5, end_step=6))
+    ranks = [names(loader.batches(Numbers(7), 4, 5, end_step=6, rows=rows)) for rows in ([0, 2], [1], [3])]
     for step in range(6):
         (a, c), (b,), (d,) = (rank[step] for rank in ranks)
         assert [a, b, c, d] == whole[step]
 
 
 def test_batches_of_a_folder_are_the_same_with_and_without_workers(tmp_path):
-    pairs = data.PairedFolder(make_pairs(tmp_path), "train", "resize_40_randomcrop_32x32_hflip")
-    one, other = (list(data.batches(pairs, 2, 3, end_step=5, num_workers=n)) for n in (0, 2))
+    pairs = folders.PairedFolder(make_pairs(tmp_path), "train", "resize_40_randomcrop_32x32_hflip")
+    one, other = (list(loader.batches(pairs, 2, 3, end_step=5, num_workers=n)) for n in (0, 2))
     assert len(one) == len(other) == 5
     for a, b in zip(one, other, strict=True):
         assert a["input"].shape == a["target"].shape == (2, 3, 32, 32)
@@ -722,7 +725,7 @@ def test_batches_of_a_folder_are_the_same_with_and_without_workers(tmp_path):
 
 def test_the_order_of_an_epoch_is_not_the_stream_of_a_crop():
     """numpy pads short keys with zeros, so (seed, epoch) would be (seed, step, row 0)."""
-    steps = names(data.batches(Numbers(100), 100, 3, end_step=1))
+    steps = names(loader.batches(Numbers(100), 100, 3, end_step=1))
     shared_stream = np.random.default_rng((3, 0)).permutation(100).tolist()
     assert [int(name.split()[0]) for name in steps[0]] != shared_stream
     assert np.random.default_rng((3, 0)).random() == np.random.default_rng((3, 0, 0)).random()
@@ -731,14 +734,14 @@ def test_the_order_of_an_epoch_is_not_the_stream_of_a_crop():
 def test_loading_leaves_the_global_random_numbers_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    list(data.batches(Numbers(4), 2, 0, end_step=2))
+    list(loader.batches(Numbers(4), 2, 0, end_step=2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_sample_surfaces_as_its_one_sentence(workers):
     with pytest.raises(ValueError) as caught:
-        list(data.batches(Numbers(6, broken=4), 2, 0, end_step=3, num_workers=workers))
+        list(loader.batches(Numbers(6, broken=4), 2, 0, end_step=3, num_workers=workers))
     assert str(caught.value) == "picture 4 is broken: replace it"
 
 
@@ -747,8 +750,8 @@ def test_an_unreadable_file_met_by_a_worker_is_named(tmp_path):
     path = tmp_path / "train_B" / "002.png"
     noise(40, 40).save(path)
     path.write_bytes(path.read_bytes()[:1000])
-    pairs = data.PairedFolder(tmp_path, "train", "no_resize")
-    refused(list, data.batches(pairs, 5, 0, end_step=1, num_workers=1), match=f"{path} is not a readable picture")
+    pairs = folders.PairedFolder(tmp_path, "train", "no_resize")
+    refused(list, loader.batches(pairs, 5, 0, end_step=1, num_workers=1), match=f"{path} is not a readable picture")
 
 
 def test_pictures_of_several_sizes_in_one_batch_are_refused_by_name(tmp_path):
@@ -756,16 +759,16 @@ def test_pictures_of_several_sizes_in_one_batch_are_refused_by_name(tmp_path):
     for side in "AB":
         noise(20, 40).save(tmp_path / f"train_{side}" / "001.png")
     (tmp_path / "train_prompts.json").unlink()
-    pairs = data.PairedFolder(tmp_path, "train", "no_resize")
-    refused(list, data.batches(pairs, 2, 0, end_step=1), match="differ in size")
-    assert len(list(data.batches(pairs, 1, 0, end_step=2))) == 2
+    pairs = folders.PairedFolder(tmp_path, "train", "no_resize")
+    refused(list, loader.batches(pairs, 2, 0, end_step=1), match="differ in size")
+    assert len(list(loader.batches(pairs, 1, 0, end_step=2))) == 2
 
 
 def test_workers_ignore_stops_and_the_main_process_does_not():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start ignoring it
     try:
         for workers, ignores in ((1, True), (0, False)):
-            (batch,) = data.batches(Numbers(2), 2, 0, end_step=1, num_workers=workers)
+            (batch,) = loader.batches(Numbers(2), 2, 0, end_step=1, num_workers=workers)
             assert batch["caption"] == [f"ignores {ignores}"] * 2
     finally:
         signal.signal(signal.SIGINT, before)
@@ -778,10 +781,10 @@ def run_check(tmp_path, monkeypatch, capsys):
     """python data.py ARGUMENTS in tmp_path -> exit status, stdout, stderr."""
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["dataset", *map(str, arguments)])
         capsys.readouterr()
         try:
-            status = training.run(data.main) or 0
+            status = training.run(__main__.main) or 0
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()
@@ -885,7 +888,7 @@ def test_check_of_the_real_folders_finds_no_problem(shared, run_check):
 
 
 def test_the_command_without_arguments_prints_its_help():
-    done = subprocess.run([sys.executable, data.__file__], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "dataset"], cwd=Path(dataset.__file__).parent.parent, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "check" in done.stdout
 
 
@@ -913,7 +916,7 @@ def domains(tmp_path):
 
 
 def test_unpaired_items_come_of_both_domains_and_follow_their_key(domains):
-    pictures = data.UnpairedFolder(domains, "train", "resize_16")
+    pictures = folders.UnpairedFolder(domains, "train", "resize_16")
     assert len(pictures) == 5 and pictures.prompts == ("a photo of A", "a photo of B")
     item = pictures[4]
     assert (item["name_a"], item["name_b"]) == ("a4.png", "b1.png")
@@ -926,8 +929,8 @@ def test_unpaired_items_come_of_both_domains_and_follow_their_key(domains):
 def test_unpaired_folders_are_refused_by_name(domains):
     (domains / "fixed_prompt_b.txt").unlink()
     with pytest.raises(ValueError, match="fixed_prompt_b.txt cannot be used"):
-        data.UnpairedFolder(domains, "train", "resize_16")
+        folders.UnpairedFolder(domains, "train", "resize_16")
     with pytest.raises(ValueError, match="test_A is not a folder"):
-        data.UnpairedFolder(domains, "test", "resize_16")
+        folders.UnpairedFolder(domains, "test", "resize_16")
     with pytest.raises(ValueError, match="no unpaired drawings 'cats': known are drawn:day2night"):
-        data.open_unpaired("drawn:cats", "train", "resize_16")
+        folders.open_unpaired("drawn:cats", "train", "resize_16")

@@ -17,10 +17,10 @@ from conftest import normal, randomise, relative
 from PIL import Image
 from torch import Tensor, nn
 
-import data
 import evaluate
 import training
-from models import weights
+from dataset.pictures import to_picture
+from files import metrics, tokenizers
 from models.clip import CLIP, TextConfig, VisionConfig
 from models.dino import DINO, DINOConfig
 from models.lpips import LPIPS
@@ -44,30 +44,30 @@ class Points(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def networks() -> dict[str, weights.Judge]:
-    tokenizer = weights.load_tokenizer("tiny")
+def networks() -> dict[str, metrics.MetricNetwork]:
+    tokenizer = tokenizers.load_tokenizer("tiny")
     sides = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     text = TextConfig(**sides, vocab_size=tokenizer.pieces.get_vocab_size(), eos_token_id=tokenizer.end)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip, dino, lpips = (randomise(network).requires_grad_(False) for network in (
             CLIP(VisionConfig(**sides, projection_dim=5), text), DINO(DINOConfig(width=12, depth=2, heads=2)), LPIPS()))
-    return {"inception": weights.Judge(Corners(), "1ncept"), "lpips": weights.Judge(lpips, "l9195"),
-            "dino": weights.Judge(dino, "d1n0"), "clip": weights.Judge(clip, "c119", tokenizer)}
+    return {"inception": metrics.MetricNetwork(Corners(), "1ncept"), "lpips": metrics.MetricNetwork(lpips, "l9195"),
+            "dino": metrics.MetricNetwork(dino, "d1n0"), "clip": metrics.MetricNetwork(clip, "c119", tokenizer)}
 
 
 @pytest.fixture
-def judges(networks, monkeypatch) -> dict[str, weights.Judge]:
+def judges(networks, monkeypatch) -> dict[str, metrics.MetricNetwork]:
     """Small judges in the place of the real ones, all of them here; a test may take some away or put others in."""
     here = dict(networks)
 
-    def load(name: str, device: str = "cpu") -> weights.Judge:
+    def load(name: str, device: str = "cpu") -> metrics.MetricNetwork:
         if name not in here:
             raise ValueError(f"the weights of {name} are not here; expected https://example.org/{name}.pth")
         return here[name]
 
-    monkeypatch.setattr(weights, "has_judge", lambda name: name in here)
-    monkeypatch.setattr(weights, "load_judge", load)
+    monkeypatch.setattr(metrics, "has_metric_network", lambda name: name in here)
+    monkeypatch.setattr(metrics, "load_metric_network", load)
     return here
 
 
@@ -80,7 +80,7 @@ def picture(seed: int, width: int = 24, height: int = 20) -> Tensor:
 def fill(folder: Path, pictures: dict[str, Tensor]) -> Path:
     folder.mkdir(parents=True)
     for name, x in pictures.items():
-        data.to_picture(x).save(folder / name)
+        to_picture(x).save(folder / name)
     return folder
 
 
@@ -277,7 +277,7 @@ def test_ssim_is_scipys_gaussian_filters():
     for pair in zip(a, b):
         maps = []
         for c in range(3):
-            x, y = (np.asarray(data.to_picture(p))[:, :, c] / 255 for p in pair)
+            x, y = (np.asarray(to_picture(p))[:, :, c] / 255 for p in pair)
             mx, my, c1, c2 = blur(x), blur(y), 0.01 ** 2, 0.03 ** 2
             vx, vy, vxy = blur(x * x) - mx ** 2, blur(y * y) - my ** 2, blur(x * y) - mx * my
             maps.append(((2 * mx * my + c1) * (2 * vxy + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))).mean())
@@ -310,10 +310,10 @@ def test_inception_sees_the_clean_preparation_of_the_file(tmp_path):
     checks = np.indices((40, 52)).sum(0) % 2 * 255  # overshoots
     (tmp_path / "real").mkdir()
     Image.fromarray(checks.astype(np.uint8)).save(tmp_path / "real" / "grey.png")
-    data.to_picture(picture(0, 640, 351)).save(tmp_path / "real" / "large.jpg")
-    data.to_picture(picture(1, 8, 9)).save(tmp_path / "real" / "small.gif")
+    to_picture(picture(0, 640, 351)).save(tmp_path / "real" / "large.jpg")
+    to_picture(picture(1, 8, 9)).save(tmp_path / "real" / "small.gif")
     paths = evaluate.list_pictures(tmp_path / "real")
-    judge = weights.Judge(Points(), "0")
+    judge = metrics.MetricNetwork(Points(), "0")
     f, m, s = evaluate.folder_features(paths, judge, batch=2, device=torch.device("cpu"))
     rows = []
     for path in paths:
@@ -470,7 +470,7 @@ def test_what_cannot_be_had_is_left_out_with_its_reason(command, judges, folders
 
 
 def test_matching_names_of_different_sizes_are_no_pairs_without_paired(command, folders):
-    data.to_picture(picture(0, 10, 10)).save(folders[1] / "0.png")
+    to_picture(picture(0, 10, 10)).save(folders[1] / "0.png")
     status, out, err = command("--real", folders[0], "--fake", folders[1])
     assert status == 0 and [row.split()[0] for row in out.splitlines()[1:3]] == ["fid", "kid"]
     assert "psnr is left out: the folders are no pairs" in err and "24x20 pixels and its partner" in err
@@ -512,9 +512,9 @@ def test_stale_statistics_are_refused_by_name(what, command, judges, folders, mo
     elif what == "name":
         path.rename(folders[0] / "00.png")
     elif what == "one more":
-        data.to_picture(picture(8)).save(folders[0] / "4.png")
+        to_picture(picture(8)).save(folders[0] / "4.png")
     elif what == "weights":
-        judges["inception"] = weights.Judge(Corners(), "other")
+        judges["inception"] = metrics.MetricNetwork(Corners(), "other")
     else:
         monkeypatch.setattr(evaluate, "CLEAN", "another")
     status, out, err = command(*arguments)

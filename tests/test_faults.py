@@ -27,13 +27,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-import data
 import evaluate
 import train_cyclegan_turbo
 import train_pix2pix_turbo
 import train_yoso
 import training
-from models import clip, diffusion, lora, t5, unet, vae, weights
+from dataset import cache, folders, loader
+from dataset.pictures import open_picture
+from files import bases, checkpoints, formats, metrics, tokenizers
+from files.tensors import save_tensors
+from models import clip, diffusion, lora, t5, unet, vae
 from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 
@@ -42,11 +45,11 @@ PICTURES = ("png", "jpg", "webp", "bmp", "tif", "gif", "ppm")
 # ------------------------------------------------------------------------------------------ sound files of every kind
 
 
-def small_base() -> weights.Base:
+def small_base() -> bases.Base:
     """Stable Diffusion's three networks at a few thousand weights."""
     torch.manual_seed(0)
     blocks = {way: (f"CrossAttn{way.title()}Block2D",) * 2 for way in ("down", "up")}
-    return weights.Base(
+    return bases.Base(
         "small", vae.VAE(vae.VAEConfig(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, sample_size=8,
                                        down_block_types=("DownEncoderBlock2D",) * 2,
                                        up_block_types=("UpDecoderBlock2D",) * 2)),
@@ -54,7 +57,7 @@ def small_base() -> weights.Base:
                                   attention_head_dim=2, cross_attention_dim=8, down_block_types=blocks["down"],
                                   up_block_types=blocks["up"])),
         text_encoder=clip.TextEncoder(clip.TextConfig(979, 8, 16, 1, 2, 24, eos_token_id=978)),
-        tokenizer=weights.load_tokenizer("tiny"), schedule=weights.load_base("tiny", ("schedule",)).schedule)
+        tokenizer=tokenizers.load_tokenizer("tiny"), schedule=bases.load_base("tiny", ("schedule",)).schedule)
 
 
 def official(generator: torch.nn.Module) -> dict:
@@ -88,25 +91,25 @@ def picture(seed: int, size: int = 16) -> Image.Image:
 def make_world(folder: Path) -> Path:
     """A sound file of every kind that is read anywhere."""
     base = small_base()
-    weights.save_folder(folder / "base", base)
+    bases.save_folder(folder / "base", base)
     for name in ("lora", "all"):
-        own = weights.load_base(str(folder / "base"))
+        own = bases.load_base(str(folder / "base"))
         generator = Pix2PixTurbo(own.vae, own.unet, own.schedule, Pix2PixTurboConfig(train=name))
-        weights.save_generator(folder / f"{name}.safetensors", generator, "pix2pix_turbo", str(folder / "base"),
+        checkpoints.save_generator(folder / f"{name}.safetensors", generator, "pix2pix_turbo", str(folder / "base"),
                                ["a circle"], own.text_encoder, own.tokenizer)
         if name == "lora":
             torch.save(official(generator), folder / "paired.pkl")
-    own = weights.load_base(str(folder / "base"))
+    own = bases.load_base(str(folder / "base"))
     torch.save(official(CycleGANTurbo(own.vae, own.unet, own.schedule, CycleGANTurboConfig())), folder / "unpaired.pkl")
-    own, prior = weights.load_base(str(folder / "base")), (torch.zeros(4, 4, 4), torch.ones(4, 4, 4))
+    own, prior = bases.load_base(str(folder / "base")), (torch.zeros(4, 4, 4), torch.ones(4, 4, 4))
     lora.add_lora(own.unet, ["to_q", "to_v"], 2, 8.0)
     trained = {f"unet.{name}": p for name, p in own.unet.named_parameters() if "lora" in name}
-    weights.save_yoso(folder / "yoso.safetensors", own, str(folder / "base"), trained, prior, 2)
-    weights.save_yoso(folder / "yoso_whole.safetensors", weights.Base(**(vars(base) | dict(random=True))), "small",
+    checkpoints.save_yoso(folder / "yoso.safetensors", own, str(folder / "base"), trained, prior, 2)
+    checkpoints.save_yoso(folder / "yoso_whole.safetensors", bases.Base(**(vars(base) | dict(random=True))), "small",
                       {}, prior, None)
-    weights.save_tensors(folder / "style.safetensors", lora.write_lora(own.unet, "unet"),
+    save_tensors(folder / "style.safetensors", formats.write_lora(own.unet, "unet"),
                          dict(lora_adapter_metadata='{"unet.lora_alpha": 2, "unet.alpha_pattern": {"to_q": 4}}'))
-    weights.save_prior(folder / "prior.safetensors", *prior)
+    bases.save_prior(folder / "prior.safetensors", *prior)
 
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text(json.dumps(vars(Settings())))
@@ -130,7 +133,7 @@ def make_world(folder: Path) -> Path:
         for i in range(10):
             archive.write(folder / "captioned" / f"{i}.png", f"00000/{i}.png")
         archive.writestr("dataset.json", json.dumps(dict(labels=[[f"00000/{i}.png", i % 3] for i in range(10)])))
-    data.cache(str(folder / "captioned"), str(folder / "base"), folder / "cache", "resized_crop_8", 8, "text", 0, 4,
+    cache.write_cache(str(folder / "captioned"), str(folder / "base"), folder / "cache", "resized_crop_8", 8, "text", 0, 4,
                "cpu", "float32")
     for suffix in PICTURES:
         picture(0).save(folder / f"picture.{suffix}")
@@ -143,7 +146,7 @@ def make_world(folder: Path) -> Path:
         sentence_iterator=iter(words * 9), model_writer=spiece, vocab_size=90, hard_vocab_limit=False, pad_id=0,
         eos_id=1, unk_id=2, bos_id=-1, normalization_rule_name="nmt_nfkc", num_threads=1, minloglevel=3)
     (folder / "spiece.model").write_bytes(spiece.getvalue())
-    (folder / "t5.json").write_text(t5.pieces_from_spiece((folder / "spiece.model").read_bytes()).to_str())
+    (folder / "t5.json").write_text(tokenizers.pieces_from_spiece((folder / "spiece.model").read_bytes()).to_str())
     return folder
 
 
@@ -162,7 +165,7 @@ class Settings:
 
 
 @torch.inference_mode()
-def draw(base: weights.Base, prior: tuple[torch.Tensor, ...] | None = None) -> None:
+def draw(base: bases.Base, prior: tuple[torch.Tensor, ...] | None = None) -> None:
     x = torch.zeros(1, 4, 4, 4) if prior is None else prior[0][None]
     t, = diffusion.timesteps(base.schedule, 1)
     v = base.unet(x, t, *base.encode(["a red circle"]))
@@ -171,26 +174,26 @@ def draw(base: weights.Base, prior: tuple[torch.Tensor, ...] | None = None) -> N
 
 @torch.inference_mode()
 def translate(checkpoint: Path, base: Path | None = None) -> None:
-    loaded = weights.load_generator(str(checkpoint), base and str(base))
+    loaded = checkpoints.load_generator(str(checkpoint), base and str(base))
     context = loaded.text_encoder(loaded.tokenizer("a red circle"))
     loaded.generator(torch.zeros(1, 3, 8, 8), context, *(["a2b"] if loaded.kind == "cyclegan_turbo" else []))
 
 
 def draw_yoso(checkpoint: Path) -> None:
-    base, prior = weights.load_yoso(checkpoint)
+    base, prior = checkpoints.load_yoso(checkpoint)
     draw(base, prior if prior[0].shape == (4, 4, 4) else None)
 
 
 def draw_with_lora(world: Path) -> None:
-    base = weights.load_base(str(world / "base"))
-    weights.load_lora(str(world / "style.safetensors"), base)
+    base = bases.load_base(str(world / "base"))
+    bases.load_lora(str(world / "style.safetensors"), base)
     draw(base)
 
 
 def read_all(items: torch.utils.data.Dataset) -> None:
-    for batch in data.batches(items, 2, 0, 0, 5):
+    for batch in loader.batches(items, 2, 0, 0, 5):
         for caption in batch["caption"]:
-            weights.load_tokenizer("tiny")(caption)
+            tokenizers.load_tokenizer("tiny")(caption)
 
 
 def resume(world: Path) -> None:
@@ -215,39 +218,39 @@ def tokenize_t5(pieces: t5.Pieces) -> None:
 
 
 def read_stats(world: Path) -> None:
-    judge = weights.Judge(lambda x: x[:, :, 0, 0], "judge")
+    judge = metrics.MetricNetwork(lambda x: x[:, :, 0, 0], "judge")
     pictures = [world / "captioned" / f"{i}.png" for i in range(2)]
     evaluate.folder_features(pictures, judge, 1, torch.device("cpu"), world / "stats.npz")
 
 
 # What is read: the file that is damaged, and what reads it and uses what came of it.
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "weights": ("base/vae/diffusion_pytorch_model.safetensors", lambda w: draw(weights.load_base(str(w / "base")))),
+    "weights": ("base/vae/diffusion_pytorch_model.safetensors", lambda w: draw(bases.load_base(str(w / "base")))),
     "checkpoint": ("lora.safetensors", lambda w: translate(w / "lora.safetensors")),
     "checkpoint of all": ("all.safetensors", lambda w: translate(w / "all.safetensors")),
     "one-step checkpoint": ("yoso.safetensors", lambda w: draw_yoso(w / "yoso.safetensors")),
     "whole one-step checkpoint": ("yoso_whole.safetensors", lambda w: draw_yoso(w / "yoso_whole.safetensors")),
     "LoRA": ("style.safetensors", draw_with_lora),
-    "prior": ("prior.safetensors", lambda w: weights.load_prior(w / "prior.safetensors", (4, 4, 4))[0] + 1),
+    "prior": ("prior.safetensors", lambda w: bases.load_prior(w / "prior.safetensors", (4, 4, 4))[0] + 1),
     "official paired": ("paired.pkl", lambda w: translate(w / "paired.pkl", w / "base")),
     "official unpaired": ("unpaired.pkl", lambda w: translate(w / "unpaired.pkl", w / "base")),
     "state": ("run/state.pt", lambda w: restore(w / "run")),
     "settings": ("run/config.json", resume),
     "log": ("run/log.jsonl", read_log),
-    "captions": ("pairs/train_prompts.json", lambda w: read_all(data.PairedFolder(w / "pairs", "train", "no_resize"))),
-    "metadata": ("captioned/metadata.jsonl", lambda w: read_all(data.Captioned(w / "captioned", "train", "no_resize"))),
-    "zip": ("edm.zip", lambda w: read_all(data.Captioned(w / "edm.zip", "train", "no_resize"))),
-    "cache": ("cache/index.json", lambda w: read_all(data.open_captioned(w / "cache", "train", "no_resize"))),
+    "captions": ("pairs/train_prompts.json", lambda w: read_all(folders.PairedFolder(w / "pairs", "train", "no_resize"))),
+    "metadata": ("captioned/metadata.jsonl", lambda w: read_all(folders.Captioned(w / "captioned", "train", "no_resize"))),
+    "zip": ("edm.zip", lambda w: read_all(folders.Captioned(w / "edm.zip", "train", "no_resize"))),
+    "cache": ("cache/index.json", lambda w: read_all(folders.open_captioned(w / "cache", "train", "no_resize"))),
     "statistics": ("stats.npz", read_stats),
-    "spiece": ("spiece.model", lambda w: tokenize_t5(t5.pieces_from_spiece((w / "spiece.model").read_bytes()))),
-    "T5's json": ("t5.json", lambda w: tokenize_t5(t5.pieces_from_json((w / "t5.json").read_text()))),
+    "spiece": ("spiece.model", lambda w: tokenize_t5(tokenizers.pieces_from_spiece((w / "spiece.model").read_bytes()))),
+    "T5's json": ("t5.json", lambda w: tokenize_t5(tokenizers.pieces_from_json((w / "t5.json").read_text()))),
 }
 BASE = ["model_index.json", "vae/config.json", "unet/config.json", "text_encoder/config.json", "tokenizer/vocab.json",
         "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json", "tokenizer/merges.txt"]
-READERS |= {name: (f"base/{name}", lambda w: draw(weights.load_base(str(w / "base")))) for name in BASE}
-READERS |= {suffix: (f"picture.{suffix}", lambda w, suffix=suffix: data.open_picture(w / f"picture.{suffix}"))
+READERS |= {name: (f"base/{name}", lambda w: draw(bases.load_base(str(w / "base")))) for name in BASE}
+READERS |= {suffix: (f"picture.{suffix}", lambda w, suffix=suffix: open_picture(w / f"picture.{suffix}"))
             for suffix in PICTURES}
-READERS |= {"exif": ("exif.jpg", lambda w: data.open_picture(w / "exif.jpg"))}
+READERS |= {"exif": ("exif.jpg", lambda w: open_picture(w / "exif.jpg"))}
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
@@ -395,16 +398,16 @@ def test_a_sound_file_works(world, name):
 @hypothesis.settings(few, max_examples=150)
 @hypothesis.given(text=st.text(st.characters(exclude_categories=()), max_size=200))
 def test_any_text_is_a_prompt_but_for_halves_of_characters(world, text):
-    pieces = t5.pieces_from_spiece((world / "spiece.model").read_bytes())
-    for tokenize in (weights.load_tokenizer("tiny"), t5.T5Tokenizer(pieces)):
+    pieces = tokenizers.pieces_from_spiece((world / "spiece.model").read_bytes())
+    for tokenize in (tokenizers.load_tokenizer("tiny"), t5.T5Tokenizer(pieces)):
         said = outcome(lambda tokenize=tokenize: tokenize([text]))
         whole = not any("\ud800" <= character <= "\udfff" for character in text)
         assert said is None if whole else "half a character" in said
 
 
 def test_a_prompt_of_a_hundred_thousand_letters_is_cut_like_any_other(world):
-    assert outcome(lambda: weights.load_tokenizer("tiny")(["x" * 10**5, "x " * 10**5])) is None
-    pieces = t5.pieces_from_json((world / "t5.json").read_text())
+    assert outcome(lambda: tokenizers.load_tokenizer("tiny")(["x" * 10**5, "x " * 10**5])) is None
+    pieces = tokenizers.pieces_from_json((world / "t5.json").read_text())
     assert outcome(lambda: t5.T5Tokenizer(pieces)(["x" * 10**5, "x " * 10**5])) is None
 
 
@@ -531,26 +534,26 @@ def test_what_a_zip_unpacks_to_is_limited_and_a_damaged_picture_in_it_is_named(w
     with instead(world / "edm.zip", whole.replace(b"\x89PNG", b"\x88PNG", 1)):  # its checksum is another then
         assert "00000/0.png in" in (line := outcome(lambda: call(world))) and "CRC-32" in line
     for limit, name in [(100, "dataset.json"), (400, "00000/")]:
-        monkeypatch.setattr(data, "MAX_UNZIPPED", limit)
+        monkeypatch.setattr(folders, "MAX_UNZIPPED", limit)
         assert f"expected {limit} bytes at most" in (line := outcome(lambda: call(world))) and name in line
 
 
 def test_workers_read_a_zip_that_is_open_in_the_trainer_too(world):
-    items = data.Captioned(world / "edm.zip", "train", "no_resize")
+    items = folders.Captioned(world / "edm.zip", "train", "no_resize")
     items[0]
-    for batch in data.batches(items, 4, 0, 0, 60, num_workers=2):
+    for batch in loader.batches(items, 4, 0, 0, 60, num_workers=2):
         assert batch["target"].shape == (4, 3, 16, 16)
 
 
 def test_a_caption_may_hold_any_sign_of_a_line_but_its_end(world):
     rows = [json.dumps(dict(file_name=f"{i}.png", text="a\u2028b\x85c"), ensure_ascii=False) for i in range(10)]
     with instead(world / "captioned" / "metadata.jsonl", "\r\n".join(rows).encode()):
-        assert data.Captioned(world / "captioned", "train", "no_resize").captions[0] == "a\u2028b\x85c"
+        assert folders.Captioned(world / "captioned", "train", "no_resize").captions[0] == "a\u2028b\x85c"
 
 
 def test_weights_that_find_no_room_are_one_line(tmp_path):
     with no_room(1000), pytest.raises(OSError, match="f.safetensors could not be written .*make room"):
-        weights.save_tensors(tmp_path / "f.safetensors", dict(a=torch.zeros(10_000)), {})
+        save_tensors(tmp_path / "f.safetensors", dict(a=torch.zeros(10_000)), {})
 
 
 # -------------------------------------------------------------------------------------------- faults under a trainer
@@ -621,11 +624,12 @@ def test_a_full_disk_and_an_unreadable_picture_cost_the_steps_since_the_last_sav
 
 LOSES_A_WORKER = """
 import multiprocessing, sys
-import data, training
+import training
+from dataset import folders, loader
 
 def main():
-    pairs = data.PairedFolder(sys.argv[1], "train", "no_resize")
-    for step, batch in enumerate(data.batches(pairs, 2, 0, 0, 1000, num_workers=1)):
+    pairs = folders.PairedFolder(sys.argv[1], "train", "no_resize")
+    for step, batch in enumerate(loader.batches(pairs, 2, 0, 0, 1000, num_workers=1)):
         if step == 2:
             multiprocessing.active_children()[0].kill()
 
@@ -635,7 +639,7 @@ training.run(main)
 
 def test_a_lost_worker_is_one_line_that_says_how_to_go_on(world):
     process = subprocess.run([sys.executable, "-c", LOSES_A_WORKER, str(world / "pairs")], text=True,
-                             capture_output=True, cwd=Path(data.__file__).parent)
+                             capture_output=True, cwd=Path(folders.__file__).parent.parent)
     line, = process.stderr.splitlines()
     assert process.returncode == 2 and "error: a process that prepares pictures was lost (DataLoader work" in line
     assert "go on with --resume" in line and "fewer --dataloader_num_workers" in line

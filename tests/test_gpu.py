@@ -21,10 +21,11 @@ from test_pixart import TINY as PIXART
 from test_t5 import TINY as T5
 from test_weights import TEXT
 
-import data
 import evaluate
+from dataset import folders
+from dataset.pictures import to_picture, to_tensor
+from files.hub import ROOT
 from models import clip, controlnet, dino, discriminator, inception, lpips, pixart, t5, unet, vae
-from models.weights import ROOT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -126,14 +127,14 @@ def run(script: str, *flags) -> subprocess.CompletedProcess:
 
 def near(one: Path, other: Path, psnr: float, mean: float) -> None:
     """Two files' pictures: PSNR in dB above one bound, mean difference in levels below the other."""
-    a, b = (2 * data.to_tensor(Image.open(path))[None] - 1 for path in (one, other))
+    a, b = (2 * to_tensor(Image.open(path))[None] - 1 for path in (one, other))
     assert a.std() > 0.1 and evaluate.psnr(a, b).item() > psnr and (a - b).abs().mean() * 127.5 < mean
 
 
 @pytest.fixture
 def day(tmp_path) -> list:
     """Flags that translate a drawn scene."""
-    data.to_picture(data.open_unpaired("drawn:day2night", "test", "no_resize")[0]["a"]).save(tmp_path / "day.png")
+    to_picture(folders.open_unpaired("drawn:day2night", "test", "no_resize")[0]["a"]).save(tmp_path / "day.png")
     return ["--checkpoint", "day2night", "--input", tmp_path / "day.png"]
 
 
@@ -150,8 +151,8 @@ def test_a_sample_is_the_cpu_s(what, day, tmp_path):
 def test_an_exported_program_runs_on_the_device(day, tmp_path):
     run("sample.py", *day, "--device", "cuda", "--output", tmp_path / "sample.png", "--export", tmp_path / "it.pt2")
     with torch.inference_mode():
-        made = torch.export.load(tmp_path / "it.pt2").module()(data.to_tensor(Image.open(day[-1]))[None].cuda())[0]
-    data.to_picture(made).save(tmp_path / "exported.png")
+        made = torch.export.load(tmp_path / "it.pt2").module()(to_tensor(Image.open(day[-1]))[None].cuda())[0]
+    to_picture(made).save(tmp_path / "exported.png")
     near(tmp_path / "sample.png", tmp_path / "exported.png", 40, 1)
 
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from files.formats import apply_lora, read_lora, unet_original_name, write_lora
 from models.clip import TextConfig, TextEncoder
-from models.lora import add_lora, apply_lora, read_lora, write_lora
-from models.unet import UNet, UNetConfig, original_name
+from models.lora import add_lora
+from models.unet import UNet, UNetConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -242,7 +243,7 @@ def test_each_layer_of_kohya_has_its_own_alpha(tmp_path):
 def ldm_kohya(peer: StableDiffusionPipeline) -> dict[str, Tensor]:
     """kohya's file with the original names, found by way of the peer's own conversion."""
     config = UNetConfig(**SIZES)
-    keys = [f"model.diffusion_model.{original_name(name, config)}" for name in peer_networks()[1].state_dict()]
+    keys = [f"model.diffusion_model.{unet_original_name(name, config)}" for name in peer_networks()[1].state_dict()]
     original = {ours: key.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_")
                 for ours, key in convert_ldm_unet_checkpoint({key: key for key in keys}, SIZES).items()}
     file = {}

@@ -13,6 +13,7 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from files import formats
 from models import clip, unet, vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,11 +41,11 @@ def others() -> dict[str, Tensor]:
 
 
 def unet_file(config: unet.UNetConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {"model.diffusion_model." + unet.original_name(name, config): t for name, t in tensors.items()}
+    return {"model.diffusion_model." + formats.unet_original_name(name, config): t for name, t in tensors.items()}
 
 
 def vae_file(config: vae.VAEConfig, tensors: dict[str, Tensor], prefix="first_stage_model.") -> dict[str, Tensor]:
-    return {prefix + vae.original_name(name, config): t[:, :, None, None] if ".attentions." in name and t.ndim == 2
+    return {prefix + formats.vae_original_name(name, config): t[:, :, None, None] if ".attentions." in name and t.ndim == 2
             else t for name, t in tensors.items()}
 
 
@@ -52,7 +53,7 @@ def open_clip_file(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As SD 2.x has it: with a 24th block and what compares with pictures."""
     file: dict[str, Tensor] = {}
     for name, tensor in tensors.items():  # q, k, v must come in this order
-        whole, third = clip.open_clip_name(name)
+        whole, third = formats.open_clip_name(name)
         if third is not None:
             tensor = torch.cat([file.get(OPEN_CLIP + whole, tensor[:0]), tensor])
         file[OPEN_CLIP + whole] = tensor
@@ -70,12 +71,12 @@ def test_the_unets_names_are_the_originals(sizes):
     tensors = drawn(unet.UNet(config))
     file = unet_file(config, tensors)
     assert len(file) == len(tensors) and same(convert_ldm_unet_checkpoint(dict(file), vars(config)), tensors)
-    assert same(unet.from_original(file | others(), config), tensors)
+    assert same(formats.unet_from_original(file | others(), config), tensors)
 
 
 def test_the_unets_names_where_the_peer_takes_two():
     """The place of the up-sampling follows the attention, where there is one."""
-    names = [unet.original_name(f"up_blocks.{i}.upsamplers.0.conv.weight", unet.UNetConfig()) for i in range(3)]
+    names = [formats.unet_original_name(f"up_blocks.{i}.upsamplers.0.conv.weight", unet.UNetConfig()) for i in range(3)]
     assert names == ["output_blocks.2.1.conv.weight", "output_blocks.5.2.conv.weight", "output_blocks.8.2.conv.weight"]
 
 
@@ -92,7 +93,7 @@ def test_the_vaes_names_are_the_originals(prefix):
     file = vae_file(config, tensors, prefix)
     assert same(convert_ldm_vae_checkpoint(dict(file), vars(config)), tensors) and len(file) == 248
     rest = {f"{prefix}loss.logvar": torch.ones(1), f"{prefix}model_ema.decay": torch.ones(1)}
-    assert same(vae.from_original(file | rest | (others() if prefix else {}), config), tensors)
+    assert same(formats.vae_from_original(file | rest | (others() if prefix else {}), config), tensors)
 
 
 @pytest.mark.parametrize("stem", ["cond_stage_model", "conditioner.embedders.0"])
@@ -105,7 +106,7 @@ def test_the_text_encoder_of_sd1_keeps_its_names(kept, stem):
             f"{stem}.transformer.text_projection.weight": normal(8, 8), f"{stem}.logit_scale": torch.ones(())}
     if kept:
         assert same(convert_ldm_clip_checkpoint(file), tensors)
-    assert same(clip.from_original(file | rest | others(), config), tensors)
+    assert same(formats.clip_from_original(file | rest | others(), config), tensors)
 
 
 @pytest.mark.parametrize("stem", ["cond_stage_model", "conditioner.embedders.0"])
@@ -116,29 +117,30 @@ def test_the_text_encoder_of_sd2_takes_its_thirds_and_not_the_last_block(stem):
     peer = CLIPTextModel(CLIPTextConfig(**TEXTS, num_hidden_layers=23))
     assert same(convert_open_clip_checkpoint(peer, dict(file)), tensors)
     file = {name.replace("cond_stage_model", stem): t for name, t in file.items()}
-    assert same(clip.from_original(file | others(), config), tensors)
+    assert same(formats.clip_from_original(file | others(), config), tensors)
 
 
 def test_each_network_finds_its_own_in_one_file():
     u, v = unet.UNetConfig(**WIDTHS, **UNETS["SD-Turbo"]), vae.VAEConfig(**WIDTHS)
     c = clip.TextConfig(**TEXTS, num_hidden_layers=23)
-    networks = [(unet, unet.UNet(u), u), (vae, vae.VAE(v), v), (clip, clip.TextEncoder(c), c)]
+    networks = [(formats.unet_from_original, unet.UNet(u), u), (formats.vae_from_original, vae.VAE(v), v),
+                (formats.clip_from_original, clip.TextEncoder(c), c)]
     tensors = [drawn(network) for _, network, _ in networks]
     file = unet_file(u, tensors[0]) | vae_file(v, tensors[1]) | open_clip_file(tensors[2]) | others()
-    for (module, network, config), own in zip(networks, tensors):
-        found = module.from_original(file, config)
+    for (from_original, network, config), own in zip(networks, tensors):
+        found = from_original(file, config)
         assert same(found, own)
         network.double().load_state_dict(found)
 
 
-@pytest.mark.parametrize("module, config, name", [
-    (unet, unet.UNetConfig(**WIDTHS), "model.diffusion_model.label_emb.0.0.weight"),
-    (unet, unet.UNetConfig(**WIDTHS), "model.diffusion_model.input_blocks.12.0.in_layers.0.weight"),
-    (vae, vae.VAEConfig(**WIDTHS), "first_stage_model.encoder.down.4.block.0.norm1.weight"),
-    (clip, clip.TextConfig(**TEXTS, num_hidden_layers=2), "cond_stage_model.model.transformer.resblocks.3.ln_1.weight"),
-    (clip, clip.TextConfig(**TEXTS, num_hidden_layers=2), "cond_stage_model.transformer.text_model.encoder.layers.2."
+@pytest.mark.parametrize("from_original, config, name", [
+    (formats.unet_from_original, unet.UNetConfig(**WIDTHS), "model.diffusion_model.label_emb.0.0.weight"),
+    (formats.unet_from_original, unet.UNetConfig(**WIDTHS), "model.diffusion_model.input_blocks.12.0.in_layers.0.weight"),
+    (formats.vae_from_original, vae.VAEConfig(**WIDTHS), "first_stage_model.encoder.down.4.block.0.norm1.weight"),
+    (formats.clip_from_original, clip.TextConfig(**TEXTS, num_hidden_layers=2), "cond_stage_model.model.transformer.resblocks.3.ln_1.weight"),
+    (formats.clip_from_original, clip.TextConfig(**TEXTS, num_hidden_layers=2), "cond_stage_model.transformer.text_model.encoder.layers.2."
      "layer_norm1.weight")], ids=lambda value: value if isinstance(value, str) else "")
-def test_a_tensor_of_a_larger_network_is_not_passed_over(module, config, name):
+def test_a_tensor_of_a_larger_network_is_not_passed_over(from_original, config, name):
     """It comes back under a name that the network does not have, so that loading refuses it."""
-    found = module.from_original({name: torch.ones(1)}, config)
+    found = from_original({name: torch.ones(1)}, config)
     assert len(found) == 1 and name.endswith(next(iter(found)))

@@ -15,7 +15,8 @@ from peft import LoraConfig
 from test_weights import SCHEDULE, TEXTS, UNET, VAE, tiny_pipeline
 from torch import Tensor, nn
 
-from models import weights
+from files import bases, checkpoints
+from files.tensors import assign
 from models.lora import LoRAConv2d, LoRALinear, TwinConv2d, set_scale
 from models.pix2pix_turbo import UNET_TARGETS, VAE_TARGETS, Pix2PixTurbo, Pix2PixTurboConfig, from_official
 
@@ -123,7 +124,7 @@ def official(request, tmp_path_factory) -> Official:
 
 
 def load(official: Official, r: float | None = None, **options) -> Pix2PixTurbo:
-    return weights.load_generator(str(official.pkl), str(official.base), r=r, **options).generator
+    return checkpoints.load_generator(str(official.pkl), str(official.base), r=r, **options).generator
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +196,11 @@ def test_pictures_of_a_batch_do_not_touch_each_other(official, generator):
 @torch.no_grad()
 def test_bases_that_predict_v_are_translated_by_v(tmp_path):
     official = Official(tmp_path, False, "v_prediction")
-    base = weights.load_base(str(official.base), ("vae", "unet", "schedule"))
+    base = bases.load_base(str(official.base), ("vae", "unet", "schedule"))
     config, tensors = from_official(official.saved(official.unet.state_dict(), official.vae.state_dict()), "")
     config.prediction_type = base.schedule.prediction_type
     generator = Pix2PixTurbo(base.vae, base.unet, base.schedule, config)
-    weights.assign(generator, tensors, official.pkl)
+    assign(generator, tensors, official.pkl)
     x, context, _ = inputs()
     assert relative(generator(x, context), official(x, context)) < 1e-9
 
@@ -218,9 +219,9 @@ def test_latent_noise_draws_the_latent_from_the_encoders_distribution(generator)
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def fresh(official: Official, seed: int | None = None, **options) -> tuple[Pix2PixTurbo, weights.Base]:
+def fresh(official: Official, seed: int | None = None, **options) -> tuple[Pix2PixTurbo, bases.Base]:
     """An untrained generator on the official model's base, with a seed one whose trained weights are drawn."""
-    base = weights.load_base(str(official.base))
+    base = bases.load_base(str(official.base))
     generator = Pix2PixTurbo(base.vae, base.unet, base.schedule,
                              Pix2PixTurboConfig(stochastic=official.stochastic, **options))
     for i, p in enumerate(p for p in generator.parameters() if p.requires_grad and seed is not None):
@@ -240,7 +241,7 @@ def test_gradients_are_the_official_ones_of_the_official_parameters(official, r)
     _, theirs = from_official(official.saved(*theirs), "")
 
     generator, _ = fresh(official)
-    weights.assign(generator, from_official(torch.load(official.pkl), "")[1], official.pkl)
+    assign(generator, from_official(torch.load(official.pkl), "")[1], official.pkl)
     if official.stochastic:
         set_scale(generator, r)
     ours = gradients(generator, (generator(*args) * weight).sum())
@@ -284,7 +285,7 @@ def test_everything_is_trained_with_all_and_nothing_is_added_but_skips(official)
 @torch.no_grad()
 def test_an_untrained_generator_is_the_base_but_for_nearly_nothing(official):
     generator, base = fresh(official)
-    plain = weights.load_base(str(official.base))
+    plain = bases.load_base(str(official.base))
     x, context, noise = inputs()
     z = plain.vae.encode(x)[0] * plain.vae.config.scaling_factor
     alpha, sigma = plain.schedule.alpha[999], plain.schedule.sigma[999]
@@ -325,7 +326,7 @@ def test_what_is_saved_is_what_is_loaded(official, tmp_path, train):
     folder, path = tmp_path / "base", tmp_path / "run" / "model.safetensors"
     shutil.copytree(official.base, folder)
     path.parent.mkdir()
-    weights.save_generator(path, generator, "pix2pix_turbo", str(folder), ["drawn", "a cat"], base.text_encoder,
+    checkpoints.save_generator(path, generator, "pix2pix_turbo", str(folder), ["drawn", "a cat"], base.text_encoder,
                            base.tokenizer)
     if train == "all":
         shutil.rmtree(folder)
@@ -336,7 +337,7 @@ def test_what_is_saved_is_what_is_loaded(official, tmp_path, train):
     assert train == "all" or names == trained  # the base is not copied
     for args in calls(official):
         for merged in (False, True):
-            loaded = weights.load_generator(str(path.parent), r=args[2], merged=merged)
+            loaded = checkpoints.load_generator(str(path.parent), r=args[2], merged=merged)
             assert relative(loaded.generator(*args), at(generator, *args)) < 1e-9
             assert (loaded.kind, loaded.base, loaded.prompts) == ("pix2pix_turbo", str(folder), ["drawn", "a cat"])
             assert loaded.r == args[2]
@@ -350,7 +351,7 @@ def test_what_is_saved_is_what_is_loaded(official, tmp_path, train):
 
 
 def test_a_stochastic_checkpoint_stands_at_r_0_4_and_a_deterministic_one_has_no_r(official):
-    loaded = weights.load_generator(str(official.pkl), str(official.base), merged=False)
+    loaded = checkpoints.load_generator(str(official.pkl), str(official.base), merged=False)
     scales = {m.scale / m.full_scale for m in loaded.generator.modules() if isinstance(m, LoRALinear | LoRAConv2d)}
     if official.stochastic:
         assert loaded.r == 0.4 and max(scales) == pytest.approx(0.4) == min(scales)
@@ -364,7 +365,7 @@ def test_a_stochastic_checkpoint_stands_at_r_0_4_and_a_deterministic_one_has_no_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_generator_is_loaded_whole_in_the_type_asked_for(official, dtype, merged):
-    loaded = weights.load_generator(str(official.pkl), str(official.base), dtype=dtype, merged=merged)
+    loaded = checkpoints.load_generator(str(official.pkl), str(official.base), dtype=dtype, merged=merged)
     tensors = [*loaded.generator.parameters(), *loaded.generator.buffers(), *loaded.text_encoder.parameters()]
     assert {t.dtype for t in tensors} == {dtype}
     args = [t if t is None or isinstance(t, float) else t.to(dtype) for t in calls(official)[-1]]
@@ -376,7 +377,7 @@ def test_a_generator_is_loaded_whole_in_the_type_asked_for(official, dtype, merg
 
 def test_an_official_file_without_base_asks_for_sd_turbo(official, monkeypatch):
     asked = []
-    monkeypatch.setattr(weights, "load_base", lambda name, **_: asked.append(name) or 1 / 0)
+    monkeypatch.setattr(checkpoints, "load_base", lambda name, **_: asked.append(name) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        weights.load_generator(str(official.pkl))
+        checkpoints.load_generator(str(official.pkl))
     assert asked == ["sd-turbo"]

@@ -10,8 +10,8 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 from torch import Tensor
 
+from files.tensors import read_config
 from models.pixart import FIXED, PixArt, PixArtConfig, positions, sinusoids
-from models.weights import read_config
 
 TINY = dict(num_attention_heads=3, attention_head_dim=8, num_layers=3, cross_attention_dim=24, caption_channels=20)
 KINDS = {

@@ -26,10 +26,11 @@ from test_weights import SCHEDULE, TOKENIZER, VAE, tiny_pipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import data
 import sample
 import training
-from models import clip, unet, vae, weights
+from dataset.pictures import canny, open_picture, pad_to_multiple, sketch, to_picture, to_tensor
+from files import bases, checkpoints, tokenizers
+from models import clip, unet, vae
 from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig
 from models.diffusion import Schedule
 from models.lora import set_scale
@@ -49,7 +50,7 @@ def both(pipe: StableDiffusionPipeline, folder: Path, size: tuple[int, int], ste
          **options) -> tuple[Tensor, Tensor]:
     """Two pictures by sample.py and by the pipeline, in float64, of the same noise."""
     pipe.to(torch.float64).save_pretrained(folder)
-    base, seeds = weights.load_base(str(folder)), [3, 4]
+    base, seeds = bases.load_base(str(folder)), [3, 4]
     ours = sample.text_to_image(base, PROMPT, seeds, size, steps, guidance=guidance, **options)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.cat([torch.randn(1, 4, size[1] // 2, size[0] // 2, generator=g) for g in generators])
@@ -103,14 +104,14 @@ def test_full_size_sd_turbo_draws_what_the_pipeline_draws_in_float32():
     peers = dict(vae=AutoencoderKL(**levels), unet=UNet2DConditionModel(**sizes, sample_size=64),
                  text_encoder=CLIPTextModel(CLIPTextConfig(**text, eos_token_id=2)))
     with torch.device("meta"):
-        base = weights.Base("", vae=vae.VAE(vae.VAEConfig()), unet=unet.UNet(unet.UNetConfig(**sizes)),
+        base = bases.Base("", vae=vae.VAE(vae.VAEConfig()), unet=unet.UNet(unet.UNetConfig(**sizes)),
                             text_encoder=clip.TextEncoder(clip.TextConfig(**text)))
     for part, peer in peers.items():
         prefix = "text_model." if part == "text_encoder" else ""
         getattr(base, part).load_state_dict({prefix + name.removeprefix(prefix): t
                                              for name, t in randomise(peer).state_dict().items()}, assign=True)
     scheduler = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing")
-    base.tokenizer = clip.Tokenizer(weights.load_tokenizer("tiny").pieces)
+    base.tokenizer = clip.Tokenizer(tokenizers.load_tokenizer("tiny").pieces)
     base.schedule = Schedule.from_config(json.loads(scheduler.to_json_string()))
     pipe = StableDiffusionPipeline(**peers, tokenizer=tokenizer, scheduler=scheduler, safety_checker=None,
                                    feature_extractor=None, requires_safety_checker=False)
@@ -143,7 +144,7 @@ def base(tmp_path_factory) -> Path:
 
 def trained(base: Path, path: Path, stochastic: bool | None, prompts: list[str]) -> Path:
     """A pix2pix-Turbo, or where `stochastic` is None a CycleGAN-Turbo."""
-    loaded = weights.load_base(str(base))
+    loaded = bases.load_base(str(base))
     networks = loaded.vae, loaded.unet, loaded.schedule
     kind = "cyclegan_turbo" if stochastic is None else "pix2pix_turbo"
     generator = CycleGANTurbo(*networks, CycleGANTurboConfig(lora_rank_unet=4)) if stochastic is None else \
@@ -151,12 +152,12 @@ def trained(base: Path, path: Path, stochastic: bool | None, prompts: list[str])
     for i, p in enumerate(p for p in generator.parameters() if p.requires_grad):
         p.data = 0.5 * normal(*p.shape, seed=i, dtype=torch.float32) / max(p[0].numel(), 1) ** 0.5
     path.parent.mkdir()
-    weights.save_generator(path, generator, kind, str(base), prompts)
+    checkpoints.save_generator(path, generator, kind, str(base), prompts)
     return path
 
 
 @pytest.fixture(scope="module")
-def checkpoints(base, tmp_path_factory) -> dict[str, str]:
+def trained_files(base, tmp_path_factory) -> dict[str, str]:
     """Four levels (factor 8), as Stable Diffusion."""
     folder = tmp_path_factory.mktemp("trained")
     deep = dict(VAE, block_out_channels=(8, 8, 12, 12), down_block_types=["DownEncoderBlock2D"] * 4,
@@ -193,12 +194,12 @@ def picture(path: Path, width: int, height: int, seed: int = 0) -> Path:
     """A photograph of sorts: soft, with an edge."""
     x = torch.nn.functional.interpolate(normal(1, 3, 4, 4, seed=seed), (height, width), mode="bicubic")[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.to_picture(x.tanh()).save(path)
+    to_picture(x.tanh()).save(path)
     return path
 
 
 def levels(path: str | Path) -> Tensor:
-    return data.to_tensor(data.open_picture(path)).mul(255).round()
+    return to_tensor(open_picture(path)).mul(255).round()
 
 
 def test_the_script_draws_a_picture_and_prints_its_path(base, tmp_path):
@@ -225,7 +226,7 @@ def test_a_picture_is_the_networks_to_the_nearest_level_and_says_how_it_was_made
     options = dict(steps=4, sampler="lcm", guidance=2.0, negative=NEGATIVE)
     flags = [f"--{name}={value}" for name, value in options.items()]
     assert command(PROMPT, "--base", base, "--seed", 5, *flags, "--output", "new/a.png")[:2] == (0, ["new/a.png"])
-    x = sample.text_to_image(weights.load_base(str(base)), PROMPT, [5], (16, 16), **options)
+    x = sample.text_to_image(bases.load_base(str(base)), PROMPT, [5], (16, 16), **options)
     assert ((x[0] + 1) * 127.5 - levels("new/a.png")).abs().max() <= 0.5 + 1e-3
     text = Image.open("new/a.png").text
     assert {k: text[k] for k in ("prompt", "seed", "base", "steps", "sampler", "guidance", "negative")} == {
@@ -235,41 +236,41 @@ def test_a_picture_is_the_networks_to_the_nearest_level_and_says_how_it_was_made
 
 @pytest.mark.parametrize("size", [(37, 53), (5, 7), (1, 1), (8, 16), (64, 3)])
 @pytest.mark.parametrize("kind", ["one caption", "stochastic"])
-def test_a_translation_has_the_size_of_its_input(checkpoints, command, tmp_path, kind, size):
+def test_a_translation_has_the_size_of_its_input(trained_files, command, tmp_path, kind, size):
     source = picture(tmp_path / "in.png", *size)
-    status, paths, err = command("--checkpoint", checkpoints[kind], "--input", source)
+    status, paths, err = command("--checkpoint", trained_files[kind], "--input", source)
     assert (status, paths) == (0, ["out.png"]), err
     assert Image.open("out.png").size == size
 
 
 @torch.no_grad()
-def test_a_translation_is_the_generators_of_the_padded_picture(checkpoints, command, tmp_path):
+def test_a_translation_is_the_generators_of_the_padded_picture(trained_files, command, tmp_path):
     source = picture(tmp_path / "in.jpg", 21, 13)
-    command("--checkpoint", checkpoints["stochastic"], "--input", source, "--r", 0.7, "--seed", 3, "--skip_scale", 0.5)
-    loaded = weights.load_generator(checkpoints["stochastic"], merged=False)
+    command("--checkpoint", trained_files["stochastic"], "--input", source, "--r", 0.7, "--seed", 3, "--skip_scale", 0.5)
+    loaded = checkpoints.load_generator(trained_files["stochastic"], merged=False)
     set_scale(loaded.generator, 0.7)
-    x = torch.nn.functional.pad(data.to_tensor(data.open_picture(source))[None], (0, 3, 0, 3), mode="reflect")
+    x = torch.nn.functional.pad(to_tensor(open_picture(source))[None], (0, 3, 0, 3), mode="reflect")
     noise = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(3))
     y = loaded.generator(x, loaded.text_encoder(loaded.tokenizer("a cat")), 0.7, noise, 0.5)[0, :, :13, :21]
     assert ((y + 1) * 127.5 - levels("out.png")).abs().max() <= 0.5 + 1e-2
     text = Image.open("out.png").text
     assert {k: text[k] for k in ("prompt", "seed", "r", "skip_scale", "checkpoint")} == dict(
-        prompt="a cat", seed="3", r="0.7", skip_scale="0.5", checkpoint=checkpoints["stochastic"])
+        prompt="a cat", seed="3", r="0.7", skip_scale="0.5", checkpoint=trained_files["stochastic"])
     for flag, value in [("--r", 0.2), ("--seed", 4), ("--strength", 0.5), ("--skip_scale", 1)]:
         given = {"--r": 0.7, "--seed": 3, "--skip_scale": 0.5, flag: value}
-        command("--checkpoint", checkpoints["stochastic"], "--input", source, "--output", "other.png",
+        command("--checkpoint", trained_files["stochastic"], "--input", source, "--output", "other.png",
                 *(piece for pair in given.items() for piece in pair))
         assert (levels("other.png") - levels("out.png")).abs().max() > 1, flag
 
 
 @torch.no_grad()
-def test_an_unpaired_translation_goes_where_the_direction_says_with_its_caption(checkpoints, command, tmp_path):
+def test_an_unpaired_translation_goes_where_the_direction_says_with_its_caption(trained_files, command, tmp_path):
     source = picture(tmp_path / "in.png", 24, 16)
-    loaded = weights.load_generator(checkpoints["unpaired"], merged=False)
-    x = data.to_tensor(data.open_picture(source))[None] * 2 - 1
+    loaded = checkpoints.load_generator(trained_files["unpaired"], merged=False)
+    x = to_tensor(open_picture(source))[None] * 2 - 1
     made = {}
     for direction, prompt, flags in [("a2b", "a night", []), ("b2a", "a day", ["--direction", "b2a"])]:
-        status, _, err = command("--checkpoint", checkpoints["unpaired"], "--input", source, *flags)
+        status, _, err = command("--checkpoint", trained_files["unpaired"], "--input", source, *flags)
         assert status == 0, err
         y = loaded.generator(x, loaded.text_encoder(loaded.tokenizer(prompt)), direction)[0]
         assert ((y + 1) * 127.5 - levels("out.png")).abs().max() <= 0.5 + 1e-2
@@ -279,16 +280,16 @@ def test_an_unpaired_translation_goes_where_the_direction_says_with_its_caption(
     assert (made["a2b"] - made["b2a"]).abs().max() > 1
 
 
-def test_a_released_name_knows_its_direction_and_caption(checkpoints, command, tmp_path, monkeypatch):
-    source, path = picture(tmp_path / "in.png", 16, 16), Path(checkpoints["unpaired"])
-    load = weights.load_generator
+def test_a_released_name_knows_its_direction_and_caption(trained_files, command, tmp_path, monkeypatch):
+    source, path = picture(tmp_path / "in.png", 16, 16), Path(trained_files["unpaired"])
+    load = checkpoints.load_generator
 
     def named(name, *rest):  # the released file has no captions in it
         loaded = load(str(path), *rest)
         loaded.prompts = []
         return loaded
 
-    monkeypatch.setattr(weights, "load_generator", named)
+    monkeypatch.setattr(checkpoints, "load_generator", named)
     (tmp_path / "night2day.pkl").touch()
     for name in ("night_to_day", tmp_path / "night2day.pkl"):
         status, _, err = command("--checkpoint", name, "--input", source)
@@ -298,61 +299,61 @@ def test_a_released_name_knows_its_direction_and_caption(checkpoints, command, t
     assert status == 2 and "names no caption" in err
 
 
-def test_a_folder_goes_in_and_a_folder_comes_out_as_each_alone(checkpoints, command, tmp_path):
+def test_a_folder_goes_in_and_a_folder_comes_out_as_each_alone(trained_files, command, tmp_path):
     """Batches are of one size; a name that two files share is kept apart; what is no picture is passed over."""
     sizes = {"a.png": (16, 16), "b.jpg": (16, 16), "b.png": (9, 21), "c.png": (16, 16), "d.png": (16, 16)}
     for i, (name, size) in enumerate(sizes.items()):
         picture(tmp_path / "in" / name, *size, seed=i)
     (tmp_path / "in" / "notes.txt").write_text("no picture")
     (tmp_path / "in" / "deeper").mkdir()
-    status, paths, _ = command("--checkpoint", checkpoints["stochastic"], "--input", tmp_path / "in", "--batch", 3,
+    status, paths, _ = command("--checkpoint", trained_files["stochastic"], "--input", tmp_path / "in", "--batch", 3,
                                "--output", "made")
     assert status == 0
     assert paths == [f"made/{name}" for name in ("a.png", "b.jpg.png", "b.png.png", "c.png", "d.png")]
     for (name, size), path in zip(sizes.items(), paths):
         assert Image.open(path).size == size
-        command("--checkpoint", checkpoints["stochastic"], "--input", tmp_path / "in" / name, "--output", "alone.png")
+        command("--checkpoint", trained_files["stochastic"], "--input", tmp_path / "in" / name, "--output", "alone.png")
         assert (levels("alone.png") - levels(path)).abs().max() <= 1
 
 
-def test_a_bad_picture_in_a_folder_does_not_keep_the_others_from_being_made(checkpoints, command, tmp_path):
+def test_a_bad_picture_in_a_folder_does_not_keep_the_others_from_being_made(trained_files, command, tmp_path):
     for name in ("a.png", "c.png"):
         picture(tmp_path / "in" / name, 16, 16)
     (tmp_path / "in" / "b.png").write_bytes(b"no picture")
-    status, paths, err = command("--checkpoint", checkpoints["one caption"], "--input", tmp_path / "in")
+    status, paths, err = command("--checkpoint", trained_files["one caption"], "--input", tmp_path / "in")
     assert (status, paths) == (2, ["out/a.png", "out/c.png"])
     assert str(tmp_path / "in" / "b.png") in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("flags, prepare", [
-    (["--preprocess", "canny"], data.canny), (["--preprocess", "sketch"], data.sketch),
-    (["--preprocess", "canny", "--low_threshold", "20", "--high_threshold", "30"], lambda p: data.canny(p, 20, 30)),
+    (["--preprocess", "canny"], canny), (["--preprocess", "sketch"], sketch),
+    (["--preprocess", "canny", "--low_threshold", "20", "--high_threshold", "30"], lambda p: canny(p, 20, 30)),
 ])
-def test_preprocessing_is_done_to_the_input_before_all_else(checkpoints, command, tmp_path, flags, prepare):
+def test_preprocessing_is_done_to_the_input_before_all_else(trained_files, command, tmp_path, flags, prepare):
     source = picture(tmp_path / "in.png", 24, 16)
-    prepared = prepare(data.open_picture(source))
-    assert 0 < data.to_tensor(prepared).mean() < 1
+    prepared = prepare(open_picture(source))
+    assert 0 < to_tensor(prepared).mean() < 1
     prepared.save(tmp_path / "prepared.png")
-    command("--checkpoint", checkpoints["one caption"], "--input", source, *flags)
-    command("--checkpoint", checkpoints["one caption"], "--input", tmp_path / "prepared.png", "--output", "other.png")
+    command("--checkpoint", trained_files["one caption"], "--input", source, *flags)
+    command("--checkpoint", trained_files["one caption"], "--input", tmp_path / "prepared.png", "--output", "other.png")
     assert torch.equal(levels("out.png"), levels("other.png"))
-    command("--checkpoint", checkpoints["one caption"], "--input", source, "--output", "plain.png")
+    command("--checkpoint", trained_files["one caption"], "--input", source, "--output", "plain.png")
     assert not torch.equal(levels("out.png"), levels("plain.png"))
 
 
-def test_a_prompt_goes_before_the_checkpoints_own(checkpoints, command, tmp_path):
+def test_a_prompt_goes_before_the_checkpoints_own(trained_files, command, tmp_path):
     source = picture(tmp_path / "in.png", 16, 16)
     for prompt, name in [((), "none.png"), (("a cat",), "same.png"), (("a red circle",), "other.png")]:
-        assert command("--checkpoint", checkpoints["one caption"], "--input", source, *prompt, "--output", name)[0] == 0
+        assert command("--checkpoint", trained_files["one caption"], "--input", source, *prompt, "--output", name)[0] == 0
     assert torch.equal(levels("none.png"), levels("same.png"))
     assert not torch.equal(levels("none.png"), levels("other.png"))
-    assert command("--checkpoint", checkpoints["many captions"], "--input", source, "a cat")[0] == 0
+    assert command("--checkpoint", trained_files["many captions"], "--input", source, "a cat")[0] == 0
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "float64"])
-def test_other_types_draw_the_same_picture_nearly(base, checkpoints, command, tmp_path, dtype):
+def test_other_types_draw_the_same_picture_nearly(base, trained_files, command, tmp_path, dtype):
     source = picture(tmp_path / "in.png", 16, 16)
-    for arguments in ([PROMPT, "--base", base], ["--checkpoint", checkpoints["stochastic"], "--input", source]):
+    for arguments in ([PROMPT, "--base", base], ["--checkpoint", trained_files["stochastic"], "--input", source]):
         command(*arguments)
         assert command(*arguments, "--dtype", dtype, "--output", "other.png")[0] == 0
         assert (levels("out.png") - levels("other.png")).abs().mean() < (1e-3 if dtype == "float64" else 5)
@@ -386,10 +387,10 @@ def test_the_default_type_is_bf16_where_the_processor_computes_in_it(monkeypatch
     assert sample.DTYPES[args.dtype] == dtype
 
 
-def test_tiles_bound_what_the_networks_see_and_a_small_picture_is_the_same_bits(base, checkpoints, command, tmp_path,
+def test_tiles_bound_what_the_networks_see_and_a_small_picture_is_the_same_bits(base, trained_files, command, tmp_path,
                                                                                 monkeypatch):
     small, large = picture(tmp_path / "small.png", 30, 24), picture(tmp_path / "large.png", 70, 45)
-    prompt, translate = [PROMPT, "--base", base], ["--checkpoint", checkpoints["stochastic"], "--input"]
+    prompt, translate = [PROMPT, "--base", base], ["--checkpoint", trained_files["stochastic"], "--input"]
     seen = []
     encode, decode = vae.VAE.encode, vae.VAE.decode
     monkeypatch.setattr(vae.VAE, "encode", lambda self, x: (seen.append(x.shape), encode(self, x))[1])
@@ -405,13 +406,13 @@ def test_tiles_bound_what_the_networks_see_and_a_small_picture_is_the_same_bits(
         assert torch.equal(levels("out.png"), levels("whole.png")) == (max(size) <= 32)
 
 
-def test_compiled_networks_draw_the_same_picture(base, checkpoints, command, tmp_path, monkeypatch):
+def test_compiled_networks_draw_the_same_picture(base, trained_files, command, tmp_path, monkeypatch):
     """By the eager backend: whether code is made of the graph is not sample.py's business, what is a graph is."""
     compile, how = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: (
         how.append(options), compile(self, backend="eager", fullgraph=True, dynamic=options["dynamic"])))
     source = picture(tmp_path / "in.png", 16, 16)
-    translate = ["--checkpoint", checkpoints["unpaired"], "--input", source]
+    translate = ["--checkpoint", trained_files["unpaired"], "--input", source]
     for flags, graphs in [([PROMPT, "--base", base], 3), (translate, 1)]:
         command(*flags)
         how.clear()
@@ -422,20 +423,20 @@ def test_compiled_networks_draw_the_same_picture(base, checkpoints, command, tmp
 
 def test_all_steps_are_one_graph(base):
     torch._dynamo.reset()
-    made, networks = [], weights.load_base(base)
+    made, networks = [], bases.load_base(base)
     networks.unet.compile(dynamic=False, backend=lambda graph, inputs: (made.append(graph), graph.forward)[1])
     sample.text_to_image(networks, PROMPT, [0], (16, 16), steps=12)
     assert len(made) == 1
 
 
 @pytest.mark.parametrize("kind", ["unpaired", "stochastic"])
-def test_an_exported_program_makes_the_same_picture(checkpoints, command, tmp_path, kind):
+def test_an_exported_program_makes_the_same_picture(trained_files, command, tmp_path, kind):
     source = picture(tmp_path / "in.png", 15, 17)
     flags = [] if kind == "unpaired" else ["a circle", "--r", "0.3"]
-    status, paths, err = command("--checkpoint", checkpoints[kind], "--input", source, *flags, "--export", "a.pt2")
+    status, paths, err = command("--checkpoint", trained_files[kind], "--input", source, *flags, "--export", "a.pt2")
     assert (status, paths) == (0, ["a.pt2", "out.png"]), err
-    factor = weights.load_generator(checkpoints[kind]).generator.vae.factor
-    x, _ = data.pad_to_multiple(data.to_tensor(data.open_picture(source))[None], factor)
+    factor = checkpoints.load_generator(trained_files[kind]).generator.vae.factor
+    x, _ = pad_to_multiple(to_tensor(open_picture(source))[None], factor)
     size = [side // factor for side in x.shape[2:]]
     noise = [] if kind == "unpaired" else [training.draw_noise([42], (4, *size))[0]]
     made = torch.export.load("a.pt2").module()(x, *noise)[0, :, :17, :15]
@@ -503,11 +504,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("arguments, says", REFUSED.values(), ids=REFUSED.keys())
-def test_what_a_user_gets_wrong_is_one_line_and_writes_nothing(base, checkpoints, command, tmp_path, monkeypatch,
+def test_what_a_user_gets_wrong_is_one_line_and_writes_nothing(base, trained_files, command, tmp_path, monkeypatch,
                                                                arguments, says):
     source = picture(tmp_path / "pictures" / "in.png", 16, 16)
-    names = dict(B=base, C=checkpoints["one caption"], M=checkpoints["many captions"], S=checkpoints["stochastic"],
-                 U=checkpoints["unpaired"], P=source, D=source.parent)
+    names = dict(B=base, C=trained_files["one caption"], M=trained_files["many captions"], S=trained_files["stochastic"],
+                 U=trained_files["unpaired"], P=source, D=source.parent)
     Path("notes.txt").write_text("words\n")
     Path("empty").mkdir()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody answers

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-import data
-from models import weights
+from dataset import check, folders, loader
+from dataset.pictures import open_picture, to_tensor
+from files import tokenizers
 from tiny import scenes
 from tiny.scenes import COLOURS, KINDS, TASKS, TIMES, WEATHERS, Paired, Scene, Unpaired
 
@@ -68,9 +69,9 @@ def test_items_are_those_of_the_folders():
 
 
 def test_the_trainers_reach_the_unpaired_worlds_by_name():
-    world = data.open_unpaired("drawn:day2night", "train", "resize_48", seed=5, size=48)
+    world = folders.open_unpaired("drawn:day2night", "train", "resize_48", seed=5, size=48)
     assert torch.equal(world[3]["a"], Unpaired("day2night", "train", 48, 5)[3]["a"])
-    batch = next(data.batches(world, 4, seed=0))
+    batch = next(loader.batches(world, 4, seed=0))
     assert batch["a"].shape == batch["b"].shape == (4, 3, 48, 48)
 
 
@@ -138,8 +139,8 @@ def test_the_truth_is_the_same_scene_in_the_other_light(task):
         assert (scene.time, scene.weather) == TASKS[task][here]
         time, weather = TASKS[task][other]
         turned = Scene(scene.objects, scene.ground, time, weather, scene.seed)
-        assert torch.equal(truth, data.to_tensor(scenes.draw(turned, 64)) * 2 - 1)
-        assert torch.equal(world[i][direction[0]], data.to_tensor(scenes.draw(scene, 64)) * 2 - 1)
+        assert torch.equal(truth, to_tensor(scenes.draw(turned, 64)) * 2 - 1)
+        assert torch.equal(world[i][direction[0]], to_tensor(scenes.draw(scene, 64)) * 2 - 1)
         assert (truth - world[i][direction[0]]).abs().mean() > 0.05  # doing nothing is not the answer
         assert not torch.equal(truth, world[i][direction[2]])
     if task == "day2night":
@@ -161,7 +162,7 @@ def test_captions_name_what_is_drawn():
 
 
 def test_the_tiny_tokenizer_knows_every_word_and_cuts_no_caption():
-    tokenizer = weights.load_tokenizer("tiny")
+    tokenizer = tokenizers.load_tokenizer("tiny")
     longest = "an orange car and an orange tree and an orange house by a lake in the day in clear weather"
     texts = [longest, *(scenes.caption(s) for s in some(100)), *Unpaired("day2night", "test").prompts,
              *Unpaired("clear2rain", "test").prompts]
@@ -228,7 +229,7 @@ def test_unknown_tasks_and_splits_are_refused():
 
 
 def picture(path) -> torch.Tensor:
-    return data.to_tensor(data.open_picture(path)) * 2 - 1
+    return to_tensor(open_picture(path)) * 2 - 1
 
 
 def test_a_written_paired_folder_is_the_data_set(tmp_path, capsys):
@@ -236,13 +237,13 @@ def test_a_written_paired_folder_is_the_data_set(tmp_path, capsys):
     scenes.main([str(out), "--task", "edges", "--n", "20", "--size", "32", "--seed", "7"])
     assert capsys.readouterr().out.strip() == str(out)
     for split, n in (("train", 20), ("test", 2)):
-        folder, world = data.PairedFolder(out, split, "no_resize"), Paired(split, 32, 7)
+        folder, world = folders.PairedFolder(out, split, "no_resize"), Paired(split, 32, 7)
         assert len(folder) == n
         for item in folder:
             drawn = world[int(item["name"].removesuffix(".png"))]
             assert item["caption"] == drawn["caption"]
             assert all(torch.allclose(item[k], drawn[k], atol=1e-6) for k in ("input", "target"))
-    assert data.check(out, tmp_path / "sheet.png") == []
+    assert check.check(out, tmp_path / "sheet.png") == []
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -250,7 +251,7 @@ def test_a_written_unpaired_folder_is_the_data_set_with_its_truths(task, tmp_pat
     out = tmp_path / task
     scenes.main([str(out), "--task", task, "--n", "20", "--size", "32"])
     for split, n in (("train", 20), ("test", 2)):
-        folder, world = data.UnpairedFolder(out, split, "no_resize"), Unpaired(task, split, 32)
+        folder, world = folders.UnpairedFolder(out, split, "no_resize"), Unpaired(task, split, 32)
         assert folder.prompts == world.prompts and [len(names) for names in folder.names] == [n, n]
         for item in map(folder.__getitem__, range(n)):
             for domain in "ab":
@@ -259,7 +260,7 @@ def test_a_written_unpaired_folder_is_the_data_set_with_its_truths(task, tmp_pat
     for i, (side, direction) in product(range(2), (("A", "a2b"), ("B", "b2a"))):
         assert torch.allclose(picture(out / f"truth_{side}" / f"{i}.png"), world.truth(i, direction), atol=1e-6)
     assert len([*(out / "truth_A").iterdir()]) == len([*(out / "truth_B").iterdir()]) == 2
-    assert data.check(out, tmp_path / "sheet.png") == []
+    assert check.check(out, tmp_path / "sheet.png") == []
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
@@ -288,7 +289,7 @@ def test_wrong_arguments_are_refused_in_one_line(arguments, word, tmp_path):
 
 def test_the_sheet_shows_each_scene_in_all_lights(tmp_path):
     scenes.main([str(tmp_path / "sheet.png"), "--sheet", "--size", "32"])
-    page = data.open_picture(tmp_path / "sheet.png")
+    page = open_picture(tmp_path / "sheet.png")
     assert page.size == (13 * 32, 9 * 32)
     rows = [[page.crop((x, y, x + 32, y + 32)).tobytes() for x in range(0, 416, 32)] for y in range(0, 288, 32)]
     assert len({cell for row in rows for cell in row}) == 13 * 9

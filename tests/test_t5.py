@@ -19,6 +19,8 @@ from transformers import T5EncoderModel
 from transformers import T5Tokenizer as PeerTokenizer
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
+from files.tensors import read_config
+from files.tokenizers import pieces_from_json, pieces_from_spiece, read_message, read_varint
 from models.t5 import (
     FIXED,
     RMSNorm,
@@ -26,13 +28,8 @@ from models.t5 import (
     T5Encoder,
     T5Tokenizer,
     clean,
-    pieces_from_json,
-    pieces_from_spiece,
     position_buckets,
-    read_message,
-    read_varint,
 )
-from models.weights import read_config
 
 TINY = dict(vocab_size=99, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=4)
 KINDS = {

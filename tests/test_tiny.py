@@ -1,89 +1,46 @@
-"""The embedded base and its drawn circles: what is held out is never shown, the judge is right, the files are the
+"""The embedded base : what is held out is never shown, the judge is right, the files are the
 recipe's."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
 
-import data
 import sample
-from models import weights
-from tiny import circles, measure, recipe, scenes
-
-
-def test_held_out_combinations_are_never_drawn_in_training():
-    train, test = circles.Circles("train"), circles.Circles("test")
-    seen = {train[(i, (0, i, 0))]["caption"] for i in range(3000)}
-    assert seen == set(train.captions) and not seen & set(test.captions)
-    assert {test[i]["caption"] for i in range(len(test))} == set(test.captions)
-    for role in (0, 1):  # every colour is seen in both roles
-        assert {pair[role] for pair in train.pairs} == set(range(circles.N))
-
-
-def test_a_drawing_follows_its_key_and_nothing_else():
-    a, b = circles.Circles("train", 3), circles.Circles("train", 3)
-    assert torch.equal(a[(5, (1, 2, 3))]["target"], b[(5, (1, 2, 3))]["target"])
-    assert not torch.equal(a[(5, (1, 2, 3))]["target"], a[(5, (1, 2, 4))]["target"])
-    assert not torch.equal(a[(5, (1, 2, 3))]["target"], circles.Circles("train", 4)[(5, (1, 2, 3))]["target"])
-
-
-def test_the_judge_passes_the_truth_and_fails_another_colour():
-    world = circles.Circles("test")
-    indices = list(range(0, len(world), 3))
-    truth = torch.stack([world[i]["target"] for i in indices])
-    assert world.judge(truth, indices) == dict(circle=1, background=1, both=1)
-    assert world.judge(-truth, indices)["both"] == 0
-    # the background of the truth with the outline's inside left as it was: the background is right, the circle is not
-    outside = truth.clone()
-    for row in range(len(indices)):
-        outside[row] = truth[row, :, :1, :1]
-    assert world.judge(outside, indices) == dict(circle=0, background=1, both=0)
-
-
-def test_the_outline_lies_on_the_circle():
-    item = circles.Circles("test")[4]
-    change = (item["target"] - item["target"][:, :1, :1]).abs().sum(0) > 0.1  # the circle's area
-    edge = item["input"].mean(0) > 0.5
-    assert edge.any() and (change & edge).sum() >= 0.4 * edge.sum() and not edge[0].any()
-
-
-def test_a_written_folder_is_in_the_paired_layout(tmp_path):
-    subprocess.run([sys.executable, "-m", "tiny.circles", tmp_path / "out", "--n", "20", "--size", "48"], check=True)
-    pairs = data.PairedFolder(tmp_path / "out", "train", "no_resize")
-    assert len(pairs) == 20 and pairs[3]["target"].shape == (3, 48, 48) and "circle with" in pairs[3]["caption"]
-    assert len(data.PairedFolder(tmp_path / "out", "test", "no_resize")) == 2
+from dataset import folders
+from dataset.pictures import open_picture, to_picture, to_tensor
+from files import bases, checkpoints, tokenizers
+from tiny import measure, recipe, scenes
 
 
 def test_the_tokenizer_in_the_tree_is_the_recipes(tmp_path):
     recipe.write_tokenizer(tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (recipe.HERE / "tiny" / "tokenizer" / path.name).read_bytes(), path.name
-    tokenizer = weights.load_tokenizer("tiny")
+    tokenizer = tokenizers.load_tokenizer("tiny")
     words = tokenizer.pieces.encode(" ".join(dict.fromkeys(recipe.WORDS)), add_special_tokens=False).ids
     assert len(words) == len(dict.fromkeys(recipe.WORDS))
 
 
 def test_the_tiny_base_is_drawn_from_its_seed():
-    a, b, c = (weights.load_base("tiny", ("unet",), seed=seed).unet.conv_out.weight for seed in (1, 1, 2))
+    a, b, c = (bases.load_base("tiny", ("unet",), seed=seed).unet.conv_out.weight for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_an_untrained_tiny_base_hears_its_caption():
     """Another caption changes the untrained prediction by more than a tenth of its size: training can begin with it."""
-    base = weights.load_base("tiny")
-    texts = base.text_encoder(base.tokenizer(circles.Circles("test").captions))
+    base = bases.load_base("tiny")
+    texts = base.text_encoder(base.tokenizer([scenes.caption(scenes.nth_scene("test", 0, i)) for i in range(9)]))
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(len(texts), -1, -1, -1)
     with torch.no_grad():
         prediction = base.unet(z, 999, texts)
     assert prediction.std(0).mean() > 0.1 * prediction.std()
 
 
-@pytest.mark.parametrize("name", ["drawn:circles"])
+@pytest.mark.parametrize("name", ["drawn:scenes"])
 def test_drawn_worlds_are_reached_by_name(name):
-    assert len(data.open_paired(name, "test", "no_resize")) > 0
+    assert len(folders.open_paired(name, "test", "no_resize")) > 0
 
 
 # -------------------- what the trained weights can do
@@ -103,7 +60,7 @@ def test_the_judge_reads_real_drawings_and_not_what_is_not_there(judge):
 
 def test_the_autoencoder_keeps_drawings_with_their_rain_snow_and_stars(judge):
     described, truth = measure.held_out(60)
-    network = weights.load_base("tiny-turbo", ("vae",), torch.float32).vae
+    network = bases.load_base("tiny-turbo", ("vae",), torch.float32).vae
     made = network.decode(network.encode(truth)[0]).clamp(-1, 1)
     assert measure.psnr(made, truth).mean() > 30
     assert measure.obeyed(judge, made, described)["weather"] > 0.97
@@ -129,7 +86,7 @@ def test_a_translation_is_nearer_to_the_truth_than_the_input_and_than_the_untrai
 
 def test_outlines_become_scenes_that_keep_them_and_obey_the_caption(judge, monkeypatch):
     described, truth = measure.held_out(12)
-    x = torch.stack([data.to_tensor(scenes.outlines(scene, 64)) * 2 - 1 for scene in described])
+    x = torch.stack([to_tensor(scenes.outlines(scene, 64)) * 2 - 1 for scene in described])
     captions, goal = [scenes.caption(scene) for scene in described], measure.edges(truth)
     near, far = (measure.translated("edges2scene", x, captions, None, 0, r=r) for r in (1.0, 0.0))
     assert measure.edge_f(measure.edges(near), goal).mean() > measure.edge_f(measure.edges(far), goal).mean()
@@ -140,22 +97,22 @@ def test_outlines_become_scenes_that_keep_them_and_obey_the_caption(judge, monke
 def test_the_recipe_trains_adapters_that_load_and_goes_on_with_what_is_done(monkeypatch, tmp_path):
     few = dict(max_train_steps=1, train_batch_size=1)
     monkeypatch.setattr(recipe, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(weights, "ADAPTERS", tmp_path / "adapters")
+    monkeypatch.setattr(checkpoints, "ADAPTERS", tmp_path / "adapters")
     monkeypatch.setattr(recipe, "ADAPTERS", {name: (script, own | few | {count: 1}) for (name, (script, own)), count in
                                              zip([*recipe.ADAPTERS.items()][1:],
                                                  ("validation_num_images", "num_samples_eval"))})
     for _ in range(2):
         recipe.train_adapters(torch.device("cpu"))
-    assert weights.load_generator("clear2rain").prompts == ["a scene in the day in clear weather",
+    assert checkpoints.load_generator("clear2rain").prompts == ["a scene in the day in clear weather",
                                                             "a scene in the day in the rain"]
-    assert weights.load_generator("edges2scene").r == 0.4
+    assert checkpoints.load_generator("edges2scene").r == 0.4
 
 
 def test_the_page_of_the_readme_is_the_one_that_sample_draws(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--output", str(tmp_path / "page.png"), "--device", "cpu"])
     sample.main()
     assert capsys.readouterr().out.strip().endswith("page.png")
-    pages = [data.to_tensor(data.open_picture(path)) for path in
+    pages = [to_tensor(open_picture(path)) for path in
              (tmp_path / "page.png", recipe.HERE.parent / "assets" / "tiny.png")]
     assert pages[0].shape == pages[1].shape and (pages[0] - pages[1]).abs().mean() < 2 / 255
 
@@ -168,11 +125,11 @@ def test_the_fast_default_makes_float32s_pictures(monkeypatch, tmp_path, name, d
     monkeypatch.setattr(sample, "computes_in_bf16", lambda device: True)
     scene, flags = scenes.nth_scene("test", 0, 1), ["--base", name]
     if kind != "text":
-        base = weights.load_base(name)
-        generator, config, _ = weights.KINDS[kind]
+        base = bases.load_base(name)
+        generator, config, _ = checkpoints.KINDS[kind]
         made = generator(base.vae, base.unet, base.schedule, config(prediction_type=base.schedule.prediction_type))
-        weights.save_generator(tmp_path / "model.safetensors", made, kind, name, ["a", "b"])
-        data.to_picture(measure.held_out(2)[1][1]).save(tmp_path / "in.png")
+        checkpoints.save_generator(tmp_path / "model.safetensors", made, kind, name, ["a", "b"])
+        to_picture(measure.held_out(2)[1][1]).save(tmp_path / "in.png")
         flags = ["--checkpoint", str(tmp_path / "model.safetensors"), "--input", str(tmp_path / "in.png")]
     pictures = []
     for chosen in ("float32", "auto"):
@@ -180,7 +137,7 @@ def test_the_fast_default_makes_float32s_pictures(monkeypatch, tmp_path, name, d
         monkeypatch.setattr(sys, "argv", ["sample.py", scenes.caption(scene), *flags, "--dtype", chosen, "--device",
                                           "cpu", "--output", output])
         sample.main()
-        pictures.append(data.to_tensor(data.open_picture(output)))
+        pictures.append(to_tensor(open_picture(output)))
     assert Image.open(output).text["dtype"] == dtype
     assert pictures[0].std() > 0.03
     difference = pictures[1] - pictures[0]

@@ -226,7 +226,7 @@ BAD = {
     "no picture": (lambda folder: [p.unlink() for p in (folder / "test_A").iterdir()], [], ["test_A", "no picture"]),
     "not a picture": (lambda folder: (folder / "train_A" / "A0.png").write_text("x"), [], ["A0.png", "not a picture"]),
     "too small for patches": (None, ["--resolution", "16"], ["16x16", "--lambda_gan 0"]),
-    "no such drawing": (None, ["--dataset_folder", "drawn:circles"], ["circles", "drawn:day2night"]),
+    "no such drawing": (None, ["--dataset_folder", "drawn:squares"], ["squares", "drawn:day2night"]),
     "the paired trainer's flag": (None, ["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
     "neither on nor off": (None, ["--skips", "maybe"], ["--skips", "on or off"]),
     "unknown discriminator": (None, ["--gan_disc_type", "vgg"], ["--gan_disc_type", "patch"]),

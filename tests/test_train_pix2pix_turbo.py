@@ -1,4 +1,4 @@
-"""The paired trainer, run as users run it, on the drawn circles and on folders."""
+"""The paired trainer, run as users run it, on the drawn scenes and on folders."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from torch import nn
 
 import train_pix2pix_turbo as trainer
 import training
-from models import clip, dino, lpips, weights
+from files import bases, checkpoints, metrics, tokenizers
+from models import clip, dino, lpips
 
 torch.set_num_threads(1)  # of two, one would only wait
 ROOT = pathlib.Path(__file__).parent.parent
@@ -173,7 +174,7 @@ def judges(monkeypatch):
     """Small random networks in place of the downloaded VGG and CLIP."""
     torch.manual_seed(0)
     vision = clip.VisionConfig(24, 40, 3, 3, image_size=32, patch_size=8, projection_dim=20)
-    tokenizer = weights.load_tokenizer("tiny")
+    tokenizer = tokenizers.load_tokenizer("tiny")
     text = clip.TextConfig(len(tokenizer.pieces.get_vocab()), 24, 40, 2, 3, eos_token_id=tokenizer.end)
     made = dict(clip=clip.CLIP(vision, text), lpips=lpips.LPIPS(), dino=dino.DINO(dino.DINOConfig(12, 2, 2, side=4)),
                 inception=nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()))
@@ -181,7 +182,7 @@ def judges(monkeypatch):
         network.requires_grad_(False).eval()
     for lin in (made["lpips"].lin0, made["lpips"].lin4):
         lin.model[1].weight.abs_()
-    monkeypatch.setattr(weights, "load_judge", lambda name, device: weights.Judge(made[name], "0", tokenizer))
+    monkeypatch.setattr(metrics, "load_metric_network", lambda name, device: metrics.MetricNetwork(made[name], "0", tokenizer))
     return made
 
 
@@ -219,7 +220,7 @@ def test_weights_that_are_not_here_are_named_with_what_does_without(monkeypatch,
 def test_training_every_weight_of_a_folder_leaves_its_files_as_they_were_and_needs_no_captions(
         monkeypatch, tmp_path, pairs):
     base, data = tmp_path / "tiny-base", tmp_path / "data"
-    weights.save_folder(base, weights.load_base("tiny"))
+    bases.save_folder(base, bases.load_base("tiny"))
     subprocess.run(["cp", "-r", pairs, data], check=True)
     for path in data.glob("*.json"):
         path.unlink()
@@ -228,7 +229,7 @@ def test_training_every_weight_of_a_folder_leaves_its_files_as_they_were_and_nee
           *SMALL, "--max_train_steps", 2, "--learning_rate", 1e-3, "--lambda_gan", 0, "--lambda_lpips", 0,
           "--lambda_clipsim", 0)
     assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
-    loaded = weights.load_generator(str(tmp_path / "run"))
+    loaded = checkpoints.load_generator(str(tmp_path / "run"))
     changed = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
     assert loaded.prompts == [""] and not torch.equal(loaded.generator.unet.conv_in.weight, changed)
 
@@ -330,7 +331,7 @@ BAD = {  # what is wrong: (the flags, what is done to the folder before, words o
     "unknown choice": (["--gan_disc_type", "vgg"], None, ["--gan_disc_type", "patch"]),
     "flag without meaning": (["--enable_xformers_memory_efficient_attention"], None, ["fused"]),
     "no such folder": (["--dataset_folder", "/nowhere"], None, ["/nowhere", "train_A"]),
-    "no such drawing": (["--dataset_folder", "drawn:cats"], None, ["cats", "drawn:circles"]),
+    "no such drawing": (["--dataset_folder", "drawn:cats"], None, ["cats", "drawn:scenes"]),
     "no such base": (["--base", "/nowhere"], None, ["/nowhere", "expected a folder"]),
     "base without index": (["--base", "{tmp}"], None, ["model_index.json"]),
     "no such device": (["--device", "warp"], None, ["--device warp"]),

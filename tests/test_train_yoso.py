@@ -20,7 +20,8 @@ from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, from_nothing, 
 import sample
 import train_yoso as trainer
 import training
-from models import clip, diffusion, pixart, t5, unet, vae, weights
+from files import bases, checkpoints, tokenizers
+from models import clip, diffusion, pixart, t5, unet, vae
 from models.diffusion import Schedule, zero_terminal_snr
 
 torch.set_num_threads(1)
@@ -262,7 +263,7 @@ def test_noise_is_offset_and_captions_are_left_out_on_request(monkeypatch, tmp_p
           "--max_train_steps", 1, "--resolution", 24, "--center_crop", "--prior_pictures", 0, "--num_samples_eval", 1,
           "--lambda_gan", 0, "--lambda_con", 0, "--device", "cpu", "--output_dir", tmp_path / "run")
     log = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    base = weights.load_base("tiny", dtype=torch.float64, seed=42)
+    base = bases.load_base("tiny", dtype=torch.float64, seed=42)
     batch = next(trainer.data.batches(trainer.data.open_paired(pairs, "train", "resized_crop_24"), 2, 42))
     assert batch["caption"] == ["noise"] * 2
 
@@ -284,7 +285,7 @@ def test_the_grid_shows_the_validation_prompts(monkeypatch, tmp_path, pairs):  #
     train(monkeypatch, "--train_data_dir", pairs, "--validation_prompts", "fog|rain", *SMALL, "--dtype", "float64",
           "--max_train_steps", 1, "--output_dir", tmp_path / "run")
     made, = (columns[0] for columns in seen if len(columns) == 1)  # no picture of the set has these captions
-    base, prior = weights.load_yoso(tmp_path / "run" / "model.safetensors", dtype=torch.float64)
+    base, prior = checkpoints.load_yoso(tmp_path / "run" / "model.safetensors", dtype=torch.float64)
     assert len(made) == 2
     for i, (own, other) in enumerate([("fog", "rain"), ("rain", "fog")]):
         (noise, again), T = training.draw_noise([i], (4, 6, 6)), len(base.schedule.alpha)
@@ -301,17 +302,17 @@ def test_the_grid_shows_the_validation_prompts(monkeypatch, tmp_path, pairs):  #
 
 def test_the_quick_adaption_leads_from_epsilon_to_v_to_pure_noise_and_each_result_is_a_base(monkeypatch, tmp_path):
     epsilon = tmp_path / "tiny-epsilon"
-    base = weights.load_base("tiny")
+    base = bases.load_base("tiny")
     base.schedule.config["prediction_type"] = "epsilon"
-    weights.save_folder(epsilon, base)
-    common = ["--train", "all", "--train_data_dir", "drawn:circles", *SMALL, "--max_train_steps", 2]
+    bases.save_folder(epsilon, base)
+    common = ["--train", "all", "--train_data_dir", "drawn:scenes", *SMALL, "--max_train_steps", 2]
     flags = ["--learning_rate", 1e-4, *common]
     train(monkeypatch, "--base", epsilon, "--stage", "adapt_v", "--output_dir", tmp_path / "one", *flags)
-    v = weights.load_base(str(tmp_path / "one" / "base"))
+    v = bases.load_base(str(tmp_path / "one" / "base"))
     assert v.schedule.prediction_type == "v_prediction" and v.schedule.alpha[-1] > 0
     train(monkeypatch, "--base", tmp_path / "one" / "base", "--stage", "adapt_zsnr", "--output_dir", tmp_path / "two",
           *flags)
-    pure = weights.load_base(str(tmp_path / "two" / "base"))
+    pure = bases.load_base(str(tmp_path / "two" / "base"))
     assert pure.schedule.alpha[-1] == 0
     assert not torch.equal(pure.unet.conv_in.weight, v.unet.conv_in.weight)
     assert torch.equal(pure.vae.decoder.conv_in.weight, base.vae.decoder.conv_in.weight)
@@ -331,17 +332,17 @@ def test_the_checkpoint_is_the_mean_of_the_weights_and_carries_the_prior(monkeyp
         assert (file.metadata()["kind"], file.metadata()["base"], config["lora_rank"]) == ("yoso", "tiny", 64)
     name = next(k for k in state["trained"] if k.endswith("mid_block.resnets.0.conv1.lora_B.weight"))
     assert torch.equal(saved[name], state["ema"][name]) and not torch.equal(saved[name], state["trained"][name])
-    base = weights.load_base("tiny", dtype=torch.float64)
+    base = bases.load_base("tiny", dtype=torch.float64)
     pictures = trainer.data.open_paired(pairs, "train", "resized_crop_24")
     chosen = torch.randperm(6, generator=training.rng(42, 0, "prior"))[:3].tolist()
     z = torch.stack([base.vae.encode(pictures[i]["target"][None].double())[0][0] for i in chosen])
     assert relative(saved["prior.mean"], z.mean(0)) < 1e-9 and relative(saved["prior.std"], z.std(0, False)) < 1e-9
-    prior = weights.load_prior(tmp_path / "run" / "prior.safetensors", (4, 6, 6))
+    prior = bases.load_prior(tmp_path / "run" / "prior.safetensors", (4, 6, 6))
     assert relative(prior[1].double(), saved["prior.std"]) < 1e-6
     lora = load_file(tmp_path / "run" / "lora.safetensors")
     assert relative(lora[name] * 8, saved[name]) < 1e-9  # times alpha / rank = 1 / 8
     before = base.unet.mid_block.resnets[0].conv1.weight.clone()
-    weights.load_lora(str(tmp_path / "run"), base)
+    bases.load_lora(str(tmp_path / "run"), base)
     A = saved[name.replace("lora_B", "lora_A")].flatten(1)
     change = base.unet.mid_block.resnets[0].conv1.weight - before
     assert relative(change.flatten(1), saved[name].flatten(1) @ A / 8) < 1e-6
@@ -363,13 +364,13 @@ def test_pixart_goes_the_whole_way_and_the_critic_is_stable_diffusions(monkeypat
               *common, *(["--disc_base", "/nowhere"] if stage != "yoso" else []))  # nothing looks through it
         base = tmp_path / stage / "base"
         assert sorted(p.name for p in base.iterdir()) == ["model_index.json", "scheduler", "transformer"]
-    made, began = (weights.load_base(str(name), weights.PIXART) for name in (base, dit["512"]))
+    made, began = (bases.load_base(str(name), bases.PIXART) for name in (base, dit["512"]))
     assert made.schedule.alpha[-1] == 0 and made.schedule.prediction_type == "v_prediction"
     assert not torch.equal(made.transformer.proj_out.weight, began.transformer.proj_out.weight)
     assert torch.equal(made.vae.decoder.conv_in.weight, began.vae.decoder.conv_in.weight)
     train(monkeypatch, "--base", base, "--train", "lora", "--lora_rank", 4, "--output_dir", tmp_path / "lora", *common)
-    drawn, _ = weights.load_yoso(tmp_path / "lora" / "model.safetensors")
-    weights.load_lora(str(tmp_path / "lora"), made)
+    drawn, _ = checkpoints.load_yoso(tmp_path / "lora" / "model.safetensors")
+    bases.load_lora(str(tmp_path / "lora"), made)
     for name, p in made.transformer.state_dict().items():
         assert relative(p + 1, drawn.transformer.state_dict()[name] + 1) < 1e-6, name
 
@@ -380,7 +381,7 @@ def test_a_teacher_draws_the_pictures_of_captions_alone(monkeypatch, tmp_path, s
           "--max_train_steps", 1, "--resolution", 32, "--prior_pictures", 2, "--num_samples_eval", 1, "--lambda_gan", 0,
           "--lambda_con", 0, "--device", "cpu", "--output_dir", tmp_path / "run")
     log = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    teacher, base = (weights.load_base(str(name), dtype=torch.float64, seed=42) for name in (sd, "tiny"))
+    teacher, base = (bases.load_base(str(name), dtype=torch.float64, seed=42) for name in (sd, "tiny"))
     texts = next(trainer.data.batches(trainer.data.Captioned(captions, "train", "no_resize"), 3, 42))["caption"]
 
     def draw(what):
@@ -407,7 +408,7 @@ def test_a_cache_trains_what_its_pictures_train(monkeypatch, tmp_path, pairs):  
         assert_same(a[part], b[part], 1e-3)
     train(monkeypatch, "--seed", 0, "--train_data_dir", tmp_path / "cache", *SMALL, "--max_train_steps", 1,
           "--output_dir", tmp_path / "all")
-    assert weights.load_yoso(tmp_path / "all" / "model.safetensors")[0].encode(["noise"])[0].isfinite().all()
+    assert checkpoints.load_yoso(tmp_path / "all" / "model.safetensors")[0].encode(["noise"])[0].isfinite().all()
 
 
 @pytest.mark.parametrize("flags", [["--center_crop"], ["--random_flip"], ["--train_image_prep", "resize_24"]])
@@ -429,7 +430,7 @@ def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(mo
     train(monkeypatch, "--base", "pixels", "--train_data_dir", tmp_path / "set.zip", "--train_batch_size", 2,
           "--resolution", 16, "--max_train_steps", 2, "--num_samples_eval", 2, "--device", "cpu", "--output_dir",
           tmp_path / "run")
-    base, prior = weights.load_yoso(tmp_path / "run" / "model.safetensors")
+    base, prior = checkpoints.load_yoso(tmp_path / "run" / "model.safetensors")
     assert base.schedule.alpha[-1] == 0 and prior[0].shape == (3, 16, 16)
     made = sample.text_to_image(base, "class 2", [5], (16, 16), sampler="lcm")
     noise, t = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5)), torch.tensor([999])
@@ -529,8 +530,8 @@ def test_a_step_at_full_size_runs_on_this_machine(tmp_path, pairs):  # noqa: F81
     schedule = Schedule.from_config(dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
     clip_l = clip.TextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                              hidden_act="quick_gelu")
-    words = clip.Tokenizer(weights.load_tokenizer("tiny").pieces)
-    weights.save_folder(tmp_path / "sd15", weights.Base(
+    words = clip.Tokenizer(tokenizers.load_tokenizer("tiny").pieces)
+    bases.save_folder(tmp_path / "sd15", bases.Base(
         "", vae.VAE(vae.VAEConfig()), unet.UNet(unet.UNetConfig()), text_encoder=clip.TextEncoder(clip_l),
         tokenizer=words, schedule=schedule), torch.float16)
     one = ["--train_batch_size", 1, "--max_train_steps", 1, "--prior_pictures", 1, "--num_samples_eval", 1,
@@ -538,8 +539,8 @@ def test_a_step_at_full_size_runs_on_this_machine(tmp_path, pairs):  # noqa: F81
     peak = peak_of("--base", tmp_path / "sd15", "--train_data_dir", pairs, *one, "--output_dir", tmp_path / "one")
     print(f"SD 1.5, LoRA of rank 64, 256 px, batch 1, float32: {peak:.1f} GB")
     pieces = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁", -2.0], *([c, -3.0] for c in "abcdefghinopst")]
-    letters = t5.pieces_from_json(json.dumps(dict(model=dict(type="Unigram", vocab=pieces, unk_id=2))))
-    weights.save_folder(tmp_path / "dit", weights.Base(
+    letters = tokenizers.pieces_from_json(json.dumps(dict(model=dict(type="Unigram", vocab=pieces, unk_id=2))))
+    bases.save_folder(tmp_path / "dit", bases.Base(
         "", vae.VAE(vae.VAEConfig()), transformer=pixart.PixArt(pixart.PixArtConfig(sample_size=64)),
         text_encoder=t5.T5Encoder(t5.T5Config(d_model=4096, d_ff=10240, num_heads=64, num_layers=2)),
         tokenizer=t5.T5Tokenizer(letters), schedule=schedule), torch.float16)
@@ -590,7 +591,7 @@ def test_resuming_beside_other_frozen_weights_is_refused(monkeypatch, capsys, tm
 
 
 def test_a_last_save_that_failed_is_made_good_by_resuming(monkeypatch, tmp_path):
-    save, calls = weights.save_yoso, []
+    save, calls = checkpoints.save_yoso, []
 
     def full(path, *rest):
         calls.append("model" in path.name)  # not the best
@@ -600,7 +601,7 @@ def test_a_last_save_that_failed_is_made_good_by_resuming(monkeypatch, tmp_path)
 
     flags = [*POINTS, "--max_train_steps", 2, "--checkpointing_steps", 1]
     train(monkeypatch, *flags, "--output_dir", tmp_path / "whole")
-    monkeypatch.setattr(weights, "save_yoso", full)
+    monkeypatch.setattr(checkpoints, "save_yoso", full)
     with pytest.raises(SystemExit):
         train(monkeypatch, *flags, "--output_dir", tmp_path / "cut")
     train(monkeypatch, "--resume", tmp_path / "cut")
@@ -648,7 +649,7 @@ def assert_same(a, b, bound):
 BAD = {  # what is wrong: the flags, words of the one line
     "no such base": (["--base", "/nowhere"], ["/nowhere", "expected a folder"]),
     "no such data": (["--train_data_dir", "/nowhere"], ["/nowhere", "a folder of pictures"]),
-    "no such drawing": (["--train_data_dir", "drawn:cats"], ["cats", "drawn:circles"]),
+    "no such drawing": (["--train_data_dir", "drawn:cats"], ["cats", "drawn:scenes"]),
     "a stage that is over": (["--stage", "adapt_v"], ["adapt_v", "predicts v already"]),
     "a stage too early": (["--stage", "adapt_zsnr", "--prediction_type", "epsilon"], ["--stage adapt_v first"]),
     "no prediction": (["--prediction_type", "x0"], ["x0", "v_prediction"]),
@@ -689,7 +690,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(monkeypatch, caps
     (tmp_path / "taken" / "state.pt").write_text("{}")
     (tmp_path / "taken" / "a.zip").write_text("no zip")
     with pytest.raises(SystemExit) as caught:
-        train(monkeypatch, "--train_data_dir", "drawn:circles", *SMALL, "--output_dir", tmp_path / "run",
+        train(monkeypatch, "--train_data_dir", "drawn:scenes", *SMALL, "--output_dir", tmp_path / "run",
               *(flag.format(taken=tmp_path / "taken", captions=text_file(tmp_path)) for flag in flags))
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line or "Traceback" in line]
     assert caught.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines

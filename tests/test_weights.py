@@ -20,10 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from models import weights
+from files import bases, checkpoints, metrics
+from files.bases import load_base, save_folder
+from files.checkpoints import load_generator
+from files.hub import ROOT
+from files.tensors import cast_frozen, fingerprint, read_tensors
+from files.tokenizers import load_tokenizer
 from models.lpips import LPIPS
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
-from models.weights import ROOT, load_base, load_generator, load_tokenizer, save_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +81,7 @@ def peer_tensors(pipe: StableDiffusionPipeline, part: str) -> dict[str, Tensor]:
     return {prefix + name.removeprefix(prefix): t for name, t in getattr(pipe, part).state_dict().items()}
 
 
-def assert_same_networks(base: weights.Base, pipe: StableDiffusionPipeline, dtype=torch.float32) -> None:
+def assert_same_networks(base: bases.Base, pipe: StableDiffusionPipeline, dtype=torch.float32) -> None:
     for part in PARTS:
         ours, theirs = getattr(base, part).state_dict(), peer_tensors(pipe, part)
         assert ours.keys() == theirs.keys()
@@ -425,15 +429,15 @@ def test_the_token_goes_to_the_hub_and_not_to_where_it_sends_us(hub, monkeypatch
 
 def test_a_checkpoint_may_be_a_hub_id_and_a_released_one_is_fetched_by_name(hub, tmp_path, monkeypatch):
     hub.files["model.safetensors"], hub.files["edge.pkl"] = b"ours", b"theirs"
-    assert weights.find_checkpoint(ID).read_bytes() == b"ours"
-    monkeypatch.setattr(weights, "RELEASED", f"http://127.0.0.1:{hub.port}/large")
-    monkeypatch.setitem(weights.CHECKPOINTS, "edge", ("edge.pkl", None, None))
-    assert weights.find_checkpoint("edge") == tmp_path / "img2img-turbo" / "edge.pkl"
+    assert checkpoints.find_checkpoint(ID).read_bytes() == b"ours"
+    monkeypatch.setattr(checkpoints, "RELEASED", f"http://127.0.0.1:{hub.port}/large")
+    monkeypatch.setitem(checkpoints.CHECKPOINTS, "edge", ("edge.pkl", None, None))
+    assert checkpoints.find_checkpoint("edge") == tmp_path / "img2img-turbo" / "edge.pkl"
     hub.asked.clear()
-    assert weights.find_checkpoint("edge").read_bytes() == b"theirs"
-    assert weights.find_checkpoint(ID).read_bytes() == b"ours"
+    assert checkpoints.find_checkpoint("edge").read_bytes() == b"theirs"
+    assert checkpoints.find_checkpoint(ID).read_bytes() == b"ours"
     for name in ("someone/model.pkl", f"{tmp_path.name}/nothing", "nothing"):
-        assert f"there is no {name}" in refusal(lambda name=name: weights.find_checkpoint(name))
+        assert f"there is no {name}" in refusal(lambda name=name: checkpoints.find_checkpoint(name))
         monkeypatch.chdir(tmp_path.parent)
     assert hub.asked == []
 
@@ -444,28 +448,28 @@ def test_a_checkpoint_may_be_a_hub_id_and_a_released_one_is_fetched_by_name(hub,
 def test_a_judge_is_read_from_its_files_and_known_by_their_hash(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert not weights.has_judge("lpips")
-    assert "vgg16-397923af.pth" in refusal(lambda: weights.load_judge("lpips"))
+    assert not metrics.has_metric_network("lpips")
+    assert "vgg16-397923af.pth" in refusal(lambda: metrics.load_metric_network("lpips"))
     vgg = {name: torch.randn(t.shape) for name, t in LPIPS().state_dict().items() if name.startswith("features.")}
     lin = {name: torch.rand(t.shape) for name, t in LPIPS().state_dict().items() if name.startswith("lin")}
     (tmp_path / "judges").mkdir()
     torch.save(vgg, tmp_path / "judges" / "vgg16-397923af.pth")
-    assert not weights.has_judge("lpips")
+    assert not metrics.has_metric_network("lpips")
     torch.save(lin, tmp_path / "judges" / "vgg.pth")
-    assert weights.has_judge("lpips")
-    judge = weights.load_judge("lpips")
+    assert metrics.has_metric_network("lpips")
+    judge = metrics.load_metric_network("lpips")
     assert all(torch.equal(t, (vgg | lin)[name]) for name, t in judge.network.state_dict().items())
     assert not any(p.requires_grad for p in judge.network.parameters())
     lin["lin0.model.1.weight"] += 1
     torch.save(lin, tmp_path / "judges" / "vgg.pth")
-    assert weights.load_judge("lpips").hash != judge.hash
+    assert metrics.load_metric_network("lpips").hash != judge.hash
     del lin["lin0.model.1.weight"]
     torch.save(lin, tmp_path / "judges" / "vgg.pth")
-    assert 'Missing key(s) in state_dict: "lin0.model.1.weight"' in refusal(lambda: weights.load_judge("lpips"))
+    assert 'Missing key(s) in state_dict: "lin0.model.1.weight"' in refusal(lambda: metrics.load_metric_network("lpips"))
 
 
 def test_a_judge_of_the_hub_is_looked_for_in_its_cache(hub, tmp_path):
-    assert not weights.has_judge("dino") and hub.asked == []
+    assert not metrics.has_metric_network("dino") and hub.asked == []
     for name in ("dino", "inception"):
         hub.files = {}
         place = "facebook/dino-vitb8" if name == "dino" else "inception"
@@ -473,7 +477,7 @@ def test_a_judge_of_the_hub_is_looked_for_in_its_cache(hub, tmp_path):
         if name == "inception":
             weights_file.parent.mkdir()
             weights_file.write_bytes(b"no weights")
-        assert place in refusal(lambda name=name: weights.load_judge(name))
+        assert place in refusal(lambda name=name: metrics.load_metric_network(name))
 
 
 # ----------------------------------------------------------------------------------------------------------- refusals
@@ -641,7 +645,7 @@ def test_a_header_may_not_claim_memory(folder):
     """Claims beyond the file's size are seen before anything is made for them."""
     header(entry(shape=[10**12], data_offsets=[0, 4 * 10**12]))(folder)
     with pytest.raises(ValueError):
-        weights.read_tensors(weight_file(folder, "unet"))
+        read_tensors(weight_file(folder, "unet"))
 
 
 @pytest.mark.parametrize("name, says", [
@@ -662,7 +666,7 @@ def test_every_cut_of_a_small_file_is_refused(tmp_path):
     whole = path.read_bytes()
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
-        assert str(path) in refusal(lambda: weights.read_tensors(path))
+        assert str(path) in refusal(lambda: read_tensors(path))
 
 
 # -------------------------------------------------------------------------------------------------- writing a folder
@@ -729,7 +733,7 @@ def test_a_fingerprint_changes_with_one_value_of_what_counts(saved, dtype):
         vae = load_base(str(saved), ("vae",), dtype).vae
         if name:
             vae.get_parameter(name).view(-1)[-1] += 1
-        return weights.fingerprint(vae, but)
+        return fingerprint(vae, but)
 
     name = "decoder.conv_out.bias"
     assert changed(None) == changed(None)
@@ -739,16 +743,16 @@ def test_a_fingerprint_changes_with_one_value_of_what_counts(saved, dtype):
 
 def test_a_fingerprint_is_of_values_and_not_of_where_they_lie():
     layer = nn.Conv2d(4, 4, 3)
-    before = weights.fingerprint(layer)
+    before = fingerprint(layer)
     layer.weight.data = layer.weight.data.to(memory_format=torch.channels_last)
     layer.bias.data = torch.cat([torch.zeros(1), layer.bias.data])[1:]  # not at a multiple of 8 bytes
-    assert weights.fingerprint(layer) == before
+    assert fingerprint(layer) == before
 
 
 def test_frozen_weights_alone_are_stored_in_half():
     network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.LayerNorm(4), nn.Linear(4, 4))
     network[:3].requires_grad_(False)
-    weights.cast_frozen(network, torch.bfloat16)
+    cast_frozen(network, torch.bfloat16)
     assert [p.dtype for p in network.parameters()] == [torch.bfloat16] * 4 + [torch.float32] * 4
 
 
@@ -761,7 +765,7 @@ def checkpoint(request, saved, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp(request.param) / "model.safetensors"
     base = load_base(str(saved))
     generator = Pix2PixTurbo(base.vae, base.unet, base.schedule, Pix2PixTurboConfig(train=request.param))
-    weights.save_generator(path, generator, "pix2pix_turbo", str(saved), ["a cat"], base.text_encoder, base.tokenizer)
+    checkpoints.save_generator(path, generator, "pix2pix_turbo", str(saved), ["a cat"], base.text_encoder, base.tokenizer)
     assert load_generator(str(path)).prompts == ["a cat"]
     return path
 

@@ -74,7 +74,7 @@ class MLP(nn.Module):
 
 @dataclass
 class Base:
-    """What a trainer needs of a `weights.Base`. There is no caption, and so no context."""
+    """What a trainer needs of a `bases.Base`. There is no caption, and so no context."""
     denoiser: MLP
     schedule: Schedule
     vae: Identity

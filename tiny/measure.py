@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
 import evaluate
 import sample
 import training
-from models import weights
+from dataset.pictures import canny, to_picture, to_tensor
+from files import bases, checkpoints
 from tiny import scenes
 
 HERE = pathlib.Path(__file__).parent
@@ -91,7 +91,7 @@ N, SIZE = 200, 64
 def held_out(n: int = N) -> tuple[list[scenes.Scene], Tensor]:
     """Descriptions of combinations that training never draws, and their pictures [n, 3, 64, 64]."""
     described = [scenes.nth_scene("test", 0, i) for i in range(n)]
-    return described, torch.stack([data.to_tensor(scenes.draw(scene, SIZE)) * 2 - 1 for scene in described])
+    return described, torch.stack([to_tensor(scenes.draw(scene, SIZE)) * 2 - 1 for scene in described])
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def spread(values: Tensor) -> dict[str, float]:
 def measure_vae(judge: Judge) -> dict:
     """Reconstruction, and how much of it the judge still reads; `real` is the judge on drawings."""
     described, truth = held_out()
-    network = weights.load_base("tiny-turbo", ("vae",), torch.float32).vae
+    network = bases.load_base("tiny-turbo", ("vae",), torch.float32).vae
     made = torch.cat([network.decode(network.encode(x)[0]) for x in truth.split(50)])
     return dict(psnr=spread(psnr(made, truth)), obeyed=obeyed(judge, made.clamp(-1, 1), described),
                 real=obeyed(judge, truth, described))
@@ -116,7 +116,7 @@ def measure_vae(judge: Judge) -> dict:
 def measure_text(judge: Judge, name: str, steps: int, guidance: float, seed: int) -> dict:
     """Captions drawn by `sample.text_to_image`, one at a time, picture i from the noise of seed + i."""
     described, _ = held_out(N)
-    base = weights.load_base(name, dtype=torch.float32)
+    base = bases.load_base(name, dtype=torch.float32)
     sampler = "lcm" if base.schedule.config["_class_name"] == "LCMScheduler" else "ddim"
     start, made = time.monotonic(), []
     for i, scene in enumerate(tqdm(described, f"{name}, {steps} steps")):
@@ -129,7 +129,7 @@ def measure_text(judge: Judge, name: str, steps: int, guidance: float, seed: int
 
 def edges(pictures: Tensor) -> Tensor:
     """[N, 3, H, W] in [-1, 1] -> Canny edges [N, 1, H, W], 0 or 1."""
-    return torch.stack([data.to_tensor(data.canny(data.to_picture(x), 50, 100))[:1] for x in pictures])
+    return torch.stack([to_tensor(canny(to_picture(x), 50, 100))[:1] for x in pictures])
 
 
 def edge_f(made: Tensor, goal: Tensor) -> Tensor:
@@ -145,12 +145,12 @@ def translated(checkpoint: str, x: Tensor, captions: list[str], direction: str |
                **how: float) -> Tensor:
     """Pictures [N, 3, 64, 64] through `sample.translate_pictures`, each with its own caption, all from one noise."""
     names = ("r", "strength")
-    model = weights.load_generator(checkpoint, dtype=torch.float32, **{k: v for k, v in how.items() if k in names})
+    model = checkpoints.load_generator(checkpoint, dtype=torch.float32, **{k: v for k, v in how.items() if k in names})
     made = []
     for start in tqdm(range(0, len(x), 50), checkpoint):
         rows = slice(start, start + 50)
         context = model.text_encoder(model.tokenizer(captions[rows]))
-        made.append(sample.translate_pictures(model, [data.to_picture(one) for one in x[rows]], context, seed, model.r,
+        made.append(sample.translate_pictures(model, [to_picture(one) for one in x[rows]], context, seed, model.r,
                                               how.get("skip_scale", 1.0), direction))
     return torch.cat(made)
 
@@ -175,7 +175,7 @@ def measure_unpaired(task: str, checkpoint: str | None = None) -> dict:
 def measure_edges(judge: Judge, checkpoint: str = "edges2scene", several: int = 4) -> dict:
     """Outlines to scenes: nearness to the truth and captions obeyed, by r; and how far `several` noises lead apart."""
     described, truth = held_out()
-    x = torch.stack([data.to_tensor(scenes.outlines(scene, SIZE)) * 2 - 1 for scene in described])
+    x = torch.stack([to_tensor(scenes.outlines(scene, SIZE)) * 2 - 1 for scene in described])
     captions, goal, results = [scenes.caption(scene) for scene in described], edges(truth), {}
     for r in (1.0, 0.7, 0.4, 0.0):
         made = torch.stack([translated(checkpoint, x, captions, None, seed, r=r) for seed in range(several)])

@@ -26,10 +26,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import sample
 import training
-from models import diffusion, weights
+from dataset.pictures import to_picture, to_tensor
+from files import bases, checkpoints
+from files.tensors import read_tensors
+from models import diffusion
 from tiny import gaussians, measure, recipe, scenes
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -203,10 +205,10 @@ def unpaired(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
 def paired(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Outlines to scenes; and what the base makes of captions when the adapters have gone."""
     described, truth = measure.held_out()
-    lines = torch.stack([data.to_tensor(scenes.outlines(scene, measure.SIZE)) * 2 - 1 for scene in described])
+    lines = torch.stack([to_tensor(scenes.outlines(scene, measure.SIZE)) * 2 - 1 for scene in described])
     captions = [scenes.caption(scene) for scene in described]
-    model = weights.load_generator(checkpoint, dtype=torch.float32)
-    tensors = weights.read_tensors(weights.find_checkpoint(checkpoint))[0]
+    model = checkpoints.load_generator(checkpoint, dtype=torch.float32)
+    tensors = read_tensors(checkpoints.find_checkpoint(checkpoint))[0]
     stochastic = model.r is not None
     figures, shown = dict(trained=sum(t.numel() for t in tensors.values()) / 1e6), {}
     for r in (1.0, 0.7, 0.4, 0.0) if stochastic else (1.0,):
@@ -216,14 +218,14 @@ def paired(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
         figures |= {f"psnr_{r}": measure.psnr(made[0], truth).mean().item(),
                     f"apart_{r}": statistics.mean(apart) if stochastic else 0.0}
         shown[f"r = {r}" if stochastic else ""] = made[0]
-    base = weights.load_base("tiny-turbo", dtype=torch.float32)
+    base = bases.load_base("tiny-turbo", dtype=torch.float32)
     if model.generator.config.train == "all":
         base.unet, base.vae, base.text_encoder = model.generator.unet, model.generator.vae, model.text_encoder
     figures |= dict(psnr=figures["psnr_1.0"], words=obeyed(texts(base, None))["all"])
     return figures, shown
 
 
-def texts(base: weights.Base, prior: tuple[Tensor, Tensor] | None) -> Tensor:
+def texts(base: bases.Base, prior: tuple[Tensor, Tensor] | None) -> Tensor:
     """The held-out captions, drawn in one step."""
     return torch.cat([sample.text_to_image(base, scenes.caption(scene), [i], (measure.SIZE,) * 2, 1, "lcm", prior=prior)
                       for i, scene in enumerate(measure.held_out()[0])])
@@ -242,8 +244,8 @@ def slopes(pictures: Tensor) -> Tensor:
 def yoso(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Captions in one step; neighbouring steps of the same noise."""
     described, truth = measure.held_out()
-    path = weights.find_checkpoint(checkpoint)
-    base, prior = weights.load_yoso(path, dtype=torch.float32)
+    path = checkpoints.find_checkpoint(checkpoint)
+    base, prior = checkpoints.load_yoso(path, dtype=torch.float32)
     made = texts(base, prior if prior[1].any() else None)
     light, real = (x.mean((1, 2, 3)) for x in (made, truth))
     tenth = max(len(real) // 10, 1)
@@ -269,7 +271,7 @@ def yoso(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
 def points(folder: str) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The trainer's own last validation and picture."""
     last = json.loads((pathlib.Path(folder) / "log.jsonl").read_text().splitlines()[-1])
-    page = data.to_tensor(Image.open(max((pathlib.Path(folder) / "samples").glob("*.png")))) * 2 - 1
+    page = to_tensor(Image.open(max((pathlib.Path(folder) / "samples").glob("*.png")))) * 2 - 1
     return dict(modes=last["val_modes"], good=last["val_good"]), {"": page[None, :, :, page.shape[2] // 2:]}
 
 
@@ -285,7 +287,7 @@ def strip(kind: str, shown: list[int]) -> dict[str, Tensor]:
     if kind == "gaussians":
         return {"truth": gaussians.scatter(gaussians.Points("test").points)[None]}
     described, truth = measure.held_out()
-    lines = {"input": torch.stack([data.to_tensor(scenes.outlines(described[i], measure.SIZE)) * 2 - 1 for i in shown])}
+    lines = {"input": torch.stack([to_tensor(scenes.outlines(described[i], measure.SIZE)) * 2 - 1 for i in shown])}
     return (lines if kind == "paired" else {}) | {"a drawing of it": truth[shown]}
 
 
@@ -304,7 +306,7 @@ def write_plate(path: pathlib.Path, name: str, idea: Idea, rows: dict[str, Tenso
     for i, (label, pictures) in enumerate(rows.items()):
         pen.multiline_text((6, 34 + i * cell), "\n".join([label, *figures.get(label, [])]), fill="black")
         for j, x in enumerate(pictures):
-            picture = data.to_picture(x).resize((side, side), Image.Resampling.BICUBIC)
+            picture = to_picture(x).resize((side, side), Image.Resampling.BICUBIC)
             page.paste(picture, (190 + j * cell, 30 + i * cell))
     for colours in (256, 128, 64):
         small = page.quantize(colours, dither=Image.Dither.NONE)

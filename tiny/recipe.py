@@ -34,7 +34,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import training
-from models import clip, diffusion, unet, vae, weights
+from files import bases, checkpoints, tokenizers
+from files.tensors import read_config, read_tensors, save_tensors
+from models import clip, diffusion, unet, vae
 from tiny import measure, scenes
 
 HERE = pathlib.Path(__file__).parent
@@ -196,7 +198,7 @@ def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
     with torch.no_grad():
         spread = torch.cat([network.encode(pictures(drawn[i:i + 100]).to(device))[0] for i in range(0, 2000, 100)])
     network.config.scaling_factor = round(1 / spread.std().item(), 4)
-    weights.save_folder(HERE / "tiny-turbo", weights.Base("tiny-turbo", vae=network), torch.float16)
+    bases.save_folder(HERE / "tiny-turbo", bases.Base("tiny-turbo", vae=network), torch.float16)
 
 
 # -------------------- The judge
@@ -227,7 +229,7 @@ def train_judge(device: torch.device, steps: int = 4000, batch: int = 64) -> Non
         return measure.judge_loss([row.float() for row in logits], fields[rows].to(device), things[rows].to(device))
 
     train("judge", network, loss, lambda step: measure.obeyed(network, pictured, held_out), steps, rate=3e-3)
-    weights.save_tensors(HERE / "judge.safetensors", {k: t.half() for k, t in network.state_dict().items()}, {})
+    save_tensors(HERE / "judge.safetensors", {k: t.half() for k, t in network.state_dict().items()}, {})
 
 
 # -------------------- tiny-sd: a diffusion model of its latents
@@ -247,11 +249,11 @@ def latents(network: vae.VAE, drawn: Tensor, device: torch.device) -> tuple[Tens
 
 def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
     """Noise is predicted at every level alike; a tenth of the captions is left out, for guidance."""
-    base = weights.load_base("tiny-turbo", ("vae",), torch.float32, str(device))
+    base = bases.load_base("tiny-turbo", ("vae",), torch.float32, str(device))
     mean, std = latents(base.vae, drawings(), device)
-    base.tokenizer, base.schedule = weights.load_tokenizer("tiny"), diffusion.Schedule.from_config(SCHEDULE)
+    base.tokenizer, base.schedule = tokenizers.load_tokenizer("tiny"), diffusion.Schedule.from_config(SCHEDULE)
     torch.manual_seed(SEED)
-    config = weights.read_config(clip.TextConfig, clip.FIXED, HERE / "tiny" / "text_encoder" / "config.json")
+    config = read_config(clip.TextConfig, clip.FIXED, HERE / "tiny" / "text_encoder" / "config.json")
     base.text_encoder, base.unet = clip.TextEncoder(config).to(device), unet.UNet(UNET).to(device)
     scenery = [scenes.nth_scene("train", SEED, i) for i in range(DRAWINGS)]
     ids, nothing = base.tokenizer([scenes.caption(scene) for scene in scenery]), base.tokenizer([""])
@@ -285,9 +287,9 @@ def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
 
     train("sd", nn.ModuleDict(dict(unet=base.unet, text_encoder=base.text_encoder)), loss, look, steps, rate=1e-3,
           look_every=1000)
-    shared = weights.Base("tiny-turbo", vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer)
-    weights.save_folder(HERE / "tiny-turbo", shared, torch.float16)
-    weights.save_folder(HERE / "tiny-sd", base, torch.float16, rest="tiny-turbo")
+    shared = bases.Base("tiny-turbo", vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer)
+    bases.save_folder(HERE / "tiny-turbo", shared, torch.float16)
+    bases.save_folder(HERE / "tiny-sd", base, torch.float16, rest="tiny-turbo")
 
 
 # -------------------- tiny-turbo: one step instead of 25
@@ -309,7 +311,7 @@ COMMON = dict(train="all", train_batch_size=32, mixed_precision="bf16", resoluti
 
 def run(script: str, *argv: object) -> None:
     """Ctrl-C reaches the script too, which saves: it is waited for, where subprocess.run would kill it."""
-    process = subprocess.Popen([sys.executable, HERE.parent / script, *map(str, argv)])
+    process = subprocess.Popen([sys.executable, script, *map(str, argv)], cwd=HERE.parent)
     try:
         status = process.wait()
     except KeyboardInterrupt:
@@ -329,14 +331,14 @@ def run_or_resume(script: str, folder: pathlib.Path, **flags: object) -> None:
 
 def train_turbo(device: torch.device) -> None:
     cache, base = RUNS / "cache", "tiny-sd"
-    run("data.py", "cache", "drawn:scenes", "--base", base, "--size", SIZE, "--output", cache, "--batch", 64)
+    run("-m", "dataset", "cache", "drawn:scenes", "--base", base, "--size", SIZE, "--output", cache, "--batch", 64)
     for stage, own in STAGES.items():
         run_or_resume("train_yoso.py", RUNS / stage, base=base, train_data_dir=cache, device=device,
                       **(COMMON | own))
         base = RUNS / stage / "base"
-    made = weights.load_base(str(base), dtype=torch.float32)
+    made = bases.load_base(str(base), dtype=torch.float32)
     made.schedule = diffusion.Schedule.from_config(made.schedule.config | dict(_class_name="LCMScheduler"))
-    weights.save_folder(HERE / "tiny-turbo", made, torch.float16)
+    bases.save_folder(HERE / "tiny-turbo", made, torch.float16)
 
 
 # -------------------- Translators: adapters of tiny-turbo, by the trainers' own settings for it
@@ -349,12 +351,12 @@ ADAPTERS = {
 
 
 def train_adapters(device: torch.device) -> None:
-    weights.ADAPTERS.mkdir(exist_ok=True)
+    checkpoints.ADAPTERS.mkdir(exist_ok=True)
     for name, (script, own) in ADAPTERS.items():
         run_or_resume(script, RUNS / name, base="tiny-turbo", device=device, seed=SEED, mixed_precision="bf16", **own)
-        tensors, metadata = weights.read_tensors(RUNS / name / "model.safetensors")
-        weights.save_tensors(weights.ADAPTERS / f"{name}.safetensors",
-                             {key: tensor.half() for key, tensor in tensors.items()}, metadata)
+        found, metadata = read_tensors(RUNS / name / "model.safetensors")
+        save_tensors(checkpoints.ADAPTERS / f"{name}.safetensors",
+                             {key: tensor.half() for key, tensor in found.items()}, metadata)
 
 
 def main() -> None:

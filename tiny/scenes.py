@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import training
-from data import to_tensor
+from dataset.pictures import to_tensor
 
 KINDS, GROUNDS = ("house", "tree", "car", "boat"), ("grass", "sand", "lake")
 TIMES, WEATHERS = ("day", "night", "dusk"), ("clear", "rain", "snow", "fog")

@@ -48,10 +48,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils import flop_counter
 
-import data
 import sample
 import training
-from models import clip, cyclegan_turbo, lora, lpips, pix2pix_turbo, weights
+from dataset import loader
+from dataset.pictures import to_picture, to_tensor
+from files import bases, checkpoints, metrics, tokenizers
+from models import clip, cyclegan_turbo, lora, lpips, pix2pix_turbo
 from models.discriminator import PatchDiscriminator, spectral_step
 
 ROOT = pathlib.Path(__file__).parent
@@ -100,13 +102,13 @@ def write_random_folder(folder: pathlib.Path, tiny: bool, dtype: torch.dtype, de
 
 def write_checkpoint(path: str, folder: str) -> None:
     """A pix2pix-Turbo checkpoint for the base in `folder`, its LoRA drawn so that the picture feels it."""
-    base, draws = weights.load_base(folder, ("vae", "unet", "schedule")), torch.Generator().manual_seed(0)
+    base, draws = bases.load_base(folder, ("vae", "unet", "schedule")), torch.Generator().manual_seed(0)
     config = pix2pix_turbo.Pix2PixTurboConfig(prediction_type=base.schedule.prediction_type)
     generator = pix2pix_turbo.Pix2PixTurbo(base.vae, base.unet, base.schedule, config, draws)
     for name, p in generator.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.02, generator=draws)
-    weights.save_generator(pathlib.Path(path), generator, "pix2pix_turbo", folder, [PROMPT])
+    checkpoints.save_generator(pathlib.Path(path), generator, "pix2pix_turbo", folder, [PROMPT])
 
 
 @functools.cache
@@ -217,7 +219,7 @@ def module_inputs(args: argparse.Namespace, width: int, dtype: torch.dtype) -> t
 
 @torch.inference_mode()
 def our_modules(args: argparse.Namespace, asked: Generator) -> None:
-    base = weights.load_base(args.base, dtype=our_dtype(args), device=args.device)
+    base = bases.load_base(args.base, dtype=our_dtype(args), device=args.device)
     for network in (base.unet, base.vae.encoder, base.vae.decoder, base.text_encoder):
         quicken(network, args)
     x, z, context, ids = module_inputs(args, base.unet.config.cross_attention_dim, our_dtype(args))
@@ -228,41 +230,41 @@ def our_modules(args: argparse.Namespace, asked: Generator) -> None:
 
 @torch.inference_mode()
 def our_translation(args: argparse.Namespace, asked: Generator) -> None:
-    model = weights.load_generator(args.checkpoint, dtype=args.dtype, device=args.device)
+    model = checkpoints.load_generator(args.checkpoint, dtype=args.dtype, device=args.device)
     as_sampled(args, model.generator.vae, model.generator.unet, [model.generator])
     context = model.text_encoder(model.tokenizer(PROMPT).to(args.device)).to(model.generator.unet.conv_in.weight)
 
     def translate(task: tuple[int, int]) -> Tensor:
         made = sample.translate_pictures(model, pictures(*task), context, 0, None)
-        [data.to_picture(picture) for picture in made]
+        [to_picture(picture) for picture in made]
         return made
 
     answer(asked, translate)
 
 
 def our_text(args: argparse.Namespace, asked: Generator) -> None:
-    base = weights.load_base(args.base, dtype=args.dtype, device=args.device)
+    base = bases.load_base(args.base, dtype=args.dtype, device=args.device)
     as_sampled(args, base.vae, base.unet, [base.unet, base.vae.decoder])
     answer(asked, lambda task: sample.text_to_image(base, PROMPT, list(range(task[1])), (task[0], task[0])))
 
 
-def random_judge(name: str, device: str) -> weights.Judge:
+def random_judge(name: str, device: str) -> metrics.MetricNetwork:
     network = lpips.LPIPS() if name == "lpips" else clip.CLIP(clip.VISION_B32, clip.TEXT_B32)
     network = network.eval().requires_grad_(False).to(device)
-    return weights.Judge(network, "random", weights.load_tokenizer(str(ROOT / "tiny" / "tiny")))
+    return metrics.MetricNetwork(network, "random", tokenizers.load_tokenizer(str(ROOT / "tiny" / "tiny")))
 
 
 def our_training(args: argparse.Namespace, asked: Generator) -> None:
     """The trainer itself: each request is the next batch of its loop. --what train takes its losses that need no
     download, --what memory all of the default ones, with judges of random weights."""
-    batches = data.batches
+    batches = loader.batches
 
     def asked_for(*arguments):
         yield (batch := next(batches(*arguments)))  # uncounted: the first step also draws samples
         for _ in asked:
             yield batch
 
-    data.batches, weights.load_judge = asked_for, random_judge
+    loader.batches, metrics.load_metric_network = asked_for, random_judge
     flags = dict(base=args.base, dataset_folder=args.data, train="lora", train_image_prep="no_resize",
                  test_image_prep="no_resize", train_batch_size=args.batch, device=args.device,
                  mixed_precision="no" if our_dtype(args) is torch.float32 else "bf16", output_dir=args.run_folder,
@@ -374,9 +376,9 @@ def official_translation(args: argparse.Namespace, asked: Generator) -> None:
     context = model.encode([PROMPT]) if merged else None
 
     def translate(task: tuple[int, int]) -> Tensor:
-        x = torch.stack([data.to_tensor(picture) for picture in pictures(*task)]).to(args.device, args.dtype)
+        x = torch.stack([to_tensor(picture) for picture in pictures(*task)]).to(args.device, args.dtype)
         made = model(x, context.expand(len(x), -1, -1) if merged else None)
-        [data.to_picture(picture) for picture in made]
+        [to_picture(picture) for picture in made]
         return made
 
     answer(asked, translate)
@@ -389,7 +391,7 @@ def official_training(args: argparse.Namespace, asked: Generator) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, optimizer_d = (torch.optim.AdamW(p, lr=5e-6, fused=args.device == "cuda")
                               for p in (trained, judge.parameters()))
-    x = torch.stack([data.to_tensor(p) for p in pictures(args.size, args.batch)]).to(args.device)
+    x = torch.stack([to_tensor(p) for p in pictures(args.size, args.batch)]).to(args.device)
     target = 2 * x - 1
 
     def descend(optimizer: torch.optim.Optimizer, loss_of: Callable[[], Tensor]) -> None:
@@ -427,11 +429,11 @@ def official_training(args: argparse.Namespace, asked: Generator) -> None:
 def joint_training(args: argparse.Namespace, asked: Generator) -> None:
     """Unpaired, on our networks: two whole VAEs, and all losses of both directions in one graph."""
     import train_cyclegan_turbo as trainer
-    base = weights.load_base(args.base)
+    base = bases.load_base(args.base)
     generator = cyclegan_turbo.CycleGANTurbo(base.vae, base.unet, base.schedule, cyclegan_turbo.CycleGANTurboConfig())
     generator.vae_b2a = copy.deepcopy(generator.vae_b2a)
     judge = PatchDiscriminator(16)
-    x = 2 * torch.stack([data.to_tensor(p) for p in pictures(args.size, args.batch)]) - 1
+    x = 2 * torch.stack([to_tensor(p) for p in pictures(args.size, args.batch)]) - 1
     context = base.text_encoder(base.tokenizer(PROMPT)).expand(args.batch, -1, -1)
 
     def step(task: str) -> None:
