@@ -1,18 +1,21 @@
-"""Judges made pictures: FID and KID between two folders, DINO structure, LPIPS, PSNR and SSIM of pairs, CLIP score.
+"""Measures generated pictures: FID and KID between two folders; DINO structure, LPIPS, PSNR and
+SSIM of pairs; CLIP score.
 
-    python evaluate.py --real FOLDER --fake FOLDER                       # every metric that can be had here
-    python evaluate.py --real FOLDER --fake FOLDER --paired              # pictures of the same stem are pairs
+    python evaluate.py --real FOLDER --fake FOLDER             # every metric that is possible here
+    python evaluate.py --real FOLDER --fake FOLDER --paired    # pictures of the same stem are pairs
     python evaluate.py --real FOLDER --fake FOLDER --metrics fid,kid --stats real.npz --json
     python evaluate.py --fake FOLDER --metrics clip --captions captions.json
 
-Without --metrics, a metric whose weights are not on this machine, or that has no meaning for these folders, is left out
-and stderr says why; one asked for by name is computed (its weights are fetched) or is an error. Without --paired,
-folders whose stems are all the same are taken as pairs.
+Without --metrics, a metric is left out, with the reason on stderr, if its weights are not on this
+machine or if it has no meaning for these folders. A metric asked for by name is computed, and its
+weights are downloaded; if that is not possible, it is an error. Without --paired, folders are
+taken as pairs if all their stems are the same.
 
-For trainers: the functions take pictures [B, 3, H, W] in [-1, 1] and round them to 8 bits, as a file has them (LPIPS
-alone does not), so that validation and this script give the same number (on a GPU up to TF32, which trainers allow)."""
+For trainers: the functions take pictures [B, 3, H, W] in [-1, 1] and, except for LPIPS, round
+them to 8 bits, as a file holds them. So validation gives the same numbers as this script (on a
+GPU up to TF32, which trainers allow).
+"""
 
-import argparse
 import difflib
 import hashlib
 import itertools
@@ -20,6 +23,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,57 +39,127 @@ from dataset.pictures import open_picture, to_picture, to_tensor
 from files import metrics
 from models import clip, dino, inception
 
+
+@dataclass(frozen=True)
+class Metric:
+    """What the table and the JSON say about a metric."""
+
+    network: str | None  # its metric network, as files/metrics.py calls it
+    description: str | None  # the network, and which of its outputs is used
+    better: str  # "lower" or "higher"
+    preparation: str  # of the pictures
+    paired: bool = False
+
+
 CLEAN = "each channel to 299x299 as float, Pillow bicubic, clipped; (x - 128) / 128 (clean-fid)"
-METRICS = {  # name: its judge in weights.py, the network and what is taken of it, what is better, image preparation
-    "fid": ("inception", "Inception 2015, pool3", "lower", CLEAN),
-    "kid": ("inception", "Inception 2015, pool3", "lower", CLEAN),
-    "structure": ("dino", "DINO ViT-B/8, last keys", "lower", "short side 224, Pillow bilinear; ImageNet mean/std"),
-    "lpips": ("lpips", "VGG16, LPIPS v0.1", "lower", "full size, [-1, 1]"),
-    "clip": ("clip", "CLIP ViT-B/32", "higher", "short side 224, Pillow bicubic, centre crop; CLIP mean/std"),
-    "psnr": (None, None, "higher", "full size, 0 to 255, all channels together"),
-    "ssim": (None, None, "higher", "full size, [0, 1], mean of channels; Gaussian window 11, sigma 1.5, no padding"),
+METRICS = {
+    "fid": Metric("inception", "Inception 2015, pool3", "lower", CLEAN),
+    "kid": Metric("inception", "Inception 2015, pool3", "lower", CLEAN),
+    "structure": Metric(
+        network="dino",
+        description="DINO ViT-B/8, last keys",
+        better="lower",
+        preparation="short side 224, Pillow bilinear; ImageNet mean/std",
+        paired=True,
+    ),
+    "lpips": Metric("lpips", "VGG16, LPIPS v0.1", "lower", "full size, [-1, 1]", paired=True),
+    "clip": Metric(
+        network="clip",
+        description="CLIP ViT-B/32",
+        better="higher",
+        preparation="short side 224, Pillow bicubic, centre crop; CLIP mean/std",
+    ),
+    "psnr": Metric(
+        network=None,
+        description=None,
+        better="higher",
+        preparation="full size, 0 to 255, all channels together",
+        paired=True,
+    ),
+    "ssim": Metric(
+        network=None,
+        description=None,
+        better="higher",
+        preparation="full size, [0, 1], mean of channels;"
+        " Gaussian window 11, sigma 1.5, no padding",
+        paired=True,
+    ),
 }
-PAIRED = {"structure", "lpips", "psnr", "ssim"}
+PAIRED = {name for name, metric in METRICS.items() if metric.paired}
 
 
-# --------------------------------------------------------------------------------------------------------- the metrics
+# ---------------------------------------------------------------------------------- the metrics
 
-def as_levels(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures -> 0 to 255, rounded, in float64; on the CPU: not every device has that."""
+def as_levels(x: Tensor) -> Tensor:
+    """Pictures in [-1, 1] -> 0 to 255, rounded, in float64 on the CPU (not every GPU has that)."""
+    x = x.detach().cpu().double().clamp(-1, 1)
+    return ((x + 1) * 127.5).round()
+
+
+def check_shapes(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
-        raise ValueError(f"pictures of shapes {list(a.shape)} and {list(b.shape)} are no pairs; make them equal")
-    return tuple(((x.detach().cpu().double().clamp(-1, 1) + 1) * 127.5).round() for x in (a, b))
+        raise ValueError(
+            f"pictures of shapes {list(a.shape)} and {list(b.shape)} are not pairs; expected equal"
+            " shapes"
+        )
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """10 log10(255^2 / mean squared difference) in dB, [B]; infinite where the pictures are equal."""
-    a, b = as_levels(a, b)
-    return 10 * torch.log10(255 ** 2 / (a - b).square().mean((1, 2, 3)))
+    """10 log10(255^2 / mean squared difference) in dB, [B]; infinite for equal pictures."""
+    check_shapes(a, b)
+    mean_square = (as_levels(a) - as_levels(b)).square().mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / mean_square)
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity [B] (Wang et al. 2004, equation 13) at full size, mean over channels and places: Gaussian
-    window of 11 x 11 with sigma 1.5 where it lies in the picture, K = 0.01 and 0.03."""
-    if min(a.shape[2:]) < 11:
-        raise ValueError(f"SSIM was given pictures of {a.shape[3]}x{a.shape[2]}; its window takes 11 pixels a side")
-    window = torch.exp(-torch.arange(-5, 6, dtype=torch.float64) ** 2 / (2 * 1.5 ** 2))
+    """Structural similarity [B] at full size, the mean over channels and positions.
+
+    Equation 13 of Wang et al. 2004, "Image Quality Assessment", with K = 0.01 and 0.03 and a
+    Gaussian window of 11 x 11 with sigma 1.5, at the positions where it lies inside the picture.
+    """
+    height, width = a.shape[2:]
+    if min(height, width) < 11:
+        raise ValueError(
+            f"SSIM was given pictures of {width}x{height}; its window takes 11 pixels a side"
+        )
+    check_shapes(a, b)
+    offsets = torch.arange(-5, 6, dtype=torch.float64)
+    window = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window /= window.sum()
 
     def mean(x: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(x, window.view(1, 1, 1, 11)), window.view(1, 1, 11, 1))
+        rows = F.conv2d(x, window.view(1, 1, 1, 11))
+        return F.conv2d(rows, window.view(1, 1, 11, 1))
 
-    x, y = (p.flatten(0, 1).unsqueeze(1) / 255 for p in as_levels(a, b))  # [3 B, 1, H, W]
-    mx, my, c1, c2 = mean(x), mean(y), 0.01 ** 2, 0.03 ** 2
-    vx, vy, vxy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    def channels(x: Tensor) -> Tensor:
+        return as_levels(x).flatten(0, 1).unsqueeze(1) / 255  # [3 B, 1, H, W] in [0, 1]
+
+    x = channels(a)
+    y = channels(b)
+    mx = mean(x)
+    my = mean(y)
+    vx = mean(x * x) - mx * mx
+    vy = mean(y * y) - my * my
+    vxy = mean(x * y) - mx * my
+    c1 = 0.01**2
+    c2 = 0.03**2
     index = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
     return index.unflatten(0, (-1, 3)).mean((1, 2, 3, 4))
 
 
-def fid(network: nn.Module, real: Iterable[Tensor], fake: Iterable[Tensor], device: torch.device) -> float:
+def fid(
+    network: nn.Module,
+    real: Iterable[Tensor],
+    fake: Iterable[Tensor],
+    device: torch.device,
+) -> float:
     """FID of pictures [3, H, W] of any sizes, which go through Inception one at a time."""
-    statistics_of = [statistics(torch.cat([features(network, x[None].to(device)) for x in pictures]))
-                     for pictures in (real, fake)]
-    return frechet_distance(*statistics_of[0], *statistics_of[1])
+
+    def statistics_of(pictures: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        rows = [features(network, x[None].to(device)) for x in pictures]
+        return statistics(torch.cat(rows))
+
+    return frechet_distance(*statistics_of(real), *statistics_of(fake))
 
 
 @torch.no_grad()
@@ -95,266 +169,550 @@ def features(network: nn.Module, x: Tensor) -> Tensor:
 
 
 def statistics(f: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [N, D], two rows or more -> mean [D] and unbiased covariance [D, D], float64."""
+    """Features [N, D] -> their mean [D] and unbiased covariance [D, D], in float64."""
     if len(f) < 2 or not f.isfinite().all():
-        raise ValueError(f"statistics were asked of {len(f)} features; expected two or more, and all of them finite")
+        raise ValueError(
+            f"the statistics of {len(f)} features cannot be computed; expected two or more, and all"
+            " of them finite"
+        )
     return f.double().mean(0), torch.cov(f.double().T)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2)) in float64 (Heusel et al. 2017).
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1^(1/2) S2 S1^(1/2))^(1/2)) in float64.
 
-    With S = A A^T the last root's trace is the sum of the singular values of A1^T A2: no root of a rounded zero is
-    taken, and fewer pictures than features only make A narrower."""
+    Source: Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule". With S = A A^T, the
+    trace of the last root is the sum of the singular values of A1^T A2. So no root is taken of a
+    zero with rounding errors, and fewer pictures than features only make A narrower.
+    """
     roots = []
     for cov in (cov1.double(), cov2.double()):
         values, vectors = torch.linalg.eigh(cov)
-        kept = values > len(values) * torch.finfo(torch.float64).eps * values.max()  # the others are rounding
+        rounding = len(values) * torch.finfo(torch.float64).eps * values.max()
+        kept = values > rounding
         roots.append(vectors[:, kept] * values[kept].sqrt())
-    root = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
-    return ((mean1 - mean2).double().square().sum() + cov1.trace() + cov2.trace() - 2 * root).clamp(min=0).item()
+
+    root_trace = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    between_means = (mean1 - mean2).double().square().sum()
+    distance = between_means + cov1.trace() + cov2.trace() - 2 * root_trace
+    return distance.clamp(min=0).item()
 
 
-def kid(f1: Tensor, f2: Tensor, generator: torch.Generator, subsets: int = 100, size: int = 1000) -> Tensor:
-    """Squared MMD of features [N, D] with the kernel (x.y / D + 1)^3, unbiased, of pairs of random subsets of `size`
-    (or as many as there are) -> [subsets], whose mean is the KID (Binkowski et al. 2018)."""
+def kid(
+    f1: Tensor,
+    f2: Tensor,
+    generator: torch.Generator,
+    subsets: int = 100,
+    size: int = 1000,
+) -> Tensor:
+    """Squared MMD between pairs of random subsets of features [N, D]: [subsets], in float64.
+
+    Their mean is the KID (Binkowski et al. 2018, "Demystifying MMD GANs"). The kernel is
+    (x.y / D + 1)^3, the estimate is unbiased, and a subset has `size` features, or as many as
+    there are.
+    """
     n = min(size, len(f1), len(f2))
     if n < 2:
-        raise ValueError(f"KID was given {len(f1)} and {len(f2)} features; expected two or more of each")
+        raise ValueError(
+            f"KID was given {len(f1)} and {len(f2)} features; expected two or more of each"
+        )
+    if n == len(f1) == len(f2):
+        subsets = 1  # all would be the same
+
+    def subset(f: Tensor) -> Tensor:
+        return f[torch.randperm(len(f), generator=generator)[:n]].double()
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
         return (x @ y.T / x.shape[1] + 1) ** 3
 
+    def within(x: Tensor) -> Tensor:
+        k = kernel(x, x)
+        return (k.sum() - k.trace()) / (n * (n - 1))
+
     values = []
-    for _ in range(1 if n == len(f1) == len(f2) else subsets):  # where a subset is the whole, one
-        x, y = (f[torch.randperm(len(f), generator=generator)[:n]].double() for f in (f1, f2))
-        within = sum((k.sum() - k.trace()) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
-        values.append(within - 2 * kernel(x, y).mean())
+    for _ in range(subsets):
+        x = subset(f1)
+        y = subset(f2)
+        values.append(within(x) + within(y) - 2 * kernel(x, y).mean())
     return torch.stack(values)
 
 
 def clip_pixels(x: Tensor, size: int = 224) -> Tensor:
-    """Pictures -> pixels [B, 3, size, size] as CLIP's own preprocessing makes them of an 8-bit picture: short side to
-    `size` by Pillow's bicubic, centre crop, normalised. (The trainers' loss stretches: `clip.prepare`.)"""
+    """Pictures -> pixels [B, 3, size, size], as CLIP's own preprocessing makes them of a file.
+
+    The short side is scaled to `size` by Pillow's bicubic filter, then a centre crop, then CLIP's
+    mean and standard deviation. (The trainers' loss stretches instead, see `clip.prepare`.)
+    """
     cropped = []
     for picture in map(to_picture, x):
-        W, H = picture.size
-        w, h = size * W // min(W, H), size * H // min(W, H)
-        left, top = round((w - size) / 2), round((h - size) / 2)
-        resized = picture.resize((w, h), Image.Resampling.BICUBIC)
+        short = min(picture.size)
+        width = size * picture.width // short
+        height = size * picture.height // short
+        left = round((width - size) / 2)
+        top = round((height - size) / 2)
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
         cropped.append(to_tensor(resized.crop((left, top, left + size, top + size))))
     return clip.normalise(torch.stack(cropped).to(x) * 2 - 1)
 
 
 @torch.no_grad()
-def clip_score(judge: metrics.MetricNetwork, x: Tensor, captions: list[str]) -> Tensor:
-    """100 times the cosine of each picture with its own caption, [B], negative ones as 0 (Hessel et al. 2021)."""
-    captions = judge.network.embed_captions(judge.tokenizer(captions).to(x.device))
-    pictures = judge.network.image(clip_pixels(x, judge.network.image.config.image_size))
-    return 100 * F.cosine_similarity(pictures, captions).clamp(min=0)
+def clip_score(metric: metrics.MetricNetwork, x: Tensor, captions: list[str]) -> Tensor:
+    """100 times the cosine of each picture with its own caption, [B]; below 0 counts as 0.
+
+    Source: Hessel et al. 2021, "CLIPScore".
+    """
+    network = metric.network
+    words = network.embed_captions(metric.tokenizer(captions).to(x.device))
+    pictures = network.image(clip_pixels(x, network.image.config.image_size))
+    return 100 * F.cosine_similarity(pictures, words).clamp(min=0)
 
 
-# ------------------------------------------------------------------------------------------------------------ folders
+# -------------------------------------------------------------------------------------- folders
 
 def list_pictures(folder: Path) -> list[Path]:
     return [folder / name for name in folders.pictures_in(folder)]
 
 
 def match(real: list[Path], fake: list[Path]) -> list[tuple[Path, Path]]:
-    """Pairs of the same stem. ValueError where a picture is alone, not of its partner's size, or cannot be read."""
-    stems = [{p.stem: p for p in paths} for paths in (real, fake)]
-    for twin in (p for paths, known in zip((real, fake), stems) for p in paths if known[p.stem] != p):
-        raise ValueError(f"{twin} shares its stem with another picture there; rename or remove one of them")
-    if alone := sorted(stems[0].keys() ^ stems[1].keys()):
-        path, other = (stems[0] | stems[1])[alone[0]], real if alone[0] in stems[1] else fake
-        raise ValueError(f"{path} has no partner of its stem in {other[0].parent} ({len(alone)} of"
-                         f" {len(real) + len(fake)} pictures are alone); expected the same stems in both folders")
-    pairs = [(path, stems[1][path.stem]) for path in real]
-    for pair in tqdm(pairs, desc="sizes", leave=False, disable=None):  # before networks are loaded
-        a, b = ("{}x{}".format(*open_picture(path).size) for path in pair)
-        if a != b:
-            raise ValueError(f"{pair[0]} is {a} pixels and its partner {pair[1]} {b}; make them equal")
+    """Pairs of pictures of the same stem.
+
+    ValueError if a picture has no partner, is not of its partner's size, or cannot be read.
+    """
+    real_stems = by_stem(real)
+    fake_stems = by_stem(fake)
+    alone = sorted(real_stems.keys() ^ fake_stems.keys())
+    if alone:
+        stem = alone[0]
+        path = (real_stems | fake_stems)[stem]
+        others = fake if stem in real_stems else real
+        raise ValueError(
+            f"{path} has no partner of its stem in {others[0].parent} ({len(alone)} of"
+            f" {len(real) + len(fake)} pictures are alone); expected the same stems in both folders"
+        )
+
+    pairs = [(path, fake_stems[path.stem]) for path in real]
+    for a, b in tqdm(pairs, desc="sizes", leave=False, disable=None):
+        width, height = open_picture(a).size
+        other_width, other_height = open_picture(b).size
+        if (width, height) != (other_width, other_height):
+            raise ValueError(
+                f"{a} is {width}x{height} pixels and its partner {b} {other_width}x{other_height};"
+                " make them equal"
+            )
     return pairs
 
 
-def read_batches(rows: list[tuple[Path, ...]], batch: int, device: torch.device, what: str) -> Iterator[list[Tensor]]:
-    """The files, column by column, as pictures [B, 3, H, W] in [-1, 1]; B is up to `batch` neighbours of one size."""
+def by_stem(paths: list[Path]) -> dict[str, Path]:
+    """The pictures by their names without suffix. ValueError if two share one."""
+    stems = {path.stem: path for path in paths}
+    for path in paths:
+        if stems[path.stem] != path:
+            raise ValueError(
+                f"{path} shares its stem with another picture there; rename or remove one of them"
+            )
+    return stems
+
+
+def read_batches(
+    rows: list[tuple[Path, ...]],
+    batch: int,
+    device: torch.device,
+    title: str,
+) -> Iterator[list[Tensor]]:
+    """The pictures of each column of `rows`, [B, 3, H, W] in [-1, 1].
+
+    B is up to `batch` neighbouring rows of one size. `title` is for the progress bar.
+    """
+
     def load(row: tuple[Path, ...]) -> list[Tensor]:
         return [to_tensor(open_picture(path)) * 2 - 1 for path in row]
 
+    def shapes(row: list[Tensor]) -> list[torch.Size]:
+        return [x.shape for x in row]
+
+    starts = range(0, len(rows), batch)
     with ThreadPoolExecutor() as pool:
-        for first in tqdm(range(0, len(rows), batch), desc=what, unit="batch", leave=False, disable=None):
-            loaded = pool.map(load, rows[first:first + batch])
-            for _, group in itertools.groupby(loaded, key=lambda row: [x.shape for x in row]):
+        for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None):
+            loaded = pool.map(load, rows[start : start + batch])
+            for _, group in itertools.groupby(loaded, key=shapes):
                 yield [torch.stack(column).to(device) for column in zip(*group)]
 
 
-def folder_features(paths: list[Path], judge: metrics.MetricNetwork, batch: int, device: torch.device,
-                    stats: Path | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Features [N, D] of the files, their mean and covariance. With `stats` they are kept in that file (features, mu,
-    sigma), or read from it; ValueError where it was made of other pictures, Inception weights or preparation."""
-    files = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths]
-    key = hashlib.sha256("\n".join([judge.hash, CLEAN, *files]).encode()).hexdigest()
+def folder_features(
+    paths: list[Path],
+    metric: metrics.MetricNetwork,
+    batch: int,
+    device: torch.device,
+    stats: Path | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Inception's features [N, D] of the pictures, their mean [D] and covariance [D, D].
+
+    With `stats` they are kept in that file, or read from it if it exists. ValueError if it was
+    made from other pictures, Inception weights or image preparation.
+    """
+    folder = paths[0].parent
+    key = stats_key(paths, metric)
     if stats and stats.exists():
-        try:
-            with np.load(stats) as file:  # without pickle: no code
-                found, *arrays = file["key"], *(torch.from_numpy(file[name]) for name in ("features", "mu", "sigma"))
-        except Exception as error:  # zip and numpy have their own kinds
-            raise ValueError(f"{stats} is not of --stats ({training.first_line(error)}); name another file") from None
-        if str(found) != key:
-            raise ValueError(f"{stats} is stale: {paths[0].parent} holds other pictures (names, sizes or dates), or the"
-                             " Inception weights are others; remove it, or name another file")
-        print(f"features of {paths[0].parent} are read from {stats}", file=sys.stderr)
-        return tuple(arrays)
-    batches = read_batches([(path,) for path in paths], batch, device, str(paths[0].parent))
-    f = torch.cat([features(judge.network, x) for (x,) in batches])
+        kept = read_stats(stats, key, folder)
+        print(f"features of {folder} are read from {stats}", file=sys.stderr)
+        return kept
+
+    rows = [(path,) for path in paths]
+    batches = read_batches(rows, batch, device, title=str(folder))
+    f = torch.cat([features(metric.network, x) for (x,) in batches])
     mean, cov = statistics(f)
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:  # savez would add .npz to a name
-            np.savez(file, key=key, features=f.numpy(), mu=mean.numpy(), sigma=cov.numpy())
-
     if stats:
-        training.write_file(stats, write)
+        write_stats(stats, key, f, mean, cov)
     return f, mean, cov
 
 
+def stats_key(paths: list[Path], metric: metrics.MetricNetwork) -> str:
+    """A hash of all that the features depend on."""
+    lines = [metric.hash, CLEAN]
+    for path in paths:
+        facts = path.stat()
+        lines.append(f"{path.name} {facts.st_size} {facts.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_stats(stats: Path, key: str, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, mean and covariance of a --stats file."""
+    try:
+        with np.load(stats) as file:  # without pickle, so it runs no code
+            found = str(file["key"])
+            arrays = [torch.from_numpy(file[name]) for name in ("features", "mu", "sigma")]
+    except Exception as error:  # zipfile and numpy raise errors of their own
+        raise ValueError(
+            f"{stats} is not a file of --stats ({training.first_line(error)}); name another file"
+        ) from None
+    if found != key:
+        raise ValueError(
+            f"{stats} is stale: {folder} holds other pictures (names, sizes or dates), or the"
+            " Inception weights are others; remove it, or name another file"
+        )
+    return tuple(arrays)
+
+
+def write_stats(stats: Path, key: str, f: Tensor, mean: Tensor, cov: Tensor) -> None:
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # given a name, savez would add .npz to it
+            np.savez(file, key=key, features=f.numpy(), mu=mean.numpy(), sigma=cov.numpy())
+
+    training.write_file(stats, write)
+
+
 def read_captions(path: Path, fake: list[Path]) -> list[str]:
-    """The caption of each made picture, under its file name or one of the same stem."""
+    """The caption of each generated picture, found by its file name or by its stem."""
     prompts = folders.read_prompts(path)
     if prompts is None:
-        raise ValueError(f'{path} does not exist; expected a JSON file {{"file name": "caption"}}')
+        raise ValueError(
+            f'{path} does not exist; expected a JSON file {{"file name": "caption"}}'
+        )
     stems = {Path(name).stem: caption for name, caption in prompts.items()}
-    found = [prompts.get(p.name, stems.get(p.stem)) for p in fake]
-    if None in found:
-        raise ValueError(f"{path} has no caption for {fake[found.index(None)].name} ({found.count(None)} of"
-                         f" {len(fake)} have none); expected one for every picture of --fake")
-    return found
+    captions = [prompts.get(picture.name, stems.get(picture.stem)) for picture in fake]
+    if None in captions:
+        first = fake[captions.index(None)]
+        raise ValueError(
+            f"{path} has no caption for {first.name} ({captions.count(None)} of {len(fake)} have"
+            " none); expected one for every picture of --fake"
+        )
+    return captions
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------- command line
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--real", type=Path, help="folder of true pictures (for structure: of inputs)")
-    add("--fake", type=Path, required=True, help="folder of made pictures")
-    add("--paired", action="store_true", help="pictures of the same stem are pairs: an error where one has no partner")
-    add("--metrics", help=f"some of {','.join(METRICS)} [all that can be had]")
-    add("--captions", type=Path, help='JSON, {"file name": "caption"}, of the made pictures')
-    add("--stats", type=Path, help="keep what FID and KID need of the real folder in this file, or read it there")
-    add("--json", action="store_true", help="print JSON in place of the table")
-    add("--seed", type=int, default=0, help="of KID's subsets [0]")
-    add("--batch", type=int, default=16, help="pictures at a time [16]")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    args = training.parse_args(parser, argv)
-    args.metrics = args.metrics if args.metrics is None else args.metrics.replace(" ", "").split(",")
-    for name in args.metrics or []:
+@dataclass(frozen=True)
+class Options:
+    """The command line: one flag per field, with the comment behind it as help."""
+
+    real: Path | None = None  # folder of real pictures (for structure: of inputs)
+    fake: Path | None = None  # folder of generated pictures
+    paired: bool = False  # pictures of the same stem are pairs; one without a partner is an error
+    metrics: str | None = None  # names with commas: fid,kid,structure,lpips,clip,psnr,ssim
+    captions: Path | None = None  # JSON, {"file name": "caption"}, of the generated pictures
+    stats: Path | None = None  # keep what FID and KID need of --real in this file, or read it
+    json: bool = False  # print JSON in place of the table
+    seed: int = 0  # random seed of KID's subsets
+    batch: int = 16  # pictures at a time
+    device: str = "auto"  # auto, cpu, cuda, mps
+
+    @property
+    def asked(self) -> list[str] | None:
+        """The metrics asked for by name; None for all that are possible."""
+        if self.metrics is None:
+            return None
+        return self.metrics.replace(" ", "").split(",")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The metrics to compute, the pairs for them, and why others are left out."""
+
+    names: list[str]
+    pairs: list[tuple[Path, Path]]
+    skipped: dict[str, str]
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    parser = training.build_parser(Options, aliases={}, description=__doc__)
+    options = Options(**training.given_values(parser, argv))
+    check(options)
+    return options
+
+
+def check(options: Options) -> None:
+    """ValueError for a flag that is missing, wrong, or without a meaning for these metrics."""
+    if options.fake is None:
+        raise ValueError("--fake is missing; expected a folder of generated pictures")
+    for name in options.asked or []:
         if name not in METRICS:
             near = difflib.get_close_matches(name.lower(), METRICS, n=1)
-            raise ValueError(f"there is no metric '{name}'; "
-                             + (f"did you mean {near[0]}?" if near else f"expected some of {','.join(METRICS)}"))
-    if args.real is None and args.metrics != ["clip"]:
+            hint = f"did you mean {near[0]}?" if near else f"expected some of {','.join(METRICS)}"
+            raise ValueError(f"there is no metric '{name}'; {hint}")
+    if options.real is None and options.asked != ["clip"]:
         raise ValueError("--real is missing; expected a folder of pictures to compare with")
-    for flag, users in [("captions", {"clip"}), ("stats", {"fid", "kid"}), ("paired", PAIRED)]:
-        if getattr(args, flag) and args.metrics and not users & set(args.metrics):
-            raise ValueError(f"--{flag} has no meaning for --metrics {','.join(args.metrics)}; leave it out")
-    if args.stats and not args.stats.parent.is_dir():
-        raise ValueError(f"--stats {args.stats}: there is no folder {args.stats.parent}; make it first")
-    return args
+
+    users = {"captions": {"clip"}, "stats": {"fid", "kid"}, "paired": PAIRED}
+    for flag, names in users.items():
+        if getattr(options, flag) and options.asked and not names & set(options.asked):
+            raise ValueError(
+                f"--{flag} has no meaning for --metrics {','.join(options.asked)}; leave it out"
+            )
+    if options.stats and not options.stats.parent.is_dir():
+        raise ValueError(
+            f"--stats {options.stats}: there is no folder {options.stats.parent}; make it first"
+        )
 
 
-def choose(args: argparse.Namespace, real: list[Path], fake: list[Path]) -> tuple[list[str], list, dict[str, str]]:
-    """Metrics to compute, the pairs for them, and why others are left out. ValueError where one was asked for."""
-    asked, pairs, reasons = args.metrics or [*METRICS], [], {}
-    if PAIRED & set(asked):
+def choose(options: Options, real: list[Path], fake: list[Path]) -> Choice:
+    """Which metrics to compute. ValueError if one was asked for that is not possible."""
+    wanted = options.asked or list(METRICS)
+    pairs = []
+    reasons = {}
+    if PAIRED & set(wanted):
         try:
             pairs = match(real, fake)
         except ValueError as error:
-            if args.paired or args.metrics:
+            if options.paired or options.asked:
                 raise
-            reasons = dict.fromkeys(PAIRED, f"the folders are no pairs ({error})")
-    if "clip" in asked and args.captions is None:
+            reasons = dict.fromkeys(PAIRED, f"the folders are not pairs ({error})")
+    if "clip" in wanted and options.captions is None:
         reasons["clip"] = "it needs --captions"
-    if {"fid", "kid"} & set(asked) and min(len(real), len(fake)) < 2:
+    if {"fid", "kid"} & set(wanted) and min(len(real), len(fake)) < 2:
         reasons |= dict.fromkeys(("fid", "kid"), "it takes two pictures or more in each folder")
-    if args.metrics and reasons:
-        raise ValueError("; ".join(f"{name} cannot be computed: {reasons[name]}" for name in asked if name in reasons))
-    for name, (judge, *_) in METRICS.items():
-        if not args.metrics and judge and name not in reasons and not metrics.has_metric_network(judge):
-            reasons[name] = f"the weights of {judge} are not on this machine; --metrics {name} fetches them"
-    chosen = [name for name in METRICS if name in asked and name not in reasons]
-    return chosen, pairs, {name: reasons[name] for name in METRICS if name in reasons}
+
+    refused = [f"{name} cannot be computed: {reasons[name]}" for name in wanted if name in reasons]
+    if options.asked and refused:
+        raise ValueError("; ".join(refused))
+    if not options.asked:
+        reasons |= missing_weights(set(METRICS) - set(reasons))
+
+    names = [name for name in METRICS if name in wanted and name not in reasons]
+    skipped = {name: reasons[name] for name in METRICS if name in reasons}
+    return Choice(names, pairs, skipped)
 
 
-def compute(args: argparse.Namespace, chosen: list[str], real: list[Path], fake: list[Path], pairs: list,
-            device: torch.device) -> dict[str, dict]:
-    """name -> value, its deviation over KID's subsets or over pictures, and all that it depends on."""
-    captions = read_captions(args.captions, fake) if "clip" in chosen else []
-    judges = {judge: metrics.load_metric_network(judge, str(device)) for judge in {METRICS[name][0] for name in chosen} - {None}}
-    values, notes = {name: [] for name in chosen}, {}
-    if {"fid", "kid"} & set(chosen):
-        f1, *stats1 = folder_features(real, judges["inception"], args.batch, device, args.stats)
-        f2, *stats2 = folder_features(fake, judges["inception"], args.batch, device)
-        n, length = min(len(f1), len(f2)), f1.shape[1]
-        if "fid" in chosen:
-            values["fid"] = [torch.tensor([frechet_distance(*stats1, *stats2)], dtype=torch.float64)]
-            if n < length:
-                notes["fid"] = (f"N = {n} is below the {length} features: the covariance is not of full rank, FID is"
-                                " too high, more so the smaller N; compare FIDs of equal N, or KID, which is unbiased")
-        if "kid" in chosen:
-            values["kid"] = [kid(f1, f2, torch.Generator().manual_seed(args.seed))]
-            subsets = len(values["kid"][0])
-            notes["kid"] = f"{subsets} random subsets of {min(n, 1000)} pictures" if subsets > 1 else "of all pictures"
-    functions = dict(psnr=psnr, ssim=ssim, lpips=lambda a, b: judges["lpips"].network(a, b),
-                     structure=lambda a, b: dino.structure_distance(judges["dino"].network, a, b))
-    with torch.no_grad():
-        for a, b in read_batches(pairs, args.batch, device, "pairs"):
-            for name in PAIRED & set(chosen):
-                values[name].append(functions[name](a, b).cpu())
-        for (x,) in read_batches([(path,) for path, _ in zip(fake, captions)], args.batch, device, "clip"):
-            done = sum(map(len, values["clip"]))
-            values["clip"].append(clip_score(judges["clip"], x, captions[done:done + len(x)]).cpu())
+def missing_weights(names: set[str]) -> dict[str, str]:
+    """Why some of these metrics cannot be computed without a download."""
+    reasons = {}
+    for name in names:
+        network = METRICS[name].network
+        if network is not None and not metrics.has_metric_network(network):
+            reasons[name] = (
+                f"the weights of {network} are not on this machine; --metrics {name} fetches them"
+            )
+    return reasons
+
+
+def compute(
+    options: Options,
+    choice: Choice,
+    real: list[Path],
+    fake: list[Path],
+    device: torch.device,
+) -> dict[str, dict]:
+    """For each chosen metric its value, standard deviation, and all that it depends on."""
+    captions = read_captions(options.captions, fake) if "clip" in choice.names else []
+    networks = load_networks(choice.names, device)
+
+    values = {}
+    notes = {}
+    if {"fid", "kid"} & set(choice.names):
+        values, notes = compare_folders(options, choice, real, fake, networks["inception"], device)
+    values |= compare_pairs(options, choice, networks, device)
+    if "clip" in choice.names:
+        values["clip"] = score_captions(options, fake, captions, networks["clip"], device)
+
     results = {}
-    for name in chosen:
-        (judge, network, better, preparation), found = METRICS[name], torch.cat(values[name]).double()
-        if equal := int(found.isinf().sum()):  # JSON has no infinity
+    for name in choice.names:
+        metric = METRICS[name]
+        found = values[name].double()
+        value, deviation = mean_and_deviation(found)
+        if value is None:
+            equal = int(found.isinf().sum())
             notes[name] = f"infinite: {equal} of {len(found)} pairs are equal"
+        count = dict(pairs=len(found))
+        if metric.network == "inception":
+            count = dict(real=len(real), fake=len(fake))
         results[name] = dict(
-            value=None if equal else found.mean().item(),
-            deviation=None if equal or len(found) < 2 else found.std().item(), better=better,
-            n=dict(real=len(real), fake=len(fake)) if judge == "inception" else dict(pairs=len(found)),
-            seed=args.seed, weights=judge and judges[judge].hash, network=network, preparation=preparation,
-            note=notes.get(name))
+            value=value,
+            deviation=deviation,
+            better=metric.better,
+            n=count,
+            seed=options.seed,
+            weights=networks[metric.network].hash if metric.network else None,
+            network=metric.description,
+            preparation=metric.preparation,
+            note=notes.get(name),
+        )
     return results
 
 
+def load_networks(names: list[str], device: torch.device) -> dict[str, metrics.MetricNetwork]:
+    """The metric networks that these metrics need, each once."""
+    needed = {METRICS[name].network for name in names} - {None}
+    return {network: metrics.load_metric_network(network, str(device)) for network in needed}
+
+
+def compare_folders(
+    options: Options,
+    choice: Choice,
+    real: list[Path],
+    fake: list[Path],
+    metric: metrics.MetricNetwork,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """FID [1] and KID [subsets], those of them that were chosen, and notes on them."""
+    real_features, *real_stats = folder_features(
+        real, metric, options.batch, device, options.stats
+    )
+    fake_features, *fake_stats = folder_features(fake, metric, options.batch, device)
+    n = min(len(real_features), len(fake_features))
+    length = real_features.shape[1]
+
+    values = {}
+    notes = {}
+    if "fid" in choice.names:
+        distance = frechet_distance(*real_stats, *fake_stats)
+        values["fid"] = torch.tensor([distance], dtype=torch.float64)
+        if n < length:
+            notes["fid"] = (
+                f"N = {n} is below the {length} features: the covariance is not of full rank, and"
+                " FID is too high, more so the smaller N; compare FIDs of equal N, or KID, which is"
+                " unbiased"
+            )
+    if "kid" in choice.names:
+        generator = torch.Generator().manual_seed(options.seed)
+        values["kid"] = kid(real_features, fake_features, generator)
+        notes["kid"] = "of all pictures"
+        if len(values["kid"]) > 1:
+            notes["kid"] = f"{len(values['kid'])} random subsets of {min(n, 1000)} pictures"
+    return values, notes
+
+
+@torch.no_grad()
+def compare_pairs(
+    options: Options,
+    choice: Choice,
+    networks: dict[str, metrics.MetricNetwork],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The chosen metrics of pairs, [pairs] each."""
+
+    def compare(name: str, a: Tensor, b: Tensor) -> Tensor:
+        if name == "psnr":
+            return psnr(a, b)
+        if name == "ssim":
+            return ssim(a, b)
+        if name == "lpips":
+            return networks["lpips"].network(a, b)
+        return dino.structure_distance(networks["dino"].network, a, b)
+
+    values = {name: [] for name in choice.names if name in PAIRED}
+    for a, b in read_batches(choice.pairs, options.batch, device, title="pairs"):
+        for name, found in values.items():
+            found.append(compare(name, a, b).cpu())
+    return {name: torch.cat(found) for name, found in values.items()}
+
+
+def score_captions(
+    options: Options,
+    fake: list[Path],
+    captions: list[str],
+    metric: metrics.MetricNetwork,
+    device: torch.device,
+) -> Tensor:
+    """The CLIP score of each generated picture, [N]."""
+    rows = [(path,) for path in fake]
+    scores = []
+    done = 0
+    for (x,) in read_batches(rows, options.batch, device, title="clip"):
+        scores.append(clip_score(metric, x, captions[done : done + len(x)]).cpu())
+        done += len(x)
+    return torch.cat(scores)
+
+
+def mean_and_deviation(values: Tensor) -> tuple[float | None, float | None]:
+    """Mean and standard deviation over KID's subsets or over pictures.
+
+    The deviation of one value is None. Infinite values make both None, as JSON has no infinity.
+    """
+    if values.isinf().any():
+        return None, None
+    if len(values) < 2:
+        return values.mean().item(), None
+    return values.mean().item(), values.std().item()
+
+
 def table(results: dict[str, dict]) -> str:
-    rows = [("metric", "value", "deviation", "better", "N", "seed", "weights", "network", "image preparation")]
-    for name, r in results.items():
-        rows.append((name, "inf" if r["value"] is None else f"{r['value']:.5g}",
-                     "-" if r["deviation"] is None else f"{r['deviation']:.3g}", r["better"],
-                     ", ".join(f"{count} {what}" for what, count in r["n"].items()), str(r["seed"]),
-                     r["weights"] or "-", r["network"] or "-", r["preparation"]))
+    """The results as aligned columns, and the notes below them."""
+    header = "metric,value,deviation,better,N,seed,weights,network,image preparation"
+    rows = [header.split(",")]
+    for name, result in results.items():
+        value = "inf" if result["value"] is None else f"{result['value']:.5g}"
+        deviation = "-" if result["deviation"] is None else f"{result['deviation']:.3g}"
+        count = ", ".join(f"{number} {of}" for of, number in result["n"].items())
+        cells = [name, value, deviation, result["better"], count, str(result["seed"])]
+        cells += [result["weights"] or "-", result["network"] or "-", result["preparation"]]
+        rows.append(cells)
+
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join(lines + [f"{name}: {r['note']}" for name, r in results.items() if r["note"]])
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    for name, result in results.items():
+        if result["note"]:
+            lines.append(f"{name}: {result['note']}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    args = parse()
-    device = training.pick_device(args.device)
-    torch.backends.cudnn.allow_tf32 = False  # published features are float32's
-    real, fake = list_pictures(args.real) if args.real else [], list_pictures(args.fake)
-    chosen, pairs, skipped = choose(args, real, fake)
-    for name, reason in skipped.items():
+    options = parse()
+    device = training.pick_device(options.device)
+    torch.backends.cudnn.allow_tf32 = False  # published features are computed in float32
+    real = list_pictures(options.real) if options.real else []
+    fake = list_pictures(options.fake)
+
+    choice = choose(options, real, fake)
+    for name, reason in choice.skipped.items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
-    if not chosen:
-        raise ValueError("no metric can be computed for these folders on this machine; the lines above say why")
-    results = compute(args, chosen, real, fake, pairs, device)
-    folders = dict(real=args.real and str(args.real), fake=str(args.fake))
-    print(json.dumps(dict(**folders, metrics=results, skipped=skipped), indent=1) if args.json else table(results))
+    if not choice.names:
+        raise ValueError(
+            "no metric can be computed for these folders on this machine; the lines above say why"
+        )
+
+    results = compute(options, choice, real, fake, device)
+    if not options.json:
+        print(table(results))
+        return
+    report = dict(
+        real=str(options.real) if options.real else None,
+        fake=str(options.fake),
+        metrics=results,
+        skipped=choice.skipped,
+    )
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,40 @@
-"""Makes pictures: from a prompt, or from pictures with a trained translator.
+"""Draws pictures from a prompt, edits pictures, and translates them with a trained model.
 
-    python sample.py                                     # a page of what the embedded base, tiny-turbo, does
+    python sample.py                         # a page of what the embedded base, tiny-turbo, draws
     python sample.py "a red house and a blue car on grass at night in the snow"
     python sample.py "a cat on a sofa" --base stabilityai/sd-turbo
     python sample.py "a cat on a sofa" --base sd15 --steps 25 --guidance 7.5
     python sample.py "a cat on a sofa" --base yoso512
-    python sample.py "a cat on a sofa" --merge "yoso512 + pixart1024 - pixart512" --save FOLDER
-    python sample.py "a cat on a sofa" --base model.safetensors --lora FILE:0.8 --sampler lcm --steps 2 --guidance 1.5
-    python sample.py "a cat on a sofa" --base sd15 --controlnet lllyasviel/sd-controlnet-canny --control_image edges.png
+    python sample.py "a cat" --merge "yoso512 + pixart1024 - pixart512" --save FOLDER
+    python sample.py "a cat" --base model.safetensors --lora FILE:0.8 --sampler lcm --steps 2
+    python sample.py "a cat" --base sd15 --controlnet lllyasviel/sd-controlnet-canny \\
+        --control_image edges.png
     python sample.py "a cat on a sofa" --base sd-turbo --input photo.jpg --strength 0.6
     python sample.py "a cat on a sofa" --checkpoint runs/YOSO
     python sample.py --checkpoint runs/NAME --input picture.png "a cat"
-    python sample.py --checkpoint edge_to_image --input photo.jpg --preprocess canny "a cat" --output cat.png
+    python sample.py --checkpoint edge_to_image --input photo.jpg --preprocess canny "a cat"
     python sample.py --checkpoint day_to_night --input photo.jpg --output night.png
     python sample.py --checkpoint runs/NAME --direction b2a --input FOLDER --output FOLDER2
     python sample.py --checkpoint day2night --input picture.png --export night.pt2
 
-Noise is drawn on the CPU, picture i with its own generator of seed + i (all files of an input folder use the same
-seed): the same seed gives the same picture on every device, in every batch. Paths of what was written go to stdout."""
+Noise is drawn on the CPU. Picture i of a prompt has its own generator with seed + i, and all
+files of an input folder use the same seed, so a seed gives the same picture on every device and
+in every batch. The paths of the files that were written go to stdout.
+
+--export writes the translation with this caption as a program for this device and the input's
+size, rounded up to the VAE's factor. torch.export.load(FILE).module()(x) takes x [1, 3, H, W]
+in [0, 1] and, for a stochastic model, noise.
+"""
 
 import argparse
+import inspect
 import io
-import pathlib
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from PIL import Image, PngImagePlugin
@@ -33,218 +42,602 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import training
-from dataset import folders
-from dataset.pictures import SUFFIXES, canny, open_picture, pad_to_multiple, sketch, to_picture, to_tensor
+from dataset.folders import pictures_in
+from dataset.pictures import (
+    SUFFIXES,
+    canny,
+    open_picture,
+    pad_to_multiple,
+    sketch,
+    to_picture,
+    to_tensor,
+)
 from files import bases, checkpoints, hub
 from models import controlnet, diffusion, vae
 
-DTYPES = {"float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16,
-          "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
-Batches = Iterator[tuple[list[pathlib.Path], Tensor, list[int]]]  # where they go, pictures, their seeds
-# By their names: which timesteps they take.
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float64": torch.float64,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+# The timesteps that each sampler visits.
 SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list[int]]] = {
-    "ddim": diffusion.timesteps, "lcm": diffusion.lcm_timesteps, "dpm": diffusion.dpm_timesteps}
-# What has a meaning for one of the two uses alone.
-OF_A_PROMPT = ("n", "steps", "sampler", "prediction_type", "guidance", "negative", "size", "prior", "merge", "save",
-               "lora", "controlnet", "control_image", "control_scale")
-OF_A_CHECKPOINT = ("direction", "r", "skip_scale")
-OF_A_PICTURE = ("strength", "preprocess", "low_threshold", "high_threshold")
+    "ddim": diffusion.timesteps,
+    "lcm": diffusion.lcm_timesteps,
+    "dpm": diffusion.dpm_timesteps,
+}
+
+# Paths to write to, pictures [B, 3, H, W] in [-1, 1], and their random seeds.
+Batches = Iterator[tuple[list[Path], Tensor, list[int]]]
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("prompt", nargs="?", help="what to draw; a checkpoint that knows its caption needs none")
-    add("--base", help="a diffusers folder, a one-file checkpoint, a Hub id, or "
-        f"{', '.join(hub.BASES)} [tiny-turbo; the checkpoint's own]")
-    add("--merge", metavar="'A + B - C'", help="in place of --base: the sum of bases' denoisers, tensor by tensor")
-    add("--lora", action="append", metavar="FILE[:SCALE]", help="added to the base; may be given several times")
-    add("--controlnet", help="a ControlNet's folder or Hub id, for what --control_image shows")
-    add("--control_image", type=pathlib.Path, help="edges, depth, poses: what the ControlNet was trained for")
-    add("--control_scale", type=float, default=1.0, help="how much of the ControlNet is added [1]")
-    add("--prior", type=pathlib.Path, help="begin at noised latents of these statistics (python data.py prior)")
-    add("--save", type=pathlib.Path, help="also write the base with its LoRA as a folder in the diffusers layout,"
-        " and a one-step generator's prior into it")
-    add("--checkpoint", help="what a trainer made: model.safetensors, a run's folder; or an official .pkl or its name: "
-        + ", ".join(checkpoints.CHECKPOINTS))
-    add("--input", type=pathlib.Path, help="a picture or a folder of pictures to translate or, without a checkpoint,"
-        " to edit")
-    add("--output", type=pathlib.Path, help="a .png file, or a folder [out.png, for several pictures out/]")
-    add("--seed", type=int, default=42)
-    add("--n", type=int, default=1, help="pictures of the prompt [1]")
-    add("--steps", type=int, default=1, help="network evaluations [1]")
-    add("--sampler", choices=SAMPLERS, help="[the one of the base's scheduler, ddim for others]")
-    add("--prediction_type", choices=diffusion.KINDS, help="what the network predicts [what the base says]")
-    add("--guidance", type=float, default=1.0, help="classifier-free guidance; none up to 1 [1]")
-    add("--negative", default="", help="what guidance leads away from")
-    add("--size", help="N or WIDTHxHEIGHT of a picture from a prompt [the base's, or that of the"
-        " checkpoint's training]")
-    add("--direction", choices=["a2b", "b2a"], help="between two domains [the released file's own, or a2b]")
-    add("--r", type=float, help="stochastic translators: 1 follows the input, 0 the noise [0.4]")
-    add("--strength", type=float, help="how much of a checkpoint's trained change is"
-        " applied; of editing, how much noise: at 1 nothing of the input is left [1, of editing 0.6]")
-    add("--skip_scale", type=float, default=1.0, help="gamma, the strength of the skips [1]")
-    add("--preprocess", choices=["canny", "sketch"], help="what is done to an input or control picture first")
-    add("--low_threshold", type=float, default=100, help="of canny [100]")
-    add("--high_threshold", type=float, default=200, help="of canny [200]")
-    add("--batch", type=int, default=1, help="pictures at a time [1]")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="of the networks [bf16 where the processor computes"
-        " in it and the picture keeps 40 dB, else float32]")
-    add("--tile", type=int, help="pixels: translate, or decode, larger pictures by overlapping squares of this side")
-    add("--compile", action="store_true", help="the networks by torch.compile: minutes once, then faster")
-    add("--export", type=pathlib.Path, help="also write the translation with this caption as a program, for this"
-        " device and the input's size, rounded up to the VAE's factor: torch.export.load(FILE).module()(x) takes"
-        " [1, 3, H, W] in [0, 1] and, with r, noise")
-    args = training.parse_args(parser, argv)
-    check(args, parser)
-    return args
+# ------------------------------------------------------------------------------------ flags
+
+@dataclass(frozen=True)
+class Options:
+    """The command line: one flag per field, with the comment behind it as help."""
+
+    prompt: str | None = None  # what to draw; not needed where the checkpoint knows its caption
+    # networks
+    base: str | None = None  # folder, one-file model, Hub id or name [tiny-turbo; the checkpoint's]
+    merge: str | None = None  # "A + B - C", in place of --base: sums denoisers tensor by tensor
+    lora: list[str] | None = None  # FILE or FILE:SCALE, added to the base; may be repeated
+    controlnet: str | None = None  # a ControlNet's folder or Hub id, for --control_image
+    control_image: Path | None = None  # edges, depth, poses: what the ControlNet was trained for
+    control_scale: float = 1.0  # how strongly the ControlNet steers
+    prior: Path | None = None  # start from noised latents of these statistics (dataset prior)
+    save: Path | None = None  # also write the base, with LoRA and prior, as a diffusers folder
+    checkpoint: str | None = None  # a trainer's model.safetensors or run folder, a .pkl, or a name
+    # pictures
+    input: Path | None = None  # picture or folder, to translate or, without a translator, to edit
+    output: Path | None = None  # a .png file or a folder [out.png; out/ for several pictures]
+    seed: int = 42  # random seed
+    n: int = 1  # pictures of the prompt
+    steps: int = 1  # network evaluations
+    sampler: str | None = None  # how noise is removed [that of the base's scheduler, or ddim]
+    prediction_type: str | None = None  # what the network predicts [what the base says]
+    guidance: float = 1.0  # classifier-free guidance; none up to 1
+    negative: str = ""  # what guidance leads away from
+    size: str | None = None  # N or WIDTHxHEIGHT [the base's, or that of the checkpoint's training]
+    # translating and editing
+    direction: str | None = None  # between two domains [the released file's own, or a2b]
+    r: float | None = None  # of stochastic translators: 1 follows the input, 0 the noise [0.4]
+    strength: float | None = None  # of the trained change [1]; of an edit, 1 keeps nothing [0.6]
+    skip_scale: float = 1.0  # gamma, the strength of the skip connections
+    preprocess: str | None = None  # what is done to an input or control picture first
+    low_threshold: float = 100  # of canny
+    high_threshold: float = 200  # of canny
+    # computing
+    batch: int = 1  # pictures at a time
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # of the networks; auto: bf16 where it is fast and keeps 40 dB, or float32
+    tile: int | None = None  # pixels: compute larger pictures in overlapping squares of this side
+    compile: bool = False  # torch.compile the networks: takes minutes once, then faster
+    export: Path | None = None  # also write the translation as a program, see above
 
 
-def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuses flags that do not go together. Sets what follows from them: translator, page, strength."""
-    args.translator = bool(args.checkpoint) and checkpoints.checkpoint_kind(args.checkpoint) != "yoso"
-    if (args.translator and not args.input) or (args.input and not args.translator and args.prompt is None):
-        raise ValueError("a translator (--checkpoint) and --input belong together; expected both, or a prompt to edit"
-                         " the input by")
-    args.page = all(getattr(args, name) == parser.get_default(name) for name in vars(args)
-                    if name not in ("output", "seed", "device", "dtype", "compile", "translator"))
-    if not args.translator and args.prompt is None and args.save is None and not args.page:
-        raise ValueError('nothing to draw: expected a prompt, as in python sample.py "a cat on a sofa"')
-    if (args.controlnet is None) != (args.control_image is None):
+# The values that a flag may have, where they are few.
+CHOICES = {
+    "sampler": SAMPLERS,
+    "prediction_type": diffusion.KINDS,
+    "direction": ("a2b", "b2a"),
+    "preprocess": ("canny", "sketch"),
+    "dtype": ("auto", *DTYPES),
+}
+
+# Flags that have a meaning for one use only. A PNG lists those of its own use.
+PROMPT_FLAGS = (
+    *("n", "steps", "sampler", "prediction_type", "guidance", "negative", "size", "prior"),
+    *("merge", "save", "lora", "controlnet", "control_image", "control_scale"),
+)
+TRANSLATOR_FLAGS = ("direction", "r", "skip_scale")
+PREPROCESS_FLAGS = ("preprocess", "low_threshold", "high_threshold")
+INPUT_FLAGS = ("strength", *PREPROCESS_FLAGS)
+
+# Flags that leave `python sample.py` drawing its page.
+PAGE_FLAGS = {"output", "seed", "device", "dtype", "compile"}
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    return Options(**vars(training.parse_args(build_parser(), argv)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"names for --base: {', '.join(hub.BASES)}\n"
+        f"names for --checkpoint: {', '.join(checkpoints.CHECKPOINTS)}",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Options), re.M))
+    for field in fields(Options):
+        text = comments[field.name]
+        if field.default not in (None, False, ""):
+            text += f" [{field.default}]"
+
+        if field.name == "prompt":
+            parser.add_argument("prompt", nargs="?", help=text)
+        elif field.name == "lora":
+            parser.add_argument("--lora", action="append", help=text)
+        elif field.name == "compile":
+            parser.add_argument("--compile", action="store_true", help=text)
+        else:
+            parser.add_argument(
+                f"--{field.name}",
+                default=field.default,
+                choices=CHOICES.get(field.name),
+                help=text,
+                **training.kind_of(field.type),
+            )
+    return parser
+
+
+def changed_flags(options: Options) -> set[str]:
+    """The flags that were given another value than their default."""
+    changed = set()
+    for field in fields(Options):
+        if getattr(options, field.name) != field.default:
+            changed.add(field.name)
+    return changed
+
+
+def choose_use(options: Options) -> str:
+    """What the flags ask for: "translate", "edit", "page" or "draw".
+
+    ValueError if a prompt or an input is missing for that.
+    """
+    translator = False
+    if options.checkpoint:
+        translator = checkpoints.checkpoint_kind(options.checkpoint) != "yoso"
+
+    nothing_to_translate = translator and not options.input
+    nothing_to_edit_by = options.input and not translator and options.prompt is None
+    if nothing_to_translate or nothing_to_edit_by:
+        raise ValueError(
+            "a translator (--checkpoint) and --input belong together; expected both, or a prompt to"
+            " edit the input by"
+        )
+
+    if translator:
+        return "translate"
+    if options.input:
+        return "edit"
+    if changed_flags(options) <= PAGE_FLAGS:
+        return "page"
+    if options.prompt is None and options.save is None:
+        raise ValueError(
+            'nothing to draw: expected a prompt, as in python sample.py "a cat on a sofa"'
+        )
+    return "draw"
+
+
+def check(options: Options, use: str) -> None:
+    """ValueError for flags that do not go together, or for a value out of its range."""
+    if (options.controlnet is None) != (options.control_image is None):
         raise ValueError("--controlnet and --control_image belong together; expected both")
-    if args.save and args.save.exists() and not (args.save.is_dir() and not any(args.save.iterdir())):
-        raise ValueError(f"--save {args.save}: there is something already; expected a new or an empty folder")
-    if args.base and args.merge:
+    if options.save and options.save.exists() and not is_empty_folder(options.save):
+        raise ValueError(
+            f"--save {options.save}: something is there already; expected a new or an empty folder"
+        )
+    if options.base and options.merge:
         raise ValueError("--merge names its bases; leave --base out")
-    unused = {"with a translator": OF_A_PROMPT if args.translator else (),
-              "without a translator": () if args.translator else (*OF_A_CHECKPOINT, "export"),
-              "for a folder": ("export",) if args.input and args.input.is_dir() else (),
-              "with --export": ("tile", "compile") if args.export else (),
-              "with --checkpoint": ("merge", "prior", "prediction_type") if args.checkpoint else (),
-              "without a translator or --control_image": () if args.translator or args.control_image else
-              OF_A_PICTURE[1:],
-              "without --preprocess canny": OF_A_PICTURE[2:] if args.preprocess != "canny" else (),
-              "without --controlnet": ("control_scale",) if args.controlnet is None else (),
-              "without a --guidance above 1": ("negative",) if args.guidance <= 1 else (),
-              "with --input": ("n", "size", "prior") if args.input else (),
-              "without --input or --checkpoint": () if args.input or args.checkpoint else ("strength",)}
-    for where, names in unused.items():
+
+    check_unused(options, use)
+
+    strength = strength_of(options, use)
+    if use == "edit" and not 0 < strength <= 1:
+        raise ValueError(f"--strength {strength}: expected a number above 0, up to 1")
+    if options.r is not None and not 0 <= options.r <= 1:
+        raise ValueError(f"--r {options.r}: expected a number from 0 to 1")
+
+
+def check_unused(options: Options, use: str) -> None:
+    """ValueError for a flag that was given but would have no effect."""
+    translating = use == "translate"
+    from_folder = options.input is not None and options.input.is_dir()
+    # When a row holds, its flags have no meaning.
+    rules = [
+        (translating, "with a translator", PROMPT_FLAGS),
+        (not translating, "without a translator", (*TRANSLATOR_FLAGS, "export")),
+        (from_folder, "for a folder", ("export",)),
+        (options.export, "with --export", ("tile", "compile")),
+        (options.checkpoint, "with --checkpoint", ("merge", "prior", "prediction_type")),
+        (
+            not translating and not options.control_image,
+            "without a translator or --control_image",
+            PREPROCESS_FLAGS,
+        ),
+        (
+            options.preprocess != "canny",
+            "without --preprocess canny",
+            ("low_threshold", "high_threshold"),
+        ),
+        (options.controlnet is None, "without --controlnet", ("control_scale",)),
+        (options.guidance <= 1, "without a --guidance above 1", ("negative",)),
+        (options.input, "with --input", ("n", "size", "prior")),
+        (
+            not options.input and not options.checkpoint,
+            "without --input or --checkpoint",
+            ("strength",),
+        ),
+    ]
+    changed = changed_flags(options)
+    for holds, where, names in rules:
         for name in names:
-            if getattr(args, name) != parser.get_default(name):
+            if holds and name in changed:
                 raise ValueError(f"--{name} has no meaning {where}; leave it out")
-    if args.strength is None:
-        args.strength = 0.6 if args.input and not args.translator else 1.0
-    if not args.translator and (args.input or not args.checkpoint) and not 0 < args.strength <= 1:
-        raise ValueError(f"--strength {args.strength}: expected a number above 0, up to 1")
-    if args.r is not None and not 0 <= args.r <= 1:
-        raise ValueError(f"--r {args.r}: expected a number from 0 to 1")
 
 
-# ------------------------------------------------------------------------------------------------------- what comes out
-
-def is_file(output: pathlib.Path) -> bool:
-    """Whether --output names one picture, not a folder."""
-    if output.suffix.lower() in SUFFIXES - {".png"} and not output.is_dir():
-        raise ValueError(f"--output {output}: pictures are written as PNG; expected a name ending in .png, or a folder")
-    return output.suffix.lower() == ".png" and not output.is_dir()
+def strength_of(options: Options, use: str) -> float:
+    """--strength, or its default for this use."""
+    if options.strength is not None:
+        return options.strength
+    return 0.6 if use == "edit" else 1.0
 
 
-def save(picture: Tensor, path: pathlib.Path, args: argparse.Namespace, **facts) -> None:
-    """An 8-bit PNG that says how it was made; its path on stdout."""
-    try:
-        version = metadata.version("one-step-diffusion")
-    except metadata.PackageNotFoundError:
-        version = "source"
-    names = OF_A_CHECKPOINT if args.translator else OF_A_PROMPT
-    names += OF_A_PICTURE if args.input or args.control_image else ()
-    facts |= {name: getattr(args, name) for name in names}
-    text = PngImagePlugin.PngInfo()
-    for key, value in {"prompt": args.prompt, **facts, "dtype": args.dtype, "version": version}.items():
-        if value is not None:
-            text.add_itxt(key, str(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = to_picture(picture.float().cpu())
-    training.write_file(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text))
-    print(path)
+def is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
-def ahead(items: Iterator) -> Iterator:
-    """The same items, each made in a thread while the caller works on the one before."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
+# -------------------------------------------------------------------------- prompt to pictures
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base that is ready to draw, and what loading it found out."""
+
+    base: bases.Base
+    sampler: str
+    precision: str  # in words, for the PNG
+    prior: tuple[Tensor, Tensor] | None  # of a one-step generator: mean and std [4, h, w]
 
 
-def save_all(batches: Batches, args: argparse.Namespace, base: str, several: bool) -> None:
-    """Each batch is written while the next is made."""
-    for paths, pictures, seeds in tqdm(ahead(batches), disable=not several, unit="batch"):
-        for path, picture, seed in zip(paths, pictures, seeds):
-            save(picture, path, args, seed=seed, base=base, checkpoint=args.checkpoint)
-
-
-# ------------------------------------------------------------------------------------------------------ types and speed
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the processor itself does; elsewhere bf16 is slower than float32. A PyTorch that cannot tell: no."""
-    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) or (
-        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def quicken(args: argparse.Namespace, device: torch.device, vaes: list[nn.Module], denoiser: nn.Module,
-            one_epsilon: bool, graphs: Iterable[nn.Module]) -> None:
-    """--dtype auto, channels_last, and --compile of each of `graphs`. A denoiser in bf16 loses too much where x0 comes
-    of one epsilon, whose errors 1 / alpha multiplies: in bf16 tiny-sd's pictures are 37 dB from float32's, whichever
-    layer is left in float32; in float16, with three bits more, 59 dB; with bf16 in the VAE alone 60 dB."""
-    if args.dtype == "auto" and not computes_in_bf16(device):
-        args.dtype = "float32"
-    elif args.dtype == "auto":
-        fine = "float16" if device.type == "cuda" else "float32"  # float16 is slow on a CPU
-        for network in vaes:
-            network.to(torch.bfloat16)
-        denoiser.to(DTYPES[fine] if one_epsilon else torch.bfloat16)
-        args.dtype = f"bf16, denoiser {fine}" if one_epsilon else "bf16"
-    # float32 stays mapped from its file. Group norms on a GPU take channels_last apart again, but not when compiled.
-    for network in (*vaes, denoiser) if args.dtype != "float32" and (device.type == "cpu" or args.compile) else ():
-        network.to(memory_format=torch.channels_last)
-    for network in graphs if args.compile else ():  # once for each size of picture; on a GPU as CUDA graphs
-        network.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
-
-
-# ---------------------------------------------------------------------------------------------------- text to picture
-
-@dataclass
+@dataclass(frozen=True)
 class Control:
     """A ControlNet and its condition [1, 3, H, W] in [0, 1], as large as the picture."""
+
     network: controlnet.ControlNet
     condition: Tensor
     scale: float = 1.0
 
 
-def bind(base: bases.Base, contexts: tuple[Tensor, ...], guidance: float, control: Control | None
-         ) -> diffusion.Model:
-    """The network as the samplers call it: all but the latent and the timestep is bound. The contexts are of what is
-    wanted and, for guidance above 1, of what is not."""
-    n, dtype = 2 if guidance > 1 else 1, next(base.denoiser.parameters()).dtype
+def draw(options: Options, device: torch.device) -> None:
+    """Draws --n pictures of the prompt. Without a prompt it only writes what --save asks for."""
+    several = options.n > 1
+    output = options.output or Path("out" if several else "out.png")
+    one_file = is_png(output)
+    if one_file and several:
+        raise ValueError(
+            f"--output {output} is one file for {options.n} pictures; expected a folder"
+        )
+    control_picture = read_control_picture(options)
+    strength = strength_of(options, "draw")
+    loaded = load_base(options, device, strength)
+    if options.prompt is None:
+        return
+
+    base = loaded.base
+    size_flag = options.size
+    if options.checkpoint and not size_flag:
+        size_flag = trained_size(loaded)
+    size, crop = plan_size(size_flag, control_picture, base)
+    control = load_control(options, base, control_picture, crop)
+    prior = choose_prior(options, loaded, size)
+    contexts = encode_prompt(base, options.prompt, options.negative, options.guidance)
+    base.text_encoder = None  # T5 is larger than all other networks together
+
+    def batches() -> Batches:
+        width, height = crop
+        end = options.seed + options.n
+        for first in range(options.seed, end, options.batch):
+            seeds = list(range(first, min(first + options.batch, end)))
+            pictures = text_to_image(
+                base,
+                options.prompt,
+                seeds,
+                size,
+                options.steps,
+                loaded.sampler,
+                options.guidance,
+                options.negative,
+                control=control,
+                prior=prior,
+                contexts=contexts,
+                tile=options.tile,
+            )
+            paths = [output if one_file else output / f"{seed}.png" for seed in seeds]
+            yield paths, pictures[:, :, :height, :width].cpu(), seeds
+
+    found = facts_of_base(loaded) | dict(size=size_flag, strength=strength)
+    save_all(batches(), png_facts(options, "draw", found), several)
+
+
+def load_base(options: Options, device: torch.device, strength: float = 1.0) -> LoadedBase:
+    """Loads the base, the sum of bases or the one-step generator, with its LoRA, for drawing.
+
+    `strength` is how much of a one-step generator's trained change is applied. With --save the
+    base is also written.
+    """
+    dtype = DTYPES.get(options.dtype, torch.float32)
+    prior = None
+    if options.checkpoint:
+        path = checkpoints.find_checkpoint(options.checkpoint)
+        base, prior = checkpoints.load_yoso(path, options.base, dtype, str(device), strength)
+    elif options.merge:
+        base = bases.load_merged(options.merge, dtype, str(device))
+    else:
+        name = options.base or "tiny-turbo"
+        base = bases.load_base(name, bases.parts_of(name), dtype, str(device))
+
+    if options.prediction_type:
+        config = base.schedule.config | {"prediction_type": options.prediction_type}
+        base.schedule = diffusion.Schedule.from_config(config)
+    for spec in options.lora or []:
+        bases.load_lora(spec, base)
+    if options.controlnet and base.unet is None:
+        raise ValueError(
+            f"--controlnet steers a U-Net, but {base.name} is PixArt; expected a Stable Diffusion"
+            " base"
+        )
+    if options.save:
+        save_base(options.save, base, prior)
+
+    precision = choose_precision(
+        options.dtype,
+        device,
+        one_epsilon_step=options.steps == 1 and base.schedule.prediction_type == "epsilon",
+    )
+    graphs = [base.denoiser]
+    for name, part in base.vae.named_children():
+        if name in ("encoder", "decoder"):
+            graphs.append(part)
+    speed_up([base.vae], base.denoiser, graphs, precision, device, options.compile)
+    return LoadedBase(base, options.sampler or sampler_of(base.schedule), precision.name, prior)
+
+
+def save_base(folder: Path, base: bases.Base, prior: tuple[Tensor, Tensor] | None) -> None:
+    """Writes the base as a folder and, if sampling starts from it, the prior into it."""
+    bases.save_folder(folder, base)
+    print(folder)
+    if prior is not None and not ends_in_noise(base.schedule):
+        bases.save_prior(folder / "prior.safetensors", *prior)
+        print(folder / "prior.safetensors")
+
+
+def ends_in_noise(schedule: diffusion.Schedule) -> bool:
+    """Whether the last timestep is pure noise. If not, YOSO starts from its prior."""
+    return bool(schedule.alpha[-1] <= 0)
+
+
+def sampler_of(schedule: diffusion.Schedule) -> str:
+    """The sampler that goes with the class of the base's scheduler."""
+    name = schedule.config.get("_class_name", "")
+    if name.startswith("LCM"):
+        return "lcm"
+    if name.startswith("DPM"):
+        return "dpm"
+    return "ddim"
+
+
+def parse_size(text: str | None, base: bases.Base) -> tuple[int, int]:
+    """(width, height) of "N" or "WIDTHxHEIGHT", by default the base's own."""
+    text = str(text or base.denoiser.config.sample_size * base.vae.factor)
+    sides = text.lower().split("x")
+    multiple = base.multiple
+    good = [side.isdigit() and int(side) > 0 and int(side) % multiple == 0 for side in sides]
+    if len(sides) > 2 or not all(good):
+        raise ValueError(
+            f"--size {text}: expected N or WIDTHxHEIGHT, multiples of {multiple}, as in 512 or"
+            " 512x768"
+        )
+    return int(sides[0]), int(sides[-1])
+
+
+def trained_size(loaded: LoadedBase) -> str:
+    """WIDTHxHEIGHT of the pictures that a one-step generator was trained on."""
+    mean, _ = loaded.prior
+    height, width = (loaded.base.vae.factor * side for side in mean.shape[1:])
+    return f"{width}x{height}"
+
+
+def plan_size(
+    size_flag: str | None,
+    control_picture: Image.Image | None,
+    base: bases.Base,
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size to compute pictures in and the size to crop them to, each (width, height).
+
+    Without --size, a picture is as large as its control picture, whatever size that is.
+    """
+    if control_picture is None or size_flag:
+        size = parse_size(size_flag, base)
+        return size, size
+    width, height = control_picture.size
+    padded = (width + -width % base.multiple, height + -height % base.multiple)
+    return padded, (width, height)
+
+
+def latent_shape(base: bases.Base, size: tuple[int, int]) -> tuple[int, int, int]:
+    """[C, h, w] of the latent of a picture of `size` (width, height)."""
+    width, height = size
+    factor = base.vae.factor
+    return base.denoiser.config.in_channels, height // factor, width // factor
+
+
+def choose_prior(
+    options: Options,
+    loaded: LoadedBase,
+    size: tuple[int, int],
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and std [4, h, w] of the latents that sampling starts from; None for noise alone."""
+    shape = latent_shape(loaded.base, size)
+    if options.prior:
+        return bases.load_prior(options.prior, shape)
+    if loaded.prior is None or ends_in_noise(loaded.base.schedule):
+        return None
+    if loaded.prior[0].shape != shape:
+        raise ValueError(
+            f"--size {options.size}: {options.checkpoint} was trained to start from pictures of"
+            f" {trained_size(loaded)}; expected that size"
+        )
+    return loaded.prior
+
+
+def read_control_picture(options: Options) -> Image.Image | None:
+    if options.control_image is None:
+        return None
+    return preprocess(open_picture(options.control_image), options)
+
+
+def load_control(
+    options: Options,
+    base: bases.Base,
+    picture: Image.Image | None,
+    size: tuple[int, int],
+) -> Control | None:
+    """The ControlNet with its picture scaled to `size` (width, height), if there is one."""
+    if picture is None:
+        return None
+    condition = make_condition(picture, size, base)
+    device = str(condition.device)
+    network = bases.load_controlnet(options.controlnet, base.unet, condition.dtype, device)
+    return Control(network, condition, options.control_scale)
+
+
+def make_condition(picture: Image.Image, size: tuple[int, int], base: bases.Base) -> Tensor:
+    """A control picture scaled to `size` and padded for the base: [1, 3, H, W] in [0, 1]."""
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    condition, _ = pad_to_multiple(to_tensor(picture)[None], base.multiple)
+    return condition.to(next(base.unet.parameters()))
+
+
+def encode_prompt(
+    base: bases.Base,
+    prompt: str,
+    negative: str,
+    guidance: float,
+) -> tuple[Tensor, ...]:
+    """What the denoiser takes of the prompt and, for guidance above 1, of the negative one.
+
+    Tensors with one row per text.
+    """
+    if guidance > 1:
+        return base.encode([prompt, negative])
+    return base.encode([prompt])
+
+
+@torch.inference_mode()
+def text_to_image(
+    base: bases.Base,
+    prompt: str,
+    seeds: list[int],
+    size: tuple[int, int],
+    steps: int = 1,
+    sampler: str = "ddim",
+    guidance: float = 1.0,
+    negative: str = "",
+    *,
+    control: Control | None = None,
+    prior: tuple[Tensor, Tensor] | None = None,
+    pictures: Tensor | None = None,
+    strength: float = 1.0,
+    contexts: tuple[Tensor, ...] | None = None,
+    tile: int | None = None,
+) -> Tensor:
+    """Pictures [len(seeds), 3, H, W] in [-1, 1] of one prompt; `size` is (width, height).
+
+    `pictures`, as many in [0, 1] and of that size, are edited: sampling starts from their latents
+    with noise of the level `strength`. `prior` is what else it may start from, see
+    `diffusion.start_from_prior`. `contexts` are those of `encode_prompt`, if they are known. The
+    VAE works in squares of `tile` pixels.
+    """
+    if contexts is None:
+        contexts = encode_prompt(base, prompt, negative, guidance)
+    schedule = base.schedule
+    model = make_model(base, contexts, guidance, control)
+    shape = latent_shape(base, size)
+    tile_latents = (tile or max(size)) // base.vae.factor
+
+    # Between the networks everything is computed in float32 at least.
+    weight = next(base.denoiser.parameters())
+    fine = dict(device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    noise, generators = training.draw_noise(seeds, shape)
+    noise = noise.to(**fine)
+
+    def next_noise() -> Tensor:
+        draws = [torch.randn(1, *shape, generator=generator) for generator in generators]
+        return torch.cat(draws).to(**fine)
+
+    ts = SAMPLERS[sampler](schedule, steps)
+    if pictures is not None and strength < 1:
+        ts = diffusion.at_strength(ts, strength)
+        z = encode_pictures(base.vae, pictures.to(**fine), tile_latents)
+        x = diffusion.add_noise(z, noise, ts[0], schedule)
+    elif prior is not None:
+        mean, std = prior
+        x = diffusion.start_from_prior(noise, next_noise(), mean, std, ts[0], schedule)
+    else:
+        x = diffusion.start(noise, ts[0], schedule)
+
+    if sampler == "lcm":
+        z = diffusion.lcm(model, x, ts, schedule, next_noise)
+    elif sampler == "dpm":
+        z = diffusion.dpm(model, x, ts, schedule)
+    else:
+        z = diffusion.ddim(model, x, ts, schedule)
+    z = z / base.vae.config.scaling_factor
+    return vae.tiled(base.vae.decode, [z], shape[1:], tile_latents).clamp(-1, 1)
+
+
+def encode_pictures(network: vae.VAE, pictures: Tensor, tile: int) -> Tensor:
+    """Scaled latents [B, C, h, w] of pictures [B, 3, H, W] in [0, 1]; `tile` is in latents."""
+
+    def encode(x: Tensor) -> Tensor:
+        mean, *_ = network.encode(2 * x - 1)
+        return mean
+
+    size = vae.latent_size(pictures.shape[2:], network.factor)
+    return vae.tiled(encode, [pictures], size, tile) * network.config.scaling_factor
+
+
+def make_model(
+    base: bases.Base,
+    contexts: tuple[Tensor, ...],
+    guidance: float,
+    control: Control | None,
+) -> diffusion.Model:
+    """The denoiser as the samplers call it, model(x, t), with guidance and control.
+
+    `contexts` are those of `encode_prompt` for this guidance.
+    """
+    rows = 2 if guidance > 1 else 1
+    dtype = next(base.denoiser.parameters()).dtype
 
     def predict(x: Tensor, t: int) -> Tensor:
         h, w = x.shape[-2:]
-        each = [context[:n].repeat_interleave(len(x), dim=0).to(dtype) for context in contexts]
-        x = x.repeat(n, 1, 1, 1).to(dtype)
-        t = torch.full((len(x),), t, device=x.device)  # as a number it would be compiled anew for each
+        inputs = [c[:rows].repeat_interleave(len(x), dim=0).to(dtype) for c in contexts]
+        x = x.repeat(rows, 1, 1, 1).to(dtype)
+        # As a number, t would be compiled anew for each timestep.
+        t = torch.full((len(x),), t, device=x.device)
+
         if base.transformer:
             size = torch.tensor([[h, w]], device=x.device).expand(len(x), 2) * base.vae.factor
-            return base.transformer(x, t, *each, size, size[:, :1] / size[:, 1:])
-        condition = control and control.condition.expand(len(x), -1, -1, -1)
-        residuals = control and control.network(x, t, *each, condition, control.scale)
-        return base.unet(x, t, *each, residuals)
+            aspect_ratio = size[:, :1] / size[:, 1:]
+            return base.transformer(x, t, *inputs, size, aspect_ratio)
+
+        residuals = None
+        if control is not None:
+            condition = control.condition.expand(len(x), -1, -1, -1)
+            residuals = control.network(x, t, *inputs, condition, control.scale)
+        return base.unet(x, t, *inputs, residuals)
 
     def guided(x: Tensor, t: int) -> Tensor:
-        if n == 1:
+        if rows == 1:
             return predict(x, t)
         wanted, unwanted = predict(x, t).chunk(2)
         return unwanted + guidance * (wanted - unwanted)
@@ -252,287 +645,523 @@ def bind(base: bases.Base, contexts: tuple[Tensor, ...], guidance: float, contro
     return guided
 
 
+# ------------------------------------------------------------------------- picture to picture
+
+def translate(options: Options, device: torch.device) -> None:
+    """Translates the pictures of --input with a trained generator."""
+    targets = plan_targets(options)
+    strength = strength_of(options, "translate")
+    model = checkpoints.load_generator(
+        options.checkpoint,
+        base=options.base,
+        dtype=DTYPES.get(options.dtype, torch.float32),
+        device=str(device),
+        r=options.r,
+        strength=strength,
+    )
+    precision = speed_up_translator(model, options, device)
+    direction = choose_direction(options, model)
+    caption = choose_caption(options, model, direction)
+    with torch.no_grad():
+        context = model.text_encoder(model.tokenizer(caption).to(device))
+    context = context.to(model.generator.unet.conv_in.weight)
+
+    if options.export:
+        translator = Translator(model, context, model.r, options.skip_scale, direction)
+        picture = preprocess(open_picture(options.input), options)
+        export_program(options.export, translator, picture, options.seed)
+
+    def batches() -> Batches:
+        pending = read_batches(list(targets), options, preprocessed=True)
+        for paths, pictures in prefetch(pending):
+            translated = translate_pictures(
+                model,
+                pictures,
+                context,
+                options.seed,
+                model.r,
+                skip_scale=options.skip_scale,
+                direction=direction,
+                tile=options.tile,
+            )
+            seeds = [options.seed] * len(paths)
+            yield [targets[path] for path in paths], translated.cpu(), seeds
+
+    found = dict(
+        prompt=caption,
+        base=model.base,
+        direction=direction,
+        r=model.r,
+        strength=strength,
+        dtype=precision,
+    )
+    save_all(batches(), png_facts(options, "translate", found), several=len(targets) > 1)
+
+
+class Translator(nn.Module):
+    """A generator of pictures [B, 3, H, W] in [0, 1] (and, with r, noise), all else given."""
+
+    def __init__(
+        self,
+        model: checkpoints.LoadedGenerator,
+        context: Tensor,
+        r: float | None,
+        skip_scale: float,
+        direction: str | None,
+    ):
+        super().__init__()
+        self.generator = model.generator
+        self.r = r
+        self.skip_scale = skip_scale
+        self.direction = direction if model.kind == "cyclegan_turbo" else None
+        self.register_buffer("context", context)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        context = self.context.expand(len(x), -1, -1)
+        if self.direction:
+            return self.generator(2 * x - 1, context, self.direction, self.skip_scale)
+        return self.generator(x, context, self.r, noise, self.skip_scale)
+
+
 @torch.inference_mode()
-def text_to_image(base: bases.Base, prompt: str, seeds: list[int], size: tuple[int, int], steps: int = 1,
-                  sampler: str = "ddim", guidance: float = 1.0, negative: str = "", *, control: Control | None = None,
-                  prior: tuple[Tensor, Tensor] | None = None, pictures: Tensor | None = None, strength: float = 1.0,
-                  contexts: tuple[Tensor, ...] | None = None, tile: int | None = None) -> Tensor:
-    """Pictures [len(seeds), 3, H, W] in [-1, 1] of one prompt; size is (width, height). `pictures`, as many in [0, 1]
-    and of that size, are edited: noised to the level `strength`. `contexts`: of prompt and, for guidance, negative, if
-    known. The VAE works by squares of `tile` pixels."""
-    schedule, factor, like = base.schedule, base.vae.factor, next(base.denoiser.parameters())
-    fine = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))  # of all between the networks
-    model = bind(base, contexts or base.encode([prompt, negative][:1 + (guidance > 1)]), guidance, control)
-    shape = (base.denoiser.config.in_channels, size[1] // factor, size[0] // factor)
-    side = (tile or max(size)) // factor
-    noise, generators = training.draw_noise(seeds, shape)
+def translate_pictures(
+    model: checkpoints.LoadedGenerator,
+    pictures: list[Image.Image],
+    context: Tensor,
+    seed: int,
+    r: float | None,
+    skip_scale: float = 1.0,
+    direction: str | None = None,
+    tile: int | None = None,
+) -> Tensor:
+    """Translates pictures of one size, whatever it is: [B, 3, H, W] in [-1, 1].
 
-    def again() -> Tensor:  # the next draw of each generator
-        return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(**fine)
-
-    noise, ts = noise.to(**fine), SAMPLERS[sampler](schedule, steps)
-    if pictures is not None and strength < 1:
-        ts = diffusion.at_strength(ts, strength)
-        z = vae.tiled(lambda x: base.vae.encode(2 * x - 1)[0], [pictures.to(**fine)], shape[1:], side)
-        z = z * base.vae.config.scaling_factor
-        x = diffusion.add_noise(z, noise, ts[0], schedule)
-    elif prior:
-        x = diffusion.start_from_prior(noise, again(), *prior, ts[0], schedule)
-    else:
-        x = diffusion.start(noise, ts[0], schedule)
-    if sampler == "lcm":
-        z = diffusion.lcm(model, x, ts, schedule, again)
-    else:
-        z = (diffusion.dpm if sampler == "dpm" else diffusion.ddim)(model, x, ts, schedule)
-    return vae.tiled(base.vae.decode, [z / base.vae.config.scaling_factor], shape[1:], side).clamp(-1, 1)
+    They are padded to the VAE's factor and the result is cropped. Pictures larger than `tile`
+    pixels are translated in squares of that side.
+    """
+    translator = Translator(model, context, r, skip_scale, direction)
+    inputs, (height, width) = translator_inputs(translator, pictures, seed)
+    x = inputs[0]
+    factor = model.generator.vae.factor
+    size = vae.latent_size(x.shape[2:], factor)
+    tile_latents = (tile or max(x.shape)) // factor
+    translated = vae.tiled(translator, inputs, size, tile_latents)
+    return translated[:, :, :height, :width]
 
 
-def load(args: argparse.Namespace, device: torch.device) -> bases.Base:
-    """The base, merged, with its LoRA, or a one-step generator; written where --save says. Sets sampler and prior."""
-    how = dict(dtype=DTYPES.get(args.dtype, torch.float32), device=str(device))
-    name = args.base or "tiny-turbo"
-    if args.checkpoint:
-        strength = 1.0 if args.input else args.strength  # of an edit it is the noise
-        base, args.own_prior = checkpoints.load_yoso(checkpoints.find_checkpoint(args.checkpoint), args.base, **how,
-                                                 strength=strength)
-    elif args.merge:
-        base = bases.load_merged(args.merge, **how)
-    else:
-        base = bases.load_base(name, bases.parts_of(name), **how)
-    if args.prediction_type:
-        base.schedule = diffusion.Schedule.from_config(base.schedule.config | {"prediction_type": args.prediction_type})
-    for spec in args.lora or []:
-        bases.load_lora(spec, base)
-    if args.controlnet and base.unet is None:
-        raise ValueError(f"--controlnet steers a U-Net, and {base.name} is PixArt; expected a Stable Diffusion base")
-    if args.save:
-        bases.save_folder(args.save, base)
-        print(args.save)
-        if args.checkpoint and base.schedule.alpha[-1] > 0:
-            bases.save_prior(args.save / "prior.safetensors", *args.own_prior)
-            print(args.save / "prior.safetensors")
-    known = {"LCM": "lcm", "DPM": "dpm"}  # by the begin of the scheduler's class
-    args.sampler = args.sampler or known.get(base.schedule.config.get("_class_name", "")[:3], "ddim")
-    graphs = base.denoiser, *(part for name, part in base.vae.named_children() if name in ("encoder", "decoder"))
-    one_epsilon = args.steps == 1 and base.schedule.prediction_type == "epsilon"
-    quicken(args, device, [base.vae], base.denoiser, one_epsilon, graphs)
-    return base
+def translator_inputs(
+    translator: Translator,
+    pictures: list[Image.Image],
+    seed: int,
+) -> tuple[list[Tensor], tuple[int, int]]:
+    """What a translator takes, and the (H, W) to crop the result to.
+
+    Padded pictures [B, 3, H, W] in [0, 1] and, for a stochastic model, noise [B, 4, h, w].
+    """
+    generator = translator.generator
+    factor = generator.vae.factor
+    x = torch.stack([to_tensor(picture) for picture in pictures])
+    x, crop = pad_to_multiple(x.to(translator.context.device), factor)
+    if translator.r is None:
+        return [x], crop
+    shape = (generator.unet.config.in_channels, *vae.latent_size(x.shape[2:], factor))
+    noise, _ = training.draw_noise([seed] * len(x), shape)
+    return [x, noise.to(x)], crop
 
 
-def parse_size(text: str | None, base: bases.Base) -> tuple[int, int]:
-    """(width, height)."""
-    multiple = base.multiple
-    sides = str(text or base.denoiser.config.sample_size * base.vae.factor).lower().split("x")
-    if len(sides) > 2 or not all(s.isdigit() and int(s) > 0 and int(s) % multiple == 0 for s in sides):
-        raise ValueError(f"--size {text}: expected N or WIDTHxHEIGHT, multiples of {multiple}, as in 512 or 512x768")
-    return int(sides[0]), int(sides[-1])
+@torch.inference_mode()
+def export_program(path: Path, translator: Translator, picture: Image.Image, seed: int) -> None:
+    """Writes the translation of pictures of this size as a program for torch.export.load."""
+    translator.to(memory_format=torch.contiguous_format)  # on a GPU, others cannot be saved
+    inputs, _ = translator_inputs(translator, [picture], seed)
+    program = torch.export.export(translator, tuple(inputs))
+    # Given a path, torch.export.save wants a name in .pt2, which a temporary file has not.
+    contents = io.BytesIO()
+    torch.export.save(program, contents)
+    training.write_file(path, lambda temporary: temporary.write_bytes(contents.getbuffer()))
+    print(path)
 
 
-def read_condition(args: argparse.Namespace, base: bases.Base, size: tuple[int, int] | None) -> Tensor:
-    """--control_image [1, 3, H, W] in [0, 1], scaled to a size (width, height) if one is given, else padded."""
-    picture = preprocess(open_picture(args.control_image), args)
-    picture = picture.resize(size, Image.Resampling.LANCZOS) if size else picture
-    return pad_to_multiple(to_tensor(picture)[None], base.multiple)[0].to(next(base.unet.parameters()))
+def speed_up_translator(
+    model: checkpoints.LoadedGenerator,
+    options: Options,
+    device: torch.device,
+) -> str:
+    """Applies --dtype and --compile to a translator. Returns the precision in words."""
+    generator = model.generator
+    one_epsilon_step = generator.config.prediction_type == "epsilon"
+    precision = choose_precision(options.dtype, device, one_epsilon_step)
+    vaes = [part for name, part in generator.named_children() if name.startswith("vae")]
+    speed_up(vaes, generator.unet, [generator], precision, device, options.compile)
+    return precision.name
 
 
-def load_control(args: argparse.Namespace, base: bases.Base, size: tuple[int, int] | None) -> Control | None:
-    if args.controlnet is None:
-        return None
-    condition = read_condition(args, base, size)
-    network = bases.load_controlnet(args.controlnet, base.unet, condition.dtype, str(condition.device))
-    return Control(network, condition, args.control_scale)
+def choose_direction(options: Options, model: checkpoints.LoadedGenerator) -> str | None:
+    """"a2b" or "b2a" of an unpaired model; None for a paired one, which goes one way."""
+    if model.kind == "cyclegan_turbo":
+        own_direction, _ = released_facts(options.checkpoint)
+        return options.direction or own_direction or "a2b"
+    if options.direction:
+        raise ValueError(f"{options.checkpoint} translates one way; leave --direction out")
+    return None
 
 
-def draw(args: argparse.Namespace, device: torch.device) -> None:
-    output, several = args.output or pathlib.Path("out" if args.n > 1 else "out.png"), args.n > 1
-    one = is_file(output)
-    if one and several:
-        raise ValueError(f"--output {output} is one file for {args.n} pictures; expected a folder")
-    picture = open_picture(args.control_image) if args.control_image else None
-    base = load(args, device)
-    if args.prompt is None:
-        return
-    if args.checkpoint and not args.size:  # as large as it was trained
-        h, w = (base.vae.factor * side for side in args.own_prior[0].shape[1:])
-        args.size = f"{w}x{h}"
-    control = load_control(args, base, parse_size(args.size, base) if args.size else None)
-    size = parse_size(args.size, base) if control is None else tuple(control.condition.shape[:1:-1])
-    W, H = size if args.size or control is None else picture.size
-    shape = (base.denoiser.config.in_channels, size[1] // base.vae.factor, size[0] // base.vae.factor)
-    prior = bases.load_prior(args.prior, shape) if args.prior else None
-    if args.checkpoint and base.schedule.alpha[-1] > 0:  # else one step begins at pure noise, of any size
-        prior = args.own_prior
-        if prior[0].shape != shape:
-            h, w = (base.vae.factor * side for side in prior[0].shape[1:])
-            raise ValueError(f"--size {args.size}: {args.checkpoint} was trained to begin at pictures of {w}x{h};"
-                             " expected that size")
-    contexts = base.encode([args.prompt, args.negative][:1 + (args.guidance > 1)])
-    base.text_encoder = None  # T5 is larger than all the rest
+def choose_caption(
+    options: Options,
+    model: checkpoints.LoadedGenerator,
+    direction: str | None,
+) -> str:
+    """The prompt or, without one, the caption that the checkpoint was trained with."""
+    known = None
+    if model.kind == "cyclegan_turbo" and model.prompts:
+        # The captions of domains a and b; the translation goes to the other domain.
+        known = model.prompts[1] if direction == "a2b" else model.prompts[0]
+    elif model.kind == "cyclegan_turbo":
+        own_direction, own_caption = released_facts(options.checkpoint)
+        known = own_caption if direction == own_direction else None
+    elif len(model.prompts) == 1:
+        known = model.prompts[0]
+
+    caption = known if options.prompt is None else options.prompt
+    if caption is None:
+        raise ValueError(
+            f"{options.checkpoint} names no caption; expected one: --input {options.input} \"...\""
+        )
+    return caption
+
+
+def released_facts(checkpoint: str) -> tuple[str | None, str | None]:
+    """The direction and caption of a released checkpoint, by its name or file; else None."""
+    for name, (file, direction, caption) in checkpoints.CHECKPOINTS.items():
+        if checkpoint == name or Path(checkpoint).name == file:
+            return direction, caption
+    return None, None
+
+
+def preprocess(picture: Image.Image, options: Options) -> Image.Image:
+    if options.preprocess == "canny":
+        return canny(picture, options.low_threshold, options.high_threshold)
+    if options.preprocess == "sketch":
+        return sketch(picture)
+    return picture
+
+
+# ----------------------------------------------------------------------------- editing pictures
+
+def edit(options: Options, device: torch.device) -> None:
+    """Redraws the pictures of --input by the prompt, from their latents with noise."""
+    targets = plan_targets(options)
+    strength = strength_of(options, "edit")
+    control_picture = read_control_picture(options)
+    loaded = load_base(options, device)
+    base = loaded.base
+    control = None
+    if control_picture is not None:
+        control = load_control(options, base, control_picture, control_picture.size)
+    contexts = encode_prompt(base, options.prompt, options.negative, options.guidance)
+    base.text_encoder = None  # T5 is larger than all other networks together
 
     def batches() -> Batches:
-        for first in range(args.seed, args.seed + args.n, args.batch):
-            seeds = list(range(first, min(first + args.batch, args.seed + args.n)))
-            made = text_to_image(base, args.prompt, seeds, size, args.steps, args.sampler, args.guidance,
-                                 args.negative, control=control, prior=prior, contexts=contexts, tile=args.tile)
-            yield [output if one else output / f"{seed}.png" for seed in seeds], made[:, :, :H, :W].cpu(), seeds
+        pending = read_batches(list(targets), options, preprocessed=False)
+        for paths, pictures in prefetch(pending):
+            x = torch.stack([to_tensor(picture) for picture in pictures])
+            x, (height, width) = pad_to_multiple(x, base.multiple)
+            size = (x.shape[3], x.shape[2])
+            sized_control = control
+            if control is not None:
+                condition = make_condition(control_picture, size, base)
+                sized_control = replace(control, condition=condition)
+            seeds = [options.seed] * len(x)
+            edited = text_to_image(
+                base,
+                options.prompt,
+                seeds,
+                size,
+                options.steps,
+                loaded.sampler,
+                options.guidance,
+                options.negative,
+                control=sized_control,
+                pictures=x.to(device),
+                strength=strength,
+                contexts=contexts,
+                tile=options.tile,
+            )
+            yield [targets[path] for path in paths], edited[:, :, :height, :width].cpu(), seeds
 
-    save_all(batches(), args, base.name, several)
+    found = facts_of_base(loaded) | dict(strength=strength)
+    save_all(batches(), png_facts(options, "edit", found), several=len(targets) > 1)
 
 
-def edit(args: argparse.Namespace, device: torch.device) -> None:
-    """Pictures of --input drawn anew from their latents with noise of the level --strength."""
-    targets, base = plan(args), load(args, device)
-    control = load_control(args, base, None)
-    contexts = base.encode([args.prompt, args.negative][:1 + (args.guidance > 1)])
-    base.text_encoder = None
+# ------------------------------------------------------------------------------------- the page
 
-    def batches() -> Batches:
-        for paths, pictures in ahead(read_batches([*targets], args)):
-            x, (H, W) = pad_to_multiple(torch.stack([to_tensor(p) for p in pictures]), base.multiple)
-            size, seeds = tuple(x.shape[:1:-1]), [args.seed] * len(x)
-            if control:
-                control.condition = read_condition(args, base, size)
-            made = text_to_image(base, args.prompt, seeds, size, args.steps, args.sampler, args.guidance,
-                                 args.negative, control=control, pictures=x.to(device), strength=args.strength,
-                                 contexts=contexts, tile=args.tile)
-            yield [targets[path] for path in paths], made[:, :, :H, :W].cpu(), seeds
-
-    save_all(batches(), args, base.name, len(targets) > 1)
-
-
-def draw_page(args: argparse.Namespace, device: torch.device) -> None:
-    """What the embedded base does in one step, on one page."""
+def draw_page(options: Options, device: torch.device) -> None:
+    """Draws what the embedded base and its adapters do in one step, on one page."""
     from tiny import page
-    picture = page.draw(load(args, device), args.sampler, args.seed)
-    args.prompt = "twelve captions and four translations"
-    save(picture, args.output or pathlib.Path("out.png"), args, seed=args.seed, base="tiny-turbo")
+
+    loaded = load_base(options, device)
+    cells = []
+    for i, caption in enumerate(page.captions()):
+        pictures = text_to_image(
+            loaded.base,
+            caption,
+            [options.seed + i],
+            (page.PICTURE_SIZE, page.PICTURE_SIZE),
+            sampler=loaded.sampler,
+        )
+        cells.append((pictures[0], caption))
+
+    for name, picture, caption in page.translations():
+        model = checkpoints.load_generator(name, dtype=torch.float32, device=str(device))
+        if caption is None:
+            caption = choose_caption(options, model, "a2b")
+        context = model.text_encoder(model.tokenizer(caption).to(device))
+        pictures = translate_pictures(
+            model,
+            [picture],
+            context,
+            options.seed,
+            model.r,
+            direction="a2b",
+        )
+        cells.append((to_tensor(picture) * 2 - 1, f"{name}: from"))
+        cells.append((pictures[0], f"to: {caption}"))
+
+    found = facts_of_base(loaded) | dict(prompt="twelve captions and four translations")
+    facts = png_facts(options, "page", found)
+    save(page.lay_out(cells), options.output or Path("out.png"), facts)
 
 
-# ------------------------------------------------------------------------------------------------- picture to picture
+# --------------------------------------------------------------------------- precision and speed
 
-def preprocess(picture: Image.Image, args: argparse.Namespace) -> Image.Image:
-    if args.preprocess == "canny":
-        return canny(picture, args.low_threshold, args.high_threshold)
-    return sketch(picture) if args.preprocess == "sketch" else picture
+@dataclass(frozen=True)
+class Precision:
+    """What --dtype means for this model, and the types that the networks are cast to.
+
+    A type of None leaves a network as it was loaded.
+    """
+
+    name: str  # in words, for the PNG
+    vae: torch.dtype | None = None
+    denoiser: torch.dtype | None = None
 
 
-def read_batches(paths: list[pathlib.Path], args: argparse.Namespace
-                 ) -> Iterator[tuple[list[pathlib.Path], list[Image.Image]]]:
-    """Prepared pictures of one size, up to --batch at a time. Files that cannot be read are an error at the end."""
-    group, problems = [], []
+def choose_precision(requested: str, device: torch.device, one_epsilon_step: bool) -> Precision:
+    """bf16 for "auto" on a processor that computes in it; otherwise what is loaded already.
+
+    Where x0 comes from one epsilon (`one_epsilon_step`), 1 / alpha multiplies the denoiser's
+    errors, and bf16 is too coarse. With tiny-sd in bf16, pictures are 37 dB from those in float32,
+    whichever layer is left in float32; in float16, which has three more bits, they are at 59 dB;
+    with bf16 in the VAE alone at 60 dB.
+    """
+    if requested != "auto":
+        return Precision(requested)
+    if not computes_in_bf16(device):
+        return Precision("float32")
+    if not one_epsilon_step:
+        return Precision("bf16", vae=torch.bfloat16, denoiser=torch.bfloat16)
+    finer = "float16" if device.type == "cuda" else "float32"  # float16 is slow on a CPU
+    return Precision(f"bf16, denoiser {finer}", vae=torch.bfloat16, denoiser=DTYPES[finer])
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the processor itself computes in bf16; elsewhere that is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        able = torch.cpu.get_capabilities()
+        return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return False
+
+
+def speed_up(
+    vaes: list[nn.Module],
+    denoiser: nn.Module,
+    graphs: list[nn.Module],
+    precision: Precision,
+    device: torch.device,
+    compiled: bool,
+) -> None:
+    """Casts the networks, takes the fastest memory format, and compiles each of `graphs`."""
+    if precision.vae is not None:
+        for network in vaes:
+            network.to(precision.vae)
+    if precision.denoiser is not None:
+        denoiser.to(precision.denoiser)
+
+    # float32 weights stay mapped from their file. Group norms on a GPU undo channels_last, unless
+    # they are compiled.
+    plain = DTYPES.get(precision.name) == torch.float32
+    if not plain and (device.type == "cpu" or compiled):
+        for network in (*vaes, denoiser):
+            network.to(memory_format=torch.channels_last)
+
+    if compiled:
+        # Compiled once for each size of picture; on a GPU as CUDA graphs.
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        for network in graphs:
+            network.compile(dynamic=False, mode=mode)
+
+
+# ---------------------------------------------------------------------------------- files in, out
+
+def is_png(output: Path) -> bool:
+    """Whether --output names one picture rather than a folder."""
+    if output.is_dir():
+        return False
+    suffix = output.suffix.lower()
+    if suffix in SUFFIXES - {".png"}:
+        raise ValueError(
+            f"--output {output}: pictures are written as PNG; expected a name ending in .png, or a"
+            " folder"
+        )
+    return suffix == ".png"
+
+
+def plan_targets(options: Options) -> dict[Path, Path]:
+    """The input pictures, and the file that each result is written to."""
+    if options.input.is_dir():
+        targets = plan_folder(options.input, options.output or Path("out"))
+    else:
+        open_picture(options.input)  # a bad file is an error before the networks are loaded
+        output = options.output or Path("out.png")
+        target = output if is_png(output) else output / f"{options.input.stem}.png"
+        targets = {options.input: target}
+
+    inputs = {path.resolve() for path in targets}
+    for target in targets.values():
+        if target.resolve() in inputs:
+            raise ValueError(
+                f"--output would write over the input {target}; expected another name or folder"
+            )
+    return targets
+
+
+def plan_folder(folder: Path, output: Path) -> dict[Path, Path]:
+    if is_png(output):
+        raise ValueError(
+            f"--output {output} is one file for a folder of pictures; expected a folder"
+        )
+    paths = [folder / name for name in pictures_in(folder)]
+    stems = [path.stem for path in paths]
+    targets = {}
+    for path in paths:
+        # The results of a.jpg and a.png must not overwrite each other.
+        name = path.stem if stems.count(path.stem) == 1 else path.name
+        targets[path] = output / f"{name}.png"
+    return targets
+
+
+def read_batches(
+    paths: list[Path],
+    options: Options,
+    preprocessed: bool,
+) -> Iterator[tuple[list[Path], list[Image.Image]]]:
+    """Neighbouring pictures of one size, up to --batch at a time, with their paths.
+
+    Files that cannot be read are one ValueError at the end, after all others.
+    """
+    group = []
+    pictures = []
+    problems = []
     for path in paths:
         try:
             picture = open_picture(path)
         except ValueError as error:
             problems.append(str(error))
             continue
-        picture = preprocess(picture, args) if args.translator else picture
-        if group and (len(group) == args.batch or picture.size != group[0][1].size):
-            yield tuple(map(list, zip(*group)))
+        if preprocessed:
+            picture = preprocess(picture, options)
+        full = len(group) == options.batch
+        if group and (full or picture.size != pictures[0].size):
+            yield group, pictures
             group = []
-        group.append((path, picture))
+            pictures = []
+        group.append(path)
+        pictures.append(picture)
     if group:
-        yield tuple(map(list, zip(*group)))
+        yield group, pictures
     if problems:
         raise ValueError("; ".join(problems))
 
 
-class Translator(nn.Module):
-    """A generator with all but pictures [B, 3, H, W] in [0, 1] and, with r, noise given."""
-
-    def __init__(self, model: checkpoints.LoadedGenerator, context: Tensor, r: float | None, skip_scale: float,
-                 direction: str | None):
-        super().__init__()
-        self.generator, self.r, self.skip_scale = model.generator, r, skip_scale
-        self.direction = direction if model.kind == "cyclegan_turbo" else None
-        self.register_buffer("context", context)
-
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        words = self.context.expand(len(x), -1, -1)
-        if self.direction:
-            return self.generator(2 * x - 1, words, self.direction, self.skip_scale)
-        return self.generator(x, words, self.r, noise, self.skip_scale)
+def prefetch(items: Iterator) -> Iterator:
+    """The same items, each computed in a thread while the caller works on the one before."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        following = thread.submit(next, items, None)
+        while True:
+            item = following.result()
+            if item is None:
+                return
+            following = thread.submit(next, items, None)
+            yield item
 
 
-@torch.inference_mode()
-def translate_pictures(model: checkpoints.LoadedGenerator, pictures: list[Image.Image], context: Tensor, seed: int, r: float | None,
-                       skip_scale: float = 1.0, direction: str | None = None, tile: int | None = None,
-                       export: pathlib.Path | None = None) -> Tensor:
-    """Pictures of any one size, padded to the VAE's factor, translated, by squares of `tile` pixels where they are
-    larger, cut back: [B, 3, H, W] in [-1, 1]. The program that did it goes to `export`."""
-    factor, channels = model.generator.vae.factor, model.generator.unet.config.in_channels
-    x, (H, W) = pad_to_multiple(torch.stack([to_tensor(p) for p in pictures]).to(context.device), factor)
-    size = x.shape[2] // factor, x.shape[3] // factor
-    inputs = [x] if r is None else [x, training.draw_noise([seed] * len(x), (channels, *size))[0].to(x)]
-
-    translator = Translator(model, context, r, skip_scale, direction)
-    if export:
-        translator.to(memory_format=torch.contiguous_format)  # others cannot be saved on a GPU
-        program = torch.export.export(translator, tuple(inputs))
-        torch.export.save(program, contents := io.BytesIO())  # which takes names in .pt2 alone
-        training.write_file(export, lambda temporary: temporary.write_bytes(contents.getbuffer()))
-        print(export)
-    return vae.tiled(translator, inputs, size, (tile or max(x.shape)) // factor)[:, :, :H, :W]
+def facts_of_base(loaded: LoadedBase) -> dict[str, object]:
+    """What a PNG says of the base and how it was sampled."""
+    return dict(base=loaded.base.name, sampler=loaded.sampler, dtype=loaded.precision)
 
 
-def plan(args: argparse.Namespace) -> dict[pathlib.Path, pathlib.Path]:
-    """Input pictures, and where each one's translation goes."""
-    if not args.input.is_dir():
-        open_picture(args.input)  # a bad file is known before the networks are loaded
-        output = args.output or pathlib.Path("out.png")
-        targets = {args.input: output if is_file(output) else output / f"{args.input.stem}.png"}
-    else:
-        paths = [args.input / name for name in folders.pictures_in(args.input)]
-        output = args.output or pathlib.Path("out")
-        if is_file(output):
-            raise ValueError(f"--output {output} is one file for a folder of pictures; expected a folder")
-        stems = [p.stem for p in paths]  # of a.jpg and a.png neither may overwrite the other
-        targets = {p: output / f"{p.stem if stems.count(p.stem) == 1 else p.name}.png" for p in paths}
-    inputs = {path.resolve() for path in targets}
-    if over := next((target for target in targets.values() if target.resolve() in inputs), None):
-        raise ValueError(f"--output would write over the input {over}; expected another name or folder")
-    return targets
+def png_facts(options: Options, use: str, found: dict[str, object]) -> dict[str, object]:
+    """What a PNG says about how it was made: the flags of its use and the version.
+
+    `found` holds the values that were found out after parsing. Nothing is said of a flag that is
+    None.
+    """
+    names = ["prompt", "seed", "base", "checkpoint"]
+    names += TRANSLATOR_FLAGS if use == "translate" else PROMPT_FLAGS
+    if options.input or options.control_image:
+        names += INPUT_FLAGS
+    names += ["dtype"]
+
+    facts = {name: found.get(name, getattr(options, name)) for name in names}
+    facts["version"] = version()
+    return {name: value for name, value in facts.items() if value is not None}
 
 
-def translate(args: argparse.Namespace, device: torch.device) -> None:
-    targets = plan(args)
-    model = checkpoints.load_generator(args.checkpoint, args.base, DTYPES.get(args.dtype, torch.float32), str(device),
-                                   args.r, args.strength)
-    vaes = [part for name, part in model.generator.named_children() if name.startswith("vae")]
-    one_epsilon = model.generator.config.prediction_type == "epsilon"
-    quicken(args, device, vaes, model.generator.unet, one_epsilon, [model.generator])
-    if model.kind == "cyclegan_turbo":
-        _, own, caption = next((released for name, released in checkpoints.CHECKPOINTS.items()
-                                if args.checkpoint == name or pathlib.Path(args.checkpoint).name == released[0]),
-                               (None, None, None))
-        args.direction = args.direction or own or "a2b"
-        known = caption if args.direction == own else None
-        if model.prompts:
-            known = model.prompts[args.direction == "a2b"]  # a2b goes where b's caption says
-    else:
-        if args.direction:
-            raise ValueError(f"{args.checkpoint} translates one way; leave --direction out")
-        known = model.prompts[0] if len(model.prompts) == 1 else None
-    args.prompt = known if args.prompt is None else args.prompt
-    if args.prompt is None:
-        raise ValueError(f'{args.checkpoint} names no caption; expected one: --input {args.input} "..."')
-    args.r = model.r
-    with torch.no_grad():
-        context = model.text_encoder(model.tokenizer(args.prompt).to(device)).to(model.generator.unet.conv_in.weight)
+def version() -> str:
+    try:
+        return metadata.version("one-step-diffusion")
+    except metadata.PackageNotFoundError:
+        return "source"
 
-    def batches() -> Batches:
-        for paths, pictures in ahead(read_batches([*targets], args)):
-            made = translate_pictures(model, pictures, context, args.seed, model.r, args.skip_scale, args.direction,
-                                      args.tile, args.export)
-            yield [targets[path] for path in paths], made.cpu(), [args.seed] * len(paths)
 
-    save_all(batches(), args, model.base, len(targets) > 1)
+def save(picture: Tensor, path: Path, facts: dict[str, object]) -> None:
+    """Writes [3, H, W] in [-1, 1] as an 8-bit PNG with its facts, and prints the path."""
+    text = PngImagePlugin.PngInfo()
+    for name, value in facts.items():
+        text.add_itxt(name, str(value))
+    image = to_picture(picture.float().cpu())
+
+    def write(temporary: Path) -> None:
+        image.save(temporary, format="PNG", pnginfo=text)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    training.write_file(path, write)
+    print(path)
+
+
+def save_all(batches: Batches, facts: dict[str, object], several: bool) -> None:
+    """Writes each batch while the next one is computed."""
+    progress = tqdm(prefetch(batches), disable=not several, unit="batch")
+    for paths, pictures, seeds in progress:
+        for path, picture, seed in zip(paths, pictures, seeds):
+            save(picture, path, facts | dict(seed=seed))
 
 
 def main() -> None:
-    args = parse()
-    device = training.pick_device(args.device)
-    (draw_page if args.page else translate if args.translator else edit if args.input else draw)(args, device)
+    options = parse()
+    use = choose_use(options)
+    check(options, use)
+    device = training.pick_device(options.device)
+    if use == "draw":
+        draw(options, device)
+    elif use == "translate":
+        translate(options, device)
+    elif use == "edit":
+        edit(options, device)
+    else:
+        draw_page(options, device)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,41 @@
-"""Trains YOSO: a diffusion model becomes one that draws a picture in one step, by chasing its own better guesses.
+"""Trains YOSO: a diffusion model becomes one that draws a picture in one step.
 
-    python train_yoso.py --base gaussians                 # points in the plane, CPU, two minutes
-    python train_yoso.py                                  # drawn scenes, LoRA on tiny-sd, CPU
-    python train_yoso.py --base pixels --train_data_dir cifar10.zip       # raw pictures, from scratch
-    python train_yoso.py --base sd15 --train_data_dir DATA --mixed_precision bf16
-    python train_yoso.py --base sd15 --train_data_dir captions.txt --teacher sd-turbo --mixed_precision bf16
-    python train_yoso.py --base pixart512 --train all --stage adapt_v ...
-    python train_yoso.py --base runs/NAME/base --train all --stage adapt_zsnr ...
-    torchrun --nproc_per_node=4 train_yoso.py --base sd15 --train_data_dir DATA ...
+    python train_yoso.py                                  # LoRA on tiny-sd, drawn scenes, CPU
+    python train_yoso.py --base pixels --dataset_folder cifar10.zip      # from scratch
+    python train_yoso.py --base sd15 --dataset_folder DATA --mixed_precision bf16
+    python train_yoso.py --base sd15 --dataset_folder captions.txt --teacher sd-turbo ...
+    torchrun --nproc_per_node=4 train_yoso.py --base sd15 --dataset_folder DATA ...
     python train_yoso.py --resume runs/NAME
 
-DATA: see data.py. The run's folder is that of train_pix2pix_turbo.py; `python sample.py "PROMPT" --checkpoint
-runs/NAME` draws with it. A LoRA also goes to lora.safetensors (for diffusers) and lora_kohya.safetensors, the prior to
-prior.safetensors. Where all was trained, the whole model at last goes to runs/NAME/base: the base of the next stage.
+Where every weight is trained, two short stages come first:
 
-Paper: Luo et al. 2024, "You Only Sample Once: Taming One-Step Text-to-Image Synthesis by Self-Cooperative Diffusion
-GANs". One generator G(x_t, t) predicts x0, x_t = alpha_t x0 + sigma_t eps, for every t:
+    python train_yoso.py --base B --train all --stage adapt_v --output_dir runs/v ...
+    python train_yoso.py --base runs/v/base --train all --stage adapt_zsnr --output_dir runs/z ...
+    python train_yoso.py --base runs/z/base --train all --prior_pictures 0 ...
+
+DATA: see dataset/__init__.py. The run's folder is that of train_pix2pix_turbo.py; draw with
+`python sample.py "PROMPT" --checkpoint runs/NAME`. A LoRA is also written as lora.safetensors
+(for diffusers) and lora_kohya.safetensors, the prior as prior.safetensors. With --train all the
+whole model is written to runs/NAME/base at the end: the base of the next stage.
+
+Paper: Luo et al. 2024, "You Only Sample Once: Taming One-Step Text-to-Image Synthesis by
+Self-Cooperative Diffusion GANs". One generator G(x_t, t) predicts x0 from
+x_t = alpha_t x0 + sigma_t eps, for every t:
     L = lambda_gan L_adv + lambda_kl L_KL + lambda_con L_con.
-Unlike in the released script, the softplus is of each sample's logit, not of their mean; the generator steps first; and
-what the discriminator takes for real is G too, c_skip and c_out included."""
+To see the method in the plane, read tiny/gaussians.py first.
 
-import collections
+Differences from the released script: the softplus is taken of each sample's logit, not of their
+mean over the batch; the generator steps before the discriminator; and the discriminator's real
+side is G(x_{t-k}) with c_skip and c_out, like its fake side.
+"""
+
 import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -36,546 +46,971 @@ from tqdm import tqdm
 
 import evaluate
 import training
-from dataset import cache, folders, loader
+from dataset.cache import Cached
+from dataset.folders import open_captioned
+from dataset.loader import batches, collate
 from files import bases, checkpoints, metrics
-from files.bases import Base
 from files.formats import write_lora
 from files.tensors import cast_frozen, fingerprint, save_tensors
 from models import diffusion
-from models.diffusion import Schedule, add_noise, predict_x0
+from models.diffusion import Schedule, add_noise, less_noisy, predict_x0
 from models.discriminator import LatentDiscriminator, PixelDiscriminator, lower_half
 from models.lora import add_lora
 from models.vae import latent_size
-from tiny import gaussians
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-           "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+LORA_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
 
 
 @dataclass
 class Config:
     # data
-    train_data_dir: str = "drawn:scenes"  # a folder, .zip, .txt of captions or cache (see data.py), or drawn:scenes
-    train_image_prep: str | None = None  # resized_(random)crop_N, resize_N, resize_M_randomcrop_NxN, no_resize; _hflip
-    test_image_prep: str | None = None  # of test pictures, to the same size [the training's, crops central, no flips]
-    resolution: int = 512  # N of the default preparation, resized_randomcrop_N
-    center_crop: bool = False  # the default preparation is resized_crop_N
-    random_flip: bool = False  # and mirrors every other picture
+    dataset_folder: str = "drawn:scenes"  # folder, .zip, .txt of captions, cache, or drawn:scenes
+    train_image_prep: str | None = None  # how pictures are cropped [resized_randomcrop_N]
+    test_image_prep: str | None = None  # the same for test pictures, always cropped in the centre
+    resolution: int = 512  # side of the training pictures
     caption_column: str = "text"  # of metadata.jsonl
-    unconditional: bool = False  # leave the captions out
-    teacher: str | None = None  # a one-step base that draws the pictures of captions alone: sd-turbo
-    dataloader_num_workers: int = 0  # processes that prepare pictures
+    unconditional: bool = False  # train without captions
+    teacher: str | None = None  # a one-step base that draws pictures for captions alone: sd-turbo
+    dataloader_num_workers: int = 0  # processes that load pictures
     # model
-    base: str = "tiny-sd"  # a folder, a Hub id or a name: tiny-sd, tiny (random), gaussians, pixels, sd15, pixart512
-    disc_base: str = "sd15"  # whose U-Net looks at latents where the base is PixArt
-    disc_random: bool = False  # the discriminator begins at random weights, not at a U-Net's
-    stage: Literal["yoso", "adapt_v", "adapt_zsnr"] = "yoso"  # or first: predict v; then: begin at pure noise
+    base: str = "tiny-sd"  # folder, Hub id, or tiny-sd, tiny (random), pixels, sd15, pixart512
+    disc_base: str = "sd15"  # whose U-Net the discriminator starts from, for PixArt
+    disc_random: bool = False  # the discriminator starts from random weights, not from a U-Net's
+    stage: Literal["yoso", "adapt_v", "adapt_zsnr"] = "yoso"  # the adaption stages come first
     train: Literal["lora", "all"] = "lora"  # LoRA, or every weight of the denoiser
-    lora_rank: int = 64
-    prediction_type: str | None = None  # epsilon or v_prediction, where the base's scheduler does not say so
-    prior_pictures: int = 1000  # whose latents' statistics one step begins from (section 4.2); 0: from noise alone
+    lora_rank: int = 64  # rank of the LoRA
+    prediction_type: str | None = None  # epsilon, v_prediction [as the base's scheduler says]
+    prior_pictures: int = 1000  # pictures to estimate the prior (IPI) from; 0: no prior
     # losses
     lambda_gan: float = 1.0  # weight of the adversarial loss; 0 trains no discriminator
-    lambda_kl: float = 0.5  # weight of the distance to the data
-    lambda_con: float = 2.0  # weight of the distance to G a little earlier
-    adversarial: Literal["coop", "data", "noisy"] = "coop"  # real: G's better guess, the data, or the data noised again
-    consistency: Literal["perceptual", "mse"] = "perceptual"  # distance of a frozen U-Net's features, or of latents
-    snr_gamma: float = 5.0  # the largest weight of a noise level
-    snr_floor: float = 0.0  # its smallest in the distance to the data
-    coop_steps: int = 250  # how much earlier the better guess is
-    con_steps: int = 25  # how much earlier the consistent one
-    last_share: float = 0.0  # of the batch that begins where one step does, at the last noise level; the rest anywhere
-    noise_offset: float = 0.0  # the weight of more noise, one value for a whole channel
+    lambda_kl: float = 0.5  # weight of the KL term, the distance to the data
+    lambda_con: float = 2.0  # weight of the consistency term
+    adversarial: Literal["coop", "data", "noisy"] = "coop"  # real: G(x_{t-k}), data, noised data
+    consistency: Literal["perceptual", "mse"] = "perceptual"  # in U-Net features, or latents
+    snr_gamma: float = 5.0  # largest weight of a noise level
+    snr_floor: float = 0.0  # smallest weight of a noise level in the KL term
+    coop_steps: int = 250  # D's real side is G at so many timesteps less noise
+    con_steps: int = 25  # the consistency term compares with so many timesteps less noise
+    last_share: float = 0.0  # share of the batch at the last timestep, where sampling starts
     # optimisation
-    learning_rate: float = 2e-5  # of the generator
+    learning_rate: float = 2e-5  # learning rate of the generator
     disc_lr_ratio: float = 1.0  # the discriminator's learning rate over the generator's
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"  # last two: to zero
-    lr_warmup_steps: int = 500  # linear rise; "constant" has none
+    lr_scheduler: training.Scheduler = "constant"  # linear and cosine fall to 0
+    lr_warmup_steps: int = 500  # linear warm-up; "constant" has none
     adam_beta1: float = 0.9  # of the generator; the discriminator's is 0
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-2
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float = 1.0  # gradients of the generator longer than this are shortened to it
-    use_ema: bool = True  # write the running mean of the weights
-    ema_decay: float = 0.999  # what of the mean is kept a step
-    train_batch_size: int = 16  # pictures a process and slice
-    gradient_accumulation_steps: int = 1  # slices a step
+    adam_beta2: float = 0.999  # decay of AdamW's mean square
+    adam_weight_decay: float = 1e-2  # weight decay
+    adam_epsilon: float = 1e-8  # AdamW's epsilon
+    max_grad_norm: float = 1.0  # the generator's gradients are clipped to this norm
+    use_ema: bool = True  # write an exponential moving average (EMA) of the weights
+    ema_decay: float = 0.999  # decay of the EMA per step
+    train_batch_size: int = 16  # pictures per process and micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches per step
     max_train_steps: int = 5000  # optimizer steps
-    num_train_epochs: int | None = None  # ends earlier, after so many passes over the data
-    gradient_checkpointing: bool = False  # less memory, a third more time
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # autocast, frozen weights; bf16 is slow on a CPU without it
-    dtype: Literal["float32", "float64"] = "float32"  # of what is trained (float64 for tests)
+    max_train_epochs: int | None = None  # end earlier, after so many passes over the data
+    gradient_checkpointing: bool = False  # less memory for a third more time
+    mixed_precision: training.Precision = "no"  # autocast, and the type of frozen weights
+    dtype: Literal["float32", "float64"] = "float32"  # type of trained weights (float64 for tests)
     # the run
-    seed: int = 42  # of every draw
+    seed: int = 42  # random seed
     device: str = "auto"  # auto, cpu, cuda, mps
     output_dir: str | None = None  # default runs/yoso-DATE
-    resume: str | None = None  # a run's folder, to go on from its state.pt
+    resume: str | None = None  # folder of a run to resume
     viz_freq: int = 100  # steps between sample grids
-    eval_freq: int = 500  # steps between validations
-    num_samples_eval: int = 100  # pictures of a validation
-    validation_prompts: str | None = None  # captions of the sample grid, with | between, up to 16 and to the test items
+    validation_steps: int = 500  # steps between validations
+    validation_num_images: int = 100  # test pictures per validation
+    validation_prompts: str | None = None  # up to 16 captions of the sample grids, joined by |
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
     report_to: str = "none"  # none, tensorboard, wandb
     tracker_project_name: str = "train_yoso"  # W&B project
 
 
-# Where the base is tiny and starts from nothing every weight trains, on small pictures, faster; where it has learned
-# to draw, LoRA does.
-TINY = dict(train="all", resolution=32, learning_rate=2e-4, disc_lr_ratio=0.5, lr_warmup_steps=200, adam_beta2=0.99,
-            train_batch_size=16, max_train_steps=2000, prior_pictures=200, checkpointing_steps=200)
-PRETRAINED = TINY | dict(train="lora", resolution=64, lora_rank=16, learning_rate=5e-4, disc_lr_ratio=1.0,
-                         max_train_steps=300)
-PIXELS = TINY | dict(train_data_dir="cifar10.zip", learning_rate=1e-4, disc_lr_ratio=2.0, adam_weight_decay=0.0,
-                     lr_scheduler="constant_with_warmup", lr_warmup_steps=50, adam_beta1=0.5, train_batch_size=32,
-                     max_train_steps=1500, prior_pictures=0, lambda_kl=1.0, consistency="mse", last_share=0.25,
-                     viz_freq=200)
-GAUSSIANS = dict(train="all", learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=100, adam_weight_decay=0.0,
-                 adam_beta1=0.5, adam_beta2=0.99, train_batch_size=128, max_train_steps=8000, lambda_con=0.0,
-                 consistency="mse", viz_freq=1000, eval_freq=1000, checkpointing_steps=1000, prior_pictures=10_000,
-                 num_samples_eval=10_000)
-ALIASES = dict(pretrained_model_name_or_path="base", resume_from_checkpoint="resume", dataset_folder="train_data_dir",
-               num_training_epochs="num_train_epochs")
+# Defaults for a tiny base with random weights: every weight trains, on small pictures.
+TINY = dict(
+    train="all",
+    resolution=32,
+    learning_rate=2e-4,
+    disc_lr_ratio=0.5,
+    adam_beta2=0.99,
+    train_batch_size=16,
+    max_train_steps=2000,
+    prior_pictures=200,
+    checkpointing_steps=200,
+)
+# Defaults for a tiny base that has learned to draw: LoRA.
+PRETRAINED = TINY | dict(
+    train="lora",
+    resolution=64,
+    lora_rank=16,
+    learning_rate=5e-4,
+    disc_lr_ratio=1.0,
+    max_train_steps=300,
+)
+# Defaults for training from scratch on raw pictures.
+PIXELS = TINY | dict(
+    dataset_folder="cifar10.zip",
+    learning_rate=1e-4,
+    disc_lr_ratio=2.0,
+    lr_scheduler="constant_with_warmup",
+    lr_warmup_steps=50,
+    adam_beta1=0.5,
+    adam_weight_decay=0.0,
+    train_batch_size=32,
+    max_train_steps=1500,
+    prior_pictures=0,
+    lambda_kl=1.0,
+    consistency="mse",
+    last_share=0.25,
+    viz_freq=200,
+)
+TABLES = {"tiny-": PRETRAINED, "tiny": TINY, "pixels": PIXELS}
+ALIASES = dict(
+    pretrained_model_name_or_path="base",
+    resume_from_checkpoint="resume",
+    train_data_dir="dataset_folder",
+    num_train_epochs="max_train_epochs",
+    num_training_epochs="max_train_epochs",
+    eval_freq="validation_steps",
+    num_samples_eval="validation_num_images",
+)
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------- losses
 
 def generated(prediction: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """G(x_t, t) = c_skip x_t + c_out x0_theta(x_t, t), c_skip = 0.25 / (s^2 + 0.25), c_out = s / sqrt(s^2 + 0.25), s =
-    10 t: what has no noise stays as it is."""
+    """G(x_t, t) = c_skip x_t + c_out x0_theta(x_t, t).
+
+    c_skip = 0.25 / (s^2 + 0.25), c_out = s / sqrt(s^2 + 0.25), s = 10 t: at t = 0 G(x) = x.
+    """
     s = 10.0 * t.to(x).view(-1, *[1] * (x.ndim - 1))
-    c_skip, c_out = 0.25 / (s**2 + 0.25), s / (s**2 + 0.25).sqrt()
+    c_skip = 0.25 / (s**2 + 0.25)
+    c_out = s / (s**2 + 0.25).sqrt()
     return c_skip * x + c_out * predict_x0(prediction, x, t, schedule, schedule.prediction_type)
 
 
-def earlier(t: Tensor, steps: int) -> Tensor:
-    """The lower noise level whose G knows more."""
-    return (t - steps).clamp(min=0)
-
-
 def generator_gan_loss(logits_fake: Tensor) -> Tensor:
-    """L_adv = softplus(-D(G(x_t), t)), the non-saturating loss, of each sample."""
+    """L_adv = softplus(-D(G(x_t), t)), the non-saturating loss, per sample."""
     return F.softplus(-logits_fake).mean()
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """softplus(-D(real, t)) + softplus(D(G(x_t), t)). Self-cooperation: real is G(x_{t-k}), not data."""
+    """softplus(-D(real, t)) + softplus(D(G(x_t), t)).
+
+    In self-cooperation the real side is G(x_{t-k}), not data.
+    """
     return (F.softplus(-logits_real) + F.softplus(logits_fake)).mean()
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """[B, ...] -> [B]."""
-    return (a - b).to(torch.promote_types(a.dtype, torch.float32)).square().flatten(1).mean(1)
+    """Mean square of a - b per sample [B], in float32 at least."""
+    difference = (a - b).to(torch.promote_types(a.dtype, torch.float32))
+    return difference.square().flatten(1).mean(1)
 
 
-def kl_loss(fake: Tensor, x0: Tensor, t: Tensor, schedule: Schedule, gamma: float, floor: float = 0.0) -> Tensor:
-    """L_KL = min(max(SNR_t, floor), gamma) |G(x_t) - x0|^2, SNR = alpha^2 / sigma^2. Pure noise has SNR 0 and weighs
-    nothing; with floor 1 it weighs 1, as in a loss on v, whose weight is SNR + 1."""
+def kl_loss(
+    fake: Tensor, x0: Tensor, t: Tensor, schedule: Schedule, gamma: float, floor: float = 0.0
+) -> Tensor:
+    """L_KL = min(max(SNR_t, floor), gamma) |G(x_t) - x0|^2, SNR = alpha^2 / sigma^2.
+
+    Pure noise has SNR 0 and so weight 0. With floor 1 its weight is 1, as in a loss on v.
+    """
     snr = (schedule.alpha[t] / schedule.sigma[t]) ** 2
-    return (snr.clamp(floor, gamma).to(x0) * mean_square(fake, x0)).mean()
+    weight = snr.clamp(floor, gamma).to(x0)
+    return (weight * mean_square(fake, x0)).mean()
 
 
-def consistency_loss(seen: Tensor, goal: Tensor, t: Tensor, s: Tensor, schedule: Schedule, gamma: float) -> Tensor:
-    """L_con = w |f(G(x_t)) - f(G(x_s))|^2, s < t, same eps, no gradient to the right; f: features of a frozen U-Net
-    (latent perceptual loss), or nothing; w = min(1 / (sigma_t / alpha_t - sigma_s / alpha_s), gamma)."""
-    here, there = (schedule.sigma[u] / schedule.alpha[u] for u in (t, s))
-    weight = (1 / (here - there)).clamp(max=gamma)  # at t = s = 0: gamma times 0
-    distance = mean_square(seen, goal.detach())
+def consistency_loss(
+    here: Tensor, goal: Tensor, t: Tensor, s: Tensor, schedule: Schedule, gamma: float
+) -> Tensor:
+    """L_con = w |f(G(x_t)) - f(G(x_s))|^2, s < t, same eps, no gradient through the goal.
+
+    f gives the features of a frozen U-Net (the latent perceptual loss), or is the identity.
+    w = min(1 / (sigma_t / alpha_t - sigma_s / alpha_s), gamma).
+    """
+    ratio_t = schedule.sigma[t] / schedule.alpha[t]
+    ratio_s = schedule.sigma[s] / schedule.alpha[s]
+    weight = (1 / (ratio_t - ratio_s)).clamp(max=gamma)  # t = s = 0: gamma times 0
+    distance = mean_square(here, goal.detach())
     return (weight.to(distance) * distance).mean()
 
 
-def adapt_loss(v: Tensor, told: Tensor, x: Tensor, x_new: Tensor, t: Tensor, old: Schedule, new: Schedule) -> Tensor:
-    """|v_theta(x'_t) - v'|^2, v' = (alpha' x'_t - x0) / sigma', of the x0 that the frozen model sees in x_t: the same
-    picture and eps on the old schedule and on the new. Stage I: the frozen model tells eps, and both schedules are the
-    same. Stage II: it tells v, and the new one ends in pure noise, where v' is -x0."""
-    x0 = predict_x0(told, x, t, old, old.prediction_type)
+def adapt_loss(
+    v: Tensor,
+    teacher_prediction: Tensor,
+    x_old: Tensor,
+    x_new: Tensor,
+    t: Tensor,
+    old: Schedule,
+    new: Schedule,
+) -> Tensor:
+    """|v_theta(x'_t) - v'|^2, v' = (alpha' x'_t - x0) / sigma', x0 from the teacher.
+
+    x_t and x'_t are the same picture and eps on the old schedule and on the new one. Stage I:
+    the teacher predicts eps, and the schedules are equal. Stage II: it predicts v, and the new
+    schedule ends in pure noise, where v' = -x0.
+    """
+    x0 = predict_x0(teacher_prediction, x_old, t, old, old.prediction_type)
     alpha, sigma = new.at(t, x_new)
     return mean_square(v, (alpha * x_new - x0) / sigma).mean()
 
 
-def learning_rate(step: int, config: Config, last: int) -> float:
-    rise = 1.0 if config.lr_scheduler == "constant" else min(1.0, (step + 1) / max(config.lr_warmup_steps, 1))
-    done = max(0.0, (step - config.lr_warmup_steps) / max(last - config.lr_warmup_steps, 1))
-    fall = {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}.get(config.lr_scheduler, 1.0)
-    return config.learning_rate * rise * fall
+def discriminate(
+    D: Callable,
+    sample: Tensor,
+    t: Tensor,
+    context: Tensor,
+    schedule: Schedule,
+    cfg: Config,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """D's logits [B, 1]. D is told t, the timestep of the fake side, on both sides.
+
+    With --adversarial noisy (UFOGen), `noise` is added to the sample first, to timestep t - k.
+    """
+    if cfg.adversarial == "noisy":
+        t = less_noisy(t, cfg.coop_steps)
+        sample = add_noise(sample, noise, t, schedule)
+    logits = D(sample, t.to(sample.device), context)
+    return logits.to(sample.dtype)  # half precision is too coarse for a softplus
 
 
-def check_data(items: Dataset, where: str, base: Base, base_name: str, teacher: str | None, other_captions: str | bool
-               ) -> None:
-    """Refuses a data set that the base cannot train on, or not in this way."""
-    pictures, facts = {"target", "mean"} & items[0].keys(), getattr(items, "facts", {})
-    if not pictures and not teacher:
-        raise ValueError(f"{where} holds captions alone; expected --teacher, a one-step base that draws their pictures"
-                         " (sd-turbo), or pictures")
-    if pictures and teacher:
-        raise ValueError(f"{where} holds pictures; leave --teacher out")
-    if facts and other_captions:
-        raise ValueError(f"{where} holds captions that are encoded already; leave --validation_prompts and"
-                         " --unconditional out")
-    for part in ("vae", "text_encoder") if facts.get("dtype") == "float32" else ("vae",) if facts else ():
-        network = getattr(base, part)  # the VAE is of float32 whatever the cache's type
+def yoso_losses(
+    G: Callable,
+    D: Callable | None,
+    features: Callable | None,
+    x0: Tensor,
+    context: list[Tensor],
+    disc_context: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    schedule: Schedule,
+    cfg: Config,
+    noise: Tensor | None = None,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """L = gan L_adv + kl L_KL + con L_con of one micro-batch.
+
+    x0, eps [B, C, h, w]; t [B] on the CPU. G(x, t, context) predicts x0, with c_skip and c_out;
+    D(x, t, disc_context) -> logits [B, 1], or None; features(x, disc_context) are those of the
+    perceptual distance, None for latents. `noise` [B, C, h, w] is for --adversarial noisy alone.
+    Returns the weighted terms by name, G's samples, and what D takes for real.
+    """
+    t_coop = less_noisy(t, cfg.coop_steps)
+    t_con = less_noisy(t, cfg.con_steps)
+
+    # With gradient first: autocast keeps cast weights, and those cast without one would be reused.
+    fake = G(add_noise(x0, eps, t, schedule), t, context)
+    real = goal = x0
+    with torch.no_grad():  # G's better-informed predictions, from less of the same noise
+        if D is not None and cfg.adversarial == "coop":
+            real = G(add_noise(x0, eps, t_coop, schedule), t_coop, context)
+        if cfg.lambda_con:
+            goal = G(add_noise(x0, eps, t_con, schedule), t_con, context)
+
+    terms = {}
+    if D is not None:
+        logits = discriminate(D, fake, t, disc_context, schedule, cfg, noise)
+        terms["gan"] = cfg.lambda_gan * generator_gan_loss(logits)
+    if cfg.lambda_kl:
+        loss = kl_loss(fake, x0, t, schedule, cfg.snr_gamma, cfg.snr_floor)
+        terms["kl"] = cfg.lambda_kl * loss
+    if cfg.lambda_con:
+        here = fake
+        if features is not None:
+            here = features(fake, disc_context)
+            goal = features(goal, disc_context)
+        loss = consistency_loss(here, goal, t, t_con, schedule, cfg.snr_gamma)
+        terms["con"] = cfg.lambda_con * loss
+    return terms, fake.detach(), real
+
+
+def adapt_losses(
+    student: Callable,
+    teacher: Callable,
+    x0: Tensor,
+    context: list[Tensor],
+    t: Tensor,
+    eps: Tensor,
+    old: Schedule,
+    new: Schedule,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The loss of an adaption stage, of one micro-batch: see adapt_loss.
+
+    Student and teacher are denoisers; they are called with (x, t, *context). Returns the term
+    by name, the student's samples, and x0.
+    """
+    x_old = add_noise(x0, eps, t, old)
+    x_new = add_noise(x0, eps, t, new)
+    v = student(x_new, t.to(x0.device), *context)
+    with torch.no_grad():
+        teacher_prediction = teacher(x_old, t.to(x0.device), *context)
+    loss = adapt_loss(v, teacher_prediction, x_old, x_new, t, old, new)
+    fake = predict_x0(v, x_new, t, new, "v_prediction")
+    return {"adapt": loss}, fake.detach(), x0
+
+
+# ------------------------------------------------------------------------ what is refused
+
+def check_stage(cfg: Config, schedule: Schedule) -> None:
+    """ValueError for a stage that is done already or out of order, and for a run without losses."""
+    predicts_v = schedule.prediction_type == "v_prediction"
+    starts_from_noise = schedule.alpha[-1] == 0
+    if cfg.stage == "adapt_v" and predicts_v:
+        raise ValueError(
+            f"--stage adapt_v: {cfg.base} predicts v already; go on with --stage adapt_zsnr or"
+            " yoso"
+        )
+    if cfg.stage == "adapt_zsnr" and starts_from_noise:
+        raise ValueError(
+            f"--stage adapt_zsnr: {cfg.base} starts from pure noise already; go on with"
+            " --stage yoso"
+        )
+    if cfg.stage == "adapt_zsnr" and not predicts_v:
+        raise ValueError(
+            f"--stage adapt_zsnr: {cfg.base} predicts epsilon, which says nothing about the"
+            " picture in pure noise; run --stage adapt_v first"
+        )
+    if not (cfg.lambda_gan or cfg.lambda_kl or cfg.lambda_con):
+        raise ValueError(
+            "--lambda_gan, --lambda_kl and --lambda_con are 0; expected a loss to learn from"
+        )
+    untrained = cfg.base == "pixels"
+    if untrained and (cfg.train == "lora" or cfg.consistency == "perceptual"):
+        raise ValueError(
+            f"the base {cfg.base} has no trained U-Net; expected --train all --consistency mse"
+        )
+
+
+def check_data(items: Dataset, base: bases.Base, cfg: Config) -> None:
+    """ValueError for a data set that the base cannot train on, or not with these settings."""
+    folder = cfg.dataset_folder
+    has_pictures = "target" in items[0] or "mean" in items[0]
+    if not has_pictures and not cfg.teacher:
+        raise ValueError(
+            f"{folder} holds captions alone; expected --teacher, a one-step base that draws"
+            " their pictures (sd-turbo), or pictures"
+        )
+    if has_pictures and cfg.teacher:
+        raise ValueError(f"{folder} holds pictures; leave --teacher out")
+
+    facts = getattr(items, "facts", None)  # of a cache
+    if facts is None:
+        return
+    if cfg.validation_prompts or cfg.unconditional:
+        raise ValueError(
+            f"{folder} holds captions that are encoded already; leave --validation_prompts and"
+            " --unconditional out"
+        )
+    compared = ["vae"]
+    if facts.get("dtype") == "float32":  # else the cache's text encoder was cast
+        compared.append("text_encoder")
+    for part in compared:
+        network = getattr(base, part)
         if network and facts[part] != fingerprint(network):
-            raise ValueError(f"{where} is a cache of {facts['base']}, whose {part} is not that of {base_name} here;"
-                             " make a cache of this base")
+            raise ValueError(
+                f"{folder} is a cache of {facts['base']}, whose {part} is not that of {cfg.base}"
+                " here; make a cache of this base"
+            )
 
 
-def latent_shape(base: Base, item: dict, resolution: int) -> tuple[int, ...]:
-    """[C, h, w] of the latent of a data set's item, of captions of a picture of that resolution; of points [2]."""
+# --------------------------------------------------------------------------------- building
+
+@dataclass
+class Networks:
+    base: bases.Base  # its denoiser is trained; VAE and text encoder are frozen
+    critic: bases.Base  # whose U-Net and text encoder D uses: the base, or --disc_base for PixArt
+    teacher: bases.Base | None  # the one-step base that draws pictures for captions alone
+    shape: tuple[int, ...]  # [C, h, w] of latents
+    old_schedule: Schedule  # of the frozen denoiser in an adaption stage
+    frozen_denoiser: nn.Module | None = None  # what the denoiser was before an adaption stage
+    D: nn.Module | None = None
+    feature_network: nn.Module | None = None  # half a frozen U-Net: the perceptual distance
+    inception: nn.Module | None = None
+    trained: dict[str, nn.Parameter] = field(default_factory=dict)
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    frozen: str = ""  # fingerprint of all frozen weights
+    prior: tuple[Tensor, Tensor] | None = None  # mean and std of latents, where sampling starts
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.base.schedule
+
+    @property
+    def last_timestep(self) -> int:
+        return len(self.schedule.alpha) - 1
+
+    def G(self, x: Tensor, t: Tensor, context: list[Tensor]) -> Tensor:
+        prediction = self.base.denoiser(x, t.to(x.device), *context)
+        return generated(prediction, x, t, self.schedule)
+
+    def features(self, x: Tensor, context: Tensor) -> Tensor:
+        """Of clean latents: at t = 0."""
+        return self.feature_network.features(x, 0, context)
+
+
+def open_data(cfg: Config) -> tuple[Dataset, Dataset]:
+    """The training and the test set. Crops are random in training and central in the test."""
+    n = cfg.resolution
+    train_prep = cfg.train_image_prep or f"resized_randomcrop_{n}"
+    test_prep = cfg.test_image_prep or cfg.train_image_prep or f"resized_crop_{n}"
+    folder, column = cfg.dataset_folder, cfg.caption_column
+    train_set = open_captioned(folder, "train", train_prep, cfg.seed, n, column)
+    test_set = open_captioned(folder, "test", test_prep, cfg.seed, n, column)
+    if isinstance(train_set, Cached) and (cfg.train_image_prep or cfg.test_image_prep):
+        raise ValueError(
+            f"{folder} is a cache, whose pictures were cropped when it was made; leave"
+            " --train_image_prep and --test_image_prep out (python -m dataset cache has --prep)"
+        )
+    return train_set, test_set
+
+
+def build_networks(cfg: Config, run: training.Run, train_set: Dataset) -> Networks:
+    """All networks of a run. Trained weights are in run.dtype, frozen ones may be in half."""
+    nets = load_bases(cfg, run, train_set)
+    base = nets.base
+    check_stage(cfg, base.schedule)
+    check_data(train_set, base, cfg)
+    share = {id(p): p for p in base.denoiser.parameters()}
+    if cfg.train == "all":
+        share = {}  # the frozen copy needs weights of its own
+    if cfg.stage != "yoso":
+        nets.frozen_denoiser = copy.deepcopy(base.denoiser, share)
+        base.schedule = adapted_schedule(base.schedule, cfg.stage)
+    if cfg.stage == "yoso" and cfg.lambda_con and cfg.consistency == "perceptual":
+        trained_copy = cfg.train == "all" and nets.critic is base
+        nets.feature_network = lower_half(nets.critic.unet, share=not trained_copy)
+    if cfg.stage == "yoso" and cfg.lambda_gan:
+        nets.D = build_discriminator(cfg, run, nets)
+    choose_trained(cfg, nets)
+    nets.frozen = fingerprint_frozen(nets)
+    if run.half:
+        cast_all_frozen(nets, run.half)
+    set_checkpointing(nets, cfg.gradient_checkpointing)
+    return nets
+
+
+def load_bases(cfg: Config, run: training.Run, train_set: Dataset) -> Networks:
+    """The base, and beside it the critic's, the teacher and Inception where they are needed."""
+    # LoRA checkpoints must rebuild the same random base, so its seed is fixed.
+    seed = cfg.seed if cfg.train == "all" else 0
+    how = dict(dtype=run.dtype, device=str(run.device))
+    with run.first_process_first():
+        cached = isinstance(train_set, Cached)
+        base = bases.load_base(cfg.base, bases.parts_of(cfg.base, cached), **how, seed=seed)
+        critic, teacher, inception = base, None, None
+        if cfg.stage == "yoso" and base.transformer:  # only a U-Net can be the discriminator
+            critic = bases.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), **how)
+        if cfg.teacher:
+            teacher = bases.load_base(cfg.teacher, bases.parts_of(cfg.teacher), **how)
+        if cfg.track_val_fid:
+            inception = training.load_or_explain(
+                metrics.load_metric_network,
+                "inception",
+                str(run.device),
+                without="leave --track_val_fid out",
+            ).network
+    if cfg.prediction_type:
+        settings = base.schedule.config | {"prediction_type": cfg.prediction_type}
+        base.schedule = Schedule.from_config(settings)
+    shape = latent_shape(base, train_set[0], cfg.resolution)
+    return Networks(base, critic, teacher, shape, base.schedule, inception=inception)
+
+
+def latent_shape(base: bases.Base, item: dict, resolution: int) -> tuple[int, ...]:
+    """[C, h, w] of the latents: of a cache's item, of its picture, or of one to be drawn."""
     if "mean" in item:
-        return item["mean"].shape
-    sides = item["target"].shape[1:] if "target" in item else (resolution, resolution)
+        return tuple(item["mean"].shape)
+    sides = (resolution, resolution)
+    if "target" in item:
+        sides = item["target"].shape[1:]
     return base.denoiser.config.in_channels, *latent_size(sides, base.vae.factor)
 
 
-def one_step(base: Base, captions: list[str], noise: Tensor) -> Tensor:
-    """The latents [B, C, h, w] that a one-step base makes of noise."""
-    schedule, t = base.schedule, len(base.schedule.alpha) - 1
-    x = diffusion.start(noise, t, schedule)
-    return diffusion.predict_x0(base.denoiser(x, t, *base.encode(captions)), x, t, schedule, schedule.prediction_type)
+def adapted_schedule(old: Schedule, stage: str) -> Schedule:
+    """The schedule that an adaption stage leads to."""
+    settings = old.config | {"prediction_type": "v_prediction"}
+    if stage == "adapt_zsnr":
+        settings["rescale_betas_zero_snr"] = True
+    return Schedule.from_config(settings)
 
 
-def remembering(base: Base, autocast: torch.autocast) -> Callable[[list[str]], list[Tensor]]:
-    """base.encode, which is asked once for a caption and keeps what it says of 2,000."""
+def build_discriminator(cfg: Config, run: training.Run, nets: Networks) -> nn.Module:
+    """Half a U-Net for latents, or a small network for pictures that have none."""
+    torch.manual_seed(cfg.seed)  # its first weights depend on nothing that came before
+    if nets.base.vae.factor > 1:
+        D = LatentDiscriminator(nets.critic.unet)
+        if cfg.disc_random:
+            for layer in D.unet.modules():
+                if hasattr(layer, "reset_parameters"):
+                    layer.reset_parameters()
+    else:
+        width = nets.base.denoiser.config.cross_attention_dim
+        D = PixelDiscriminator(nets.shape[0], cfg.resolution, width)
+    return D.to(run.device, run.dtype).requires_grad_(True)
 
-    @functools.lru_cache(maxsize=2000)
-    def encoded(caption: str) -> list[Tensor]:
-        with torch.no_grad(), autocast:
-            return [c[0].cpu() for c in base.encode([caption])]
 
-    return lambda captions: [torch.stack(c) for c in zip(*map(encoded, captions))]
+def choose_trained(cfg: Config, nets: Networks) -> None:
+    """Adds the LoRA, and sets which parameters train and their EMA."""
+    denoiser = nets.base.denoiser
+    if cfg.train == "lora":
+        lora_rng = training.rng(cfg.seed, 0, "lora")
+        add_lora(denoiser, LORA_TARGETS, cfg.lora_rank, 8.0, lora_rng)  # alpha 8: peft's default
+    for name, p in denoiser.named_parameters():
+        p.requires_grad_(cfg.train == "all" or ".lora_" in name)
+    for name, p in named_networks(nets).named_parameters():
+        if p.requires_grad:
+            nets.trained[name] = p
+            if cfg.use_ema:
+                nets.ema[name] = p.detach().clone()
 
+
+def named_networks(nets: Networks) -> nn.ModuleDict:
+    """The base's networks under the names that checkpoints use."""
+    part = "transformer" if nets.base.transformer else "unet"
+    networks = {part: nets.base.denoiser, "vae": nets.base.vae}
+    if nets.base.text_encoder:
+        networks["text_encoder"] = nets.base.text_encoder
+    return nn.ModuleDict(networks)
+
+
+def other_networks(nets: Networks) -> nn.ModuleList:
+    """The frozen networks of the teacher and of the critic, if that is not the base."""
+    networks = []
+    for other in (nets.teacher, nets.critic):
+        if other is not None and other is not nets.base:
+            networks += [other.denoiser, other.text_encoder]
+    return nn.ModuleList(networks)
+
+
+def fingerprint_frozen(nets: Networks) -> str:
+    text = fingerprint(named_networks(nets), nets.trained)
+    others = other_networks(nets)
+    if len(others):
+        text += fingerprint(others, nets.trained)
+    return text
+
+
+def cast_all_frozen(nets: Networks, half: torch.dtype) -> None:
+    networks = [named_networks(nets), other_networks(nets)]
+    networks += [nets.frozen_denoiser, nets.feature_network]
+    for network in networks:
+        if network is not None:
+            cast_frozen(network, half)
+
+
+def set_checkpointing(nets: Networks, on: bool) -> None:
+    networks = [nets.base.denoiser, getattr(nets.D, "unet", None), nets.feature_network]
+    for network in networks:
+        if network is not None:
+            network.checkpointing = on
+
+
+def stage_losses(cfg: Config, nets: Networks) -> Callable:
+    """The losses of this run's stage, as a function of one micro-batch's tensors."""
+    features = nets.features if nets.feature_network else None
+
+    def yoso(x0, context, disc_context, t, eps, noise):
+        return yoso_losses(
+            nets.G,
+            nets.D,
+            features,
+            x0,
+            context,
+            disc_context,
+            t,
+            eps,
+            nets.schedule,
+            cfg,
+            noise,
+        )
+
+    def adapt(x0, context, disc_context, t, eps, noise):
+        student, teacher = nets.base.denoiser, nets.frozen_denoiser
+        old, new = nets.old_schedule, nets.schedule
+        return adapt_losses(student, teacher, x0, context, t, eps, old, new)
+
+    return yoso if cfg.stage == "yoso" else adapt
+
+
+def build_optimizers(
+    cfg: Config, run: training.Run, nets: Networks
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
+    adam = partial(
+        torch.optim.AdamW,
+        eps=cfg.adam_epsilon,
+        weight_decay=cfg.adam_weight_decay,
+        fused=run.device.type == "cuda",
+    )
+    optimizer_d = None
+    optimizer_g = adam(nets.trained.values(), betas=(cfg.adam_beta1, cfg.adam_beta2))
+    if nets.D:
+        optimizer_d = adam(nets.D.parameters(), betas=(0.0, cfg.adam_beta2))
+    return optimizer_g, optimizer_d
+
+
+# ----------------------------------------------------------- from a batch to x0 and contexts
 
 @dataclass
 class Reader:
-    """read(batch, rows, noise) -> x0 [B, *shape], the denoiser's contexts, and the critic's context; in the type and on
-    the device of the noise [B, *shape], which places x0 in the encoder's spread, or is what a teacher begins from."""
-    base: Base
-    critic: Base  # whose U-Net looks at latents; the base itself where that has one
-    teacher: Base | None  # the one-step base that draws the pictures of captions alone
-    shape: tuple[int, ...]  # of every latent
-    unconditional: bool  # to all but the teacher captions are empty
+    """read(piece, noise) -> x0 [B, *shape], context of the denoiser, context of D.
+
+    `piece` is a batch on the noise's device: pictures and captions, captions alone, or a cache's
+    latents and contexts. noise [B, *shape] samples the VAE's latent, or is what the teacher
+    draws from. With `unconditional` all but the teacher get empty captions.
+    """
+
+    base: bases.Base
+    critic: bases.Base
+    teacher: bases.Base | None
+    shape: tuple[int, ...]
+    unconditional: bool
     autocast: torch.autocast
 
     def __post_init__(self):
-        self.encode = remembering(self.base, self.autocast)
-        self.encode_for_critic = remembering(self.critic, self.autocast)
+        self.encode = cached_encoder(self.base, self.autocast)
+        self.encode_for_critic = cached_encoder(self.critic, self.autocast)
 
-    def __call__(self, batch: dict, rows: slice, noise: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        texts = batch["caption"][rows]
-        captions = [""] * len(texts) if self.unconditional else texts
-        cached = [batch[name][rows] for name in ("context_0", "context_1") if name in batch]
-        contexts = [c.to(noise) for c in cached or self.encode(captions)]
-        seen = contexts[0] if self.critic is self.base else self.encode_for_critic(captions)[0].to(noise)
-        if "mean" in batch:
-            return batch["mean"][rows].to(noise) + batch["std"][rows].to(noise) * noise, contexts, seen
+    def __call__(self, piece: dict, noise: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        captions = piece["caption"]
+        if self.unconditional:
+            captions = [""] * len(captions)
+        context = [piece[name] for name in ("context_0", "context_1") if name in piece]
+        if not context:
+            context = self.encode(captions)
+        context = [c.to(noise) for c in context]
+        disc_context = context[0]
+        if self.critic is not self.base:
+            disc_context = self.encode_for_critic(captions)[0].to(noise)
         with torch.no_grad(), self.autocast:
-            if self.teacher:
-                return one_step(self.teacher, texts, noise).to(noise), contexts, seen
-            pictures = batch["target"][rows].to(noise)
-            if pictures.shape[2:] != tuple(side * self.base.vae.factor for side in self.shape[1:]):
-                raise ValueError(f"'{batch['name'][rows][0]}' is not of the size of the first training picture,"
-                                 " expected one size for all: choose --train_image_prep and --test_image_prep for it")
-            mean, logvar, _ = self.base.vae.encode(pictures)
-            x0 = mean.to(noise) + (0.5 * logvar.to(noise)).exp() * noise
-            return x0 * self.base.vae.config.scaling_factor, contexts, seen
+            return self.latents(piece, noise), context, disc_context
+
+    def latents(self, piece: dict, noise: Tensor) -> Tensor:
+        if "mean" in piece:  # of a cache, scaled
+            return piece["mean"].to(noise) + piece["std"].to(noise) * noise
+        if self.teacher:
+            return one_step(self.teacher, piece["caption"], noise).to(noise)
+        pictures = piece["target"].to(noise)
+        sides = tuple(side * self.base.vae.factor for side in self.shape[1:])
+        if pictures.shape[2:] != sides:
+            raise ValueError(
+                f"'{piece['name'][0]}' is not of the size of the first training picture, expected"
+                " one size for all: choose --train_image_prep and --test_image_prep for it"
+            )
+        mean, logvar, _ = self.base.vae.encode(pictures)
+        x0 = mean.to(noise) + (0.5 * logvar.to(noise)).exp() * noise
+        return x0 * self.base.vae.config.scaling_factor
 
 
-def open_data(cfg: Config, split: str, prep: str | None):
-    if cfg.base == "gaussians":
-        return gaussians.Points(split, cfg.seed)
-    asked = cfg.train_image_prep or cfg.test_image_prep or cfg.center_crop or cfg.random_flip
-    random = split == "train" and not cfg.center_crop
-    prep = prep or f"resized_{'random' * random}crop_{cfg.resolution}{'_hflip' * cfg.random_flip}"
-    items = folders.open_captioned(cfg.train_data_dir, split, prep, cfg.seed, cfg.resolution, cfg.caption_column)
-    if asked and isinstance(items, cache.Cached):
-        raise ValueError(f"{cfg.train_data_dir} is a cache, whose pictures were cropped when it was made; leave out"
-                         " what is said of crops and flips (python data.py cache has --prep)")
+def one_step(base: bases.Base, captions: list[str], noise: Tensor) -> Tensor:
+    """The latents [B, C, h, w] that a one-step base makes of noise."""
+    schedule = base.schedule
+    t = len(schedule.alpha) - 1
+    x = diffusion.start(noise, t, schedule)
+    prediction = base.denoiser(x, t, *base.encode(captions))
+    return predict_x0(prediction, x, t, schedule, schedule.prediction_type)
+
+
+def cached_encoder(
+    base: bases.Base, autocast: torch.autocast
+) -> Callable[[list[str]], list[Tensor]]:
+    """base.encode with a memory of 2,000 captions."""
+
+    @functools.lru_cache(maxsize=2000)
+    def encode_one(caption: str) -> list[Tensor]:
+        with torch.no_grad(), autocast:
+            return [context[0].cpu() for context in base.encode([caption])]
+
+    def encode(captions: list[str]) -> list[Tensor]:
+        encoded = [encode_one(caption) for caption in captions]
+        return [torch.stack(contexts) for contexts in zip(*encoded)]
+
+    return encode
+
+
+def estimate_prior(
+    nets: Networks, run: training.Run, read: Reader, train_set: Dataset
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents, where sampling starts (IPI, section 4.2).
+
+    Without --prior_pictures both are 0: sampling starts from noise alone.
+    """
+    cfg = run.cfg
+    if not cfg.prior_pictures:
+        zeros = torch.zeros(2, *nets.shape, dtype=torch.float64)
+        return zeros[0], zeros[1]
+    # A random choice: the first pictures of a sorted folder are alike.
+    order = torch.randperm(len(train_set), generator=training.rng(cfg.seed, 0, "prior"))
+    groups = order[:cfg.prior_pictures].split(cfg.train_batch_size)
+
+    def latents():
+        for group in tqdm(groups, "prior", disable=run.rank != 0):
+            indices = group.tolist()
+            piece = run.to_device(collate([train_set[i] for i in indices]))
+            noise = torch.zeros(len(indices), *nets.shape)  # the latents' means
+            if nets.teacher:
+                noise, _ = training.draw_noise(indices, nets.shape)
+            x0, _, _ = read(piece, noise.to(run.device, run.dtype))
+            yield from x0
+
+    return diffusion.mean_and_std(latents())
+
+
+def draw_timesteps(nets: Networks, run: training.Run, step: int) -> Tensor:
+    """Timesteps [global batch]: uniform, or the last one with probability --last_share."""
+    generator = training.rng(run.cfg.seed, step, "t")
+    t = torch.randint(len(nets.schedule.alpha), (run.global_batch,), generator=generator)
+    last = torch.rand(run.global_batch, generator=generator) < run.cfg.last_share
+    t[last] = nets.last_timestep
+    return t
+
+
+def noise_again(
+    nets: Networks, run: training.Run, step: int, rows: list[int]
+) -> dict[str, Tensor | None]:
+    """With --adversarial noisy, the noise for D's real and fake side."""
+    if run.cfg.adversarial != "noisy":
+        return {"real": None, "fake": None}
+    sides = ("real", "fake")
+    return {side: run.normal(step, f"again {side}", rows, nets.shape) for side in sides}
+
+
+# Signals for the log.
+
+def spread(fake: Tensor, x0: Tensor) -> Tensor:
+    """Standard deviation of samples over that of data. Under 1: too smooth, or too few modes."""
+    return fake.std() / x0.std().clamp(min=1e-6)
+
+
+def signals(logits_real: Tensor, logits_fake: Tensor) -> dict[str, Tensor | float]:
+    """D's accuracy, and the mean difference of its logits: 0 if it sees nothing."""
+    gap = (logits_real - logits_fake).mean()
+    return {"logit_gap": gap} | training.accuracy([logits_real], [logits_fake])
+
+
+# ------------------------------------------------------------- validating, showing, writing
+
+@torch.inference_mode()
+def draw(
+    nets: Networks, run: training.Run, read: Reader, items: list[dict]
+) -> tuple[Tensor, Tensor]:
+    """The items' pictures and one-step samples of their captions, each [N, 3, H, W].
+
+    Item i is drawn from the noise of seed i. For captions alone the pictures are the teacher's.
+    """
+    scaling = nets.base.vae.config.scaling_factor
+    size = run.cfg.train_batch_size
+    real, fake = [], []
+    for first in range(0, len(items), size):
+        piece = run.to_device(collate(items[first:first + size]))
+        n = len(piece["caption"])
+        noise, generators = training.draw_noise(range(first, first + n), nets.shape)
+        again = torch.cat([torch.randn(1, *nets.shape, generator=g) for g in generators])
+        noise = noise.to(run.device, run.dtype)
+        again = again.to(run.device, run.dtype)
+        x = diffusion.start_from_prior(
+            noise, again, *nets.prior, nets.last_timestep, nets.schedule
+        )
+        t = torch.full((n,), nets.last_timestep)
+        x0, context, _ = read(piece, noise)
+        with run.autocast:
+            made = nets.base.vae.decode(nets.G(x, t, context) / scaling)
+            pictures = piece.get("target")
+            if pictures is None:
+                pictures = nets.base.vae.decode(x0 / scaling)
+        real.append(pictures.float().cpu())
+        fake.append(made.float().cpu())
+    return torch.cat(real), torch.cat(fake)
+
+
+def validate(
+    nets: Networks, run: training.Run, read: Reader, test_set: Dataset
+) -> dict[str, float]:
+    """spread: the standard deviation over samples, over that of pictures; under 1, the samples
+    are too much alike. With --track_val_fid, FID."""
+    count = min(run.cfg.validation_num_images, len(test_set))
+    real, fake = draw(nets, run, read, [test_set[i] for i in range(count)])
+    spread_real = real.std(0, correction=0).mean()
+    spread_fake = fake.std(0, correction=0).mean()
+    values = {"val_spread": (spread_fake / spread_real).item()}
+    if nets.inception:
+        real, fake = real.clamp(-1, 1), fake.clamp(-1, 1)
+        values["val_fid"] = evaluate.fid(nets.inception, real, fake, run.device)
+    return values
+
+
+def validate_and_keep_best(
+    nets: Networks, run: training.Run, read: Reader, test_set: Dataset
+) -> dict[str, float]:
+    """Writes best.safetensors if this validation's FID is the best so far."""
+    values = validate(nets, run, read, test_set)
+    if run.improves(values.get("val_fid", math.inf)):
+        save_generator(nets, run, "best.safetensors")
+    return values
+
+
+def choose_preview(cfg: Config, test_set: Dataset) -> list[dict]:
+    """Up to 16 test items, with the captions of --validation_prompts."""
+    items = [test_set[i] for i in range(min(16, len(test_set)))]
+    if cfg.validation_prompts:
+        prompts = cfg.validation_prompts.split("|")
+        items = [item | {"caption": prompt} for item, prompt in zip(items, prompts)]
     return items
 
 
-def check(cfg: Config, schedule: Schedule) -> None:
-    """Refuses a stage that is over, or not yet its turn, and what has nothing to learn from."""
-    v, zero = schedule.prediction_type == "v_prediction", schedule.alpha[-1] == 0
-    if cfg.stage == "adapt_v" and v:
-        raise ValueError(f"--stage adapt_v: {cfg.base} predicts v already; go on with --stage adapt_zsnr or yoso")
-    if cfg.stage == "adapt_zsnr" and (zero or not v):
-        raise ValueError(f"--stage adapt_zsnr: {cfg.base} " + (
-            "begins at pure noise already; go on with --stage yoso" if zero else
-            "predicts epsilon, which says nothing of the picture in pure noise; run --stage adapt_v first"))
-    if not (cfg.lambda_gan or cfg.lambda_kl or cfg.lambda_con):
-        raise ValueError("--lambda_gan, --lambda_kl and --lambda_con are 0; expected a loss to learn from")
-    if cfg.base in ("gaussians", "pixels") and (cfg.train == "lora" or cfg.consistency == "perceptual"):
-        raise ValueError(f"the base {cfg.base} has no trained U-Net; expected --train all --consistency mse")
+def preview(
+    nets: Networks, run: training.Run, read: Reader, items: list[dict], step: int
+) -> None:
+    """Writes a grid: picture, sample. Pictures do not belong to --validation_prompts."""
+    columns = draw(nets, run, read, items)
+    if run.cfg.validation_prompts and not nets.teacher:
+        columns = columns[1:]
+    training.save_grid(run.folder / "samples" / f"{step + 1:06d}.png", columns)
+
+
+def save_generator(nets: Networks, run: training.Run, name: str) -> None:
+    rank = run.cfg.lora_rank if run.cfg.train == "lora" else None
+
+    def write(path: Path) -> None:
+        checkpoints.save_yoso(path, nets.base, run.cfg.base, nets.trained, nets.prior, rank)
+
+    run.write(name, write)
+
+
+def save_weights(nets: Networks, run: training.Run) -> None:
+    """Writes what was trained, the prior, and a LoRA also in the formats of others."""
+    save_generator(nets, run, "model.safetensors")
+    run.write("prior.safetensors", lambda path: bases.save_prior(path, *nets.prior))
+    if run.cfg.train == "lora":
+        save_lora(nets, run, "lora.safetensors", kohya=False)
+        save_lora(nets, run, "lora_kohya.safetensors", kohya=True)
+
+
+def save_lora(nets: Networks, run: training.Run, name: str, kohya: bool) -> None:
+    part = "transformer" if nets.base.transformer else "unet"
+    tensors = write_lora(nets.base.denoiser, part, kohya)
+    run.write(name, lambda path: save_tensors(path, tensors, {"format": "pt"}))
+
+
+# ------------------------------------------------------------------------------------- main
+
+def update_ema(ema: dict[str, Tensor], trained: dict[str, Tensor], decay: float) -> None:
+    for name, average in ema.items():
+        average.lerp_(trained[name].detach(), 1 - decay)
 
 
 def main() -> None:
-    tables = {"tiny-": PRETRAINED, "tiny": TINY, "pixels": PIXELS, "gaussians": GAUSSIANS}
-    cfg = training.parse(Config, tables, ALIASES, __doc__)
-    rank, world, device = training.start_ranks(cfg.device)
-    dtype, points = getattr(torch, cfg.dtype), cfg.base == "gaussians"
-    half = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.mixed_precision]
-    autocast = torch.autocast(device.type, half or torch.bfloat16, enabled=half is not None)
-    torch.manual_seed(cfg.seed)
+    cfg = training.parse(Config, TABLES, ALIASES, __doc__)
+    run = training.Run(cfg, "yoso")
+    train_set, test_set = open_data(cfg)
+    run.plan(len(train_set))
+    nets = build_networks(cfg, run, train_set)
+    D, trained, ema = nets.D, nets.trained, nets.ema
+    optimizer_g, optimizer_d = build_optimizers(cfg, run, nets)
+    read = Reader(
+        nets.base, nets.critic, nets.teacher, nets.shape, cfg.unconditional, run.autocast
+    )
 
-    # ---- data: step s takes rows of a global batch, of which this process has its share, in slices
-    train_set = open_data(cfg, "train", cfg.train_image_prep)
-    test_set = open_data(cfg, "test", cfg.test_image_prep or cfg.train_image_prep)  # crops are central there
-    global_batch, slices, last_step = training.plan(cfg, rank, world, len(train_set), cfg.num_train_epochs)
-
-    # ---- networks: what is trained stays in float32, what is frozen may be stored in half
-    seed = cfg.seed if cfg.train == "all" else 0  # a base without weights: what carries LoRA must be found again
-    with training.first_alone(rank):
-        base = gaussians.load_base(seed, dtype, device) if points else bases.load_base(
-            cfg.base, bases.parts_of(cfg.base, isinstance(train_set, cache.Cached)), dtype, str(device), seed)
-        critic, teacher, inception = base, None, None
-        if cfg.stage == "yoso" and base.transformer:  # only a U-Net looks at latents
-            critic = bases.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), dtype, str(device))
-        if cfg.teacher:
-            teacher = bases.load_base(cfg.teacher, bases.parts_of(cfg.teacher), dtype, str(device))
-        if cfg.track_val_fid:
-            inception = training.needed(metrics.load_metric_network, "inception", str(device), without="no --track_val_fid"
-                                        ).network
-    if cfg.prediction_type:
-        base.schedule = Schedule.from_config(base.schedule.config | {"prediction_type": cfg.prediction_type})
-    check(cfg, base.schedule)
-    check_data(train_set, cfg.train_data_dir, base, cfg.base, cfg.teacher, cfg.validation_prompts or cfg.unconditional)
-    generator, shape = base.denoiser, latent_shape(base, train_set[0], cfg.resolution)
-    old = base.schedule
-    pretrained = judge = discriminator = None
-    if cfg.stage != "yoso":  # what it was, and what it is to be
-        pretrained = copy.deepcopy(generator, {id(p): p for p in generator.parameters() if cfg.train == "lora"})
-        base.schedule = Schedule.from_config(old.config | {"prediction_type": "v_prediction"} | (
-            {"rescale_betas_zero_snr": True} if cfg.stage == "adapt_zsnr" else {}))
-    if cfg.stage == "yoso" and cfg.lambda_con and cfg.consistency == "perceptual":
-        judge = lower_half(critic.unet, share=cfg.train == "lora" or critic is not base)
-    if cfg.stage == "yoso" and cfg.lambda_gan:
-        torch.manual_seed(cfg.seed)  # the first weights depend on nothing that came before
-        discriminator = (gaussians.MLP(1) if points else LatentDiscriminator(critic.unet) if base.vae.factor > 1 else
-                         PixelDiscriminator(shape[0], cfg.resolution, generator.config.cross_attention_dim))
-        for layer in getattr(discriminator, "unet", nn.Module()).modules() if cfg.disc_random else ():
-            getattr(layer, "reset_parameters", lambda: None)()
-        discriminator.to(device, dtype).requires_grad_(True)
-    schedule, T, scaling = base.schedule, len(base.schedule.alpha), base.vae.config.scaling_factor
-    if cfg.train == "lora":
-        add_lora(generator, TARGETS, cfg.lora_rank, 8.0, training.rng(cfg.seed, 0, "lora"))  # peft's default alpha
-    for name, p in generator.named_parameters():
-        p.requires_grad_(cfg.train == "all" or ".lora_" in name)
-    part = "transformer" if base.transformer else "unet"
-    parts = nn.ModuleDict({part: generator, "vae": base.vae} | (
-        {"text_encoder": base.text_encoder} if base.text_encoder else {}))
-    trained = {n: p for n, p in parts.named_parameters() if p.requires_grad}
-    ema = {n: p.detach().clone() for n, p in trained.items() if cfg.use_ema}
-    beside = nn.ModuleList([network for other in (teacher, critic) if other and other is not base
-                            for network in (other.denoiser, other.text_encoder)])
-    frozen = "".join(fingerprint(network, trained) for network in (parts, beside) if len(network))
-    for network in filter(None, (parts, beside, pretrained, judge) if half else ()):
-        cast_frozen(network, half)
-    for network in filter(None, (generator, getattr(discriminator, "unet", None), judge)):
-        network.checkpointing = cfg.gradient_checkpointing
-
-    # ---- what the losses are made of
-    read = Reader(base, critic, teacher, shape, cfg.unconditional, autocast)
-
-    def draw(step: int, what: str, rows: list[int], shape: tuple[int, ...] = shape) -> Tensor:
-        every = torch.randn(global_batch, *shape, generator=training.rng(cfg.seed, step, what))
-        return every[rows].to(device, dtype)
-
-    def G(x: Tensor, t: Tensor, context: list[Tensor]) -> Tensor:
-        return generated(generator(x, t.to(device), *context), x, t, schedule)
-
-    def judged(sample: Tensor, t: Tensor, seen: Tensor, step: int, what: str, rows: list[int]) -> Tensor:
-        """The discriminator's logits, of the sample at its t; or noised again, to a lower level, as in UFOGen."""
-        if cfg.adversarial == "noisy":
-            t = earlier(t, cfg.coop_steps)
-            sample = add_noise(sample, draw(step, f"again {what}", rows), t, schedule)
-        return discriminator(sample, t.to(device), seen).to(dtype)  # autocast's are too coarse for a softplus
-
-    # ---- optimizers
-    adam = dict(eps=cfg.adam_epsilon, weight_decay=cfg.adam_weight_decay, fused=device.type == "cuda")
-    optimizer, optimizer_d = torch.optim.AdamW(trained.values(), betas=(cfg.adam_beta1, cfg.adam_beta2), **adam), None
-    if discriminator:
-        optimizer_d = torch.optim.AdamW(discriminator.parameters(), betas=(0.0, cfg.adam_beta2), **adam)
-    scaler = torch.amp.GradScaler(device.type, enabled=cfg.mixed_precision == "fp16")
-
-    # ---- the run's folder, and where it stood
-    folder = training.open_run(cfg, "yoso", rank)
-    start, best, prior = 0, math.inf, torch.zeros(2, *shape, dtype=torch.float64).unbind()
-    kept = dict(trained=trained, ema=ema, optimizer=optimizer, scaler=scaler, discriminator=discriminator,
-                optimizer_d=optimizer_d)
+    run.open_folder()
+    state = dict(
+        trained=trained,
+        ema=ema,
+        optimizer=optimizer_g,
+        scaler=run.scaler,
+        discriminator=D,
+        optimizer_d=optimizer_d,
+    )
     if cfg.resume:
-        start, best, prior = training.restore(folder, frozen, kept, "step", "best", "prior", batch=global_batch)
-    elif cfg.prior_pictures:  # mean and deviation of the latents: where one step begins (section 4.2)
-        order = torch.randperm(len(train_set), generator=training.rng(cfg.seed, 0, "prior"))[:cfg.prior_pictures]
-        prior = diffusion.mean_and_std(  # of a sorted folder the first are alike
-            z for group in tqdm(order.split(cfg.train_batch_size), "prior", disable=rank != 0)
-            for z in read(loader.collate([train_set[i] for i in group.tolist()]), slice(None),  # the means, without noise
-                          bool(teacher) * training.draw_noise(group.tolist(), shape)[0].to(device, dtype))[0])
+        (nets.prior,) = run.restore(nets.frozen, state, "prior")
+    else:
+        nets.prior = estimate_prior(nets, run, read, train_set)
+    shown = choose_preview(cfg, test_set)
 
-    def swap() -> None:
-        """EMA and weights change places: what is shown, measured and written is the EMA."""
-        for name, mean in ema.items():
-            trained[name].data, ema[name] = mean, trained[name].data
+    losses_of = stage_losses(cfg, nets)
+    run.start(trained, f"{len(train_set)} items")
+    train_batches = batches(
+        train_set,
+        run.global_batch,
+        cfg.seed,
+        run.first_step,
+        run.last_step,
+        rows=run.rows,
+        num_workers=cfg.dataloader_num_workers,
+    )
+    for step in range(run.first_step, run.last_step):
+        batch = next(train_batches)
+        run.set_learning_rate(step, optimizer_g)
+        run.set_learning_rate(step, optimizer_d, scale=cfg.disc_lr_ratio)
+        timesteps = draw_timesteps(nets, run, step)
 
-    def save(step: int) -> None:
-        """The state last: what a resumed run takes for done has been written."""
-        swap()
-        export("model.safetensors")
-        training.write_file(folder / "prior.safetensors", lambda path: bases.save_prior(path, *prior))
-        for name in ("lora.safetensors", "lora_kohya.safetensors") if cfg.train == "lora" else ():
-            training.write_file(folder / name, lambda path, name=name: save_tensors(
-                path, write_lora(generator, part, "kohya" in name), {"format": "pt"}))
-        swap()
-        training.save_state(folder / "state.pt", dict(
-            step=step, best=best, base=frozen, batch=global_batch, prior=prior, **kept))
+        # The generator's turn. The discriminator only passes the gradient on.
+        losses, pairs = {}, []
+        training.set_trainable(D, False)
+        for rows, piece in run.split(batch):
+            t = timesteps[rows]
+            eps = run.normal(step, "noise", rows, nets.shape)
+            x0, context, disc_context = read(piece, run.normal(step, "latent", rows, nets.shape))
+            again = noise_again(nets, run, step, rows)
+            with run.autocast:
+                terms, fake, real = losses_of(x0, context, disc_context, t, eps, again["fake"])
+            run.backward(sum(terms.values()))
+            run.record(losses, terms | {"spread": spread(fake, x0)})
+            pairs.append((real, fake, t, disc_context, again))
+        losses["grad_norm"] = run.update(optimizer_g, cfg.max_grad_norm)
+        run.check_finite(losses, step, batch)
+        # Warm-up of the EMA: a smaller decay at first.
+        update_ema(ema, trained, decay=min(cfg.ema_decay, (1 + step) / (10 + step)))
 
-    def export(name: str) -> None:
-        training.write_file(folder / name, lambda path: checkpoints.save_yoso(
-            path, base, cfg.base, trained, prior, cfg.train == "lora" and cfg.lora_rank))
-
-    @torch.inference_mode()
-    def drawn(items: list[dict]) -> tuple[Tensor, Tensor]:
-        """The items' own pictures (of captions alone, the teacher's) and one-step samples of their captions, item i
-        from the noise of seed i: each [N, 3, H, W], or points."""
-        made = []
-        for i in range(0, len(items), cfg.train_batch_size):
-            some = loader.collate(items[i:i + cfg.train_batch_size])
-            n = len(some["caption"])
-            noise, generators = training.draw_noise(range(i, i + n), shape)
-            again = torch.cat([torch.randn(1, *shape, generator=g) for g in generators])
-            noise, again = (z.to(device, dtype) for z in (noise, again))
-            x, t = diffusion.start_from_prior(noise, again, *prior, T - 1, schedule), torch.full((n,), T - 1)
-            x0, context, _ = read(some, slice(n), noise)
-            with autocast:
-                fake = base.vae.decode(G(x, t, context) / scaling)
-                real = some["target"] if "target" in some else base.vae.decode(x0 / scaling)
-                made.append((real.float().cpu(), fake.float().cpu()))
-        return tuple(map(torch.cat, zip(*made)))
-
-    def validate() -> dict[str, float]:
-        real, fakes = drawn([test_set[i] for i in range(min(cfg.num_samples_eval, len(test_set)))])
-        spreads = [pictures.std(0, correction=0).mean() for pictures in (fakes, real)]
-        values = {"val_spread": (spreads[0] / spreads[1]).item()}  # less than 1: too much the same
-        if inception:
-            values["val_fid"] = evaluate.fid(inception, real.clamp(-1, 1), fakes.clamp(-1, 1), device)
-        if points:
-            values |= {f"val_{k}": v for k, v in gaussians.measure(fakes).items()}
-        return values
-
-    # ---- the loop
-    shown = [test_set[i] for i in range(min(cfg.num_samples_eval if points else 16, len(test_set)))]
-    if cfg.validation_prompts:
-        shown = [item | {"caption": caption} for item, caption in zip(shown, cfg.validation_prompts.split("|"))]
-    training.announce(rank, trained, f"{len(train_set)} items", device, folder)
-    report = training.open_report(cfg, rank, folder, start, last_step, global_batch)
-    stop = training.catch_stop()
-    batches = loader.batches(train_set, global_batch, cfg.seed, start, last_step,
-                           [row for rows in slices for row in rows], cfg.dataloader_num_workers)
-    for step in range(start, last_step):
-        batch, losses, pairs = next(batches), collections.defaultdict(float), []
-        for one, ratio in ((optimizer, 1.0), (optimizer_d, cfg.disc_lr_ratio)):
-            for group in one.param_groups if one else ():
-                group["lr"] = ratio * learning_rate(step, cfg, last_step)
-        rng = training.rng(cfg.seed, step, "t")
-        times = torch.randint(T, (global_batch,), generator=rng)
-        times[torch.rand(global_batch, generator=rng) < cfg.last_share] = T - 1
-
-        # Generator: past the discriminator, to the data, in agreement with itself. The discriminator only passes the
-        # gradient on. G runs with a gradient first: autocast would reuse the weights cast in a pass without.
-        if discriminator:
-            discriminator.requires_grad_(False)
-        for i, rows in enumerate(slices):
-            t, mine = times[rows], slice(i * len(rows), (i + 1) * len(rows))
-            x0, context, seen = read(batch, mine, draw(step, "latent", rows))
-            eps = draw(step, "noise", rows) + cfg.noise_offset * draw(
-                step, "offset", rows, (shape[0], *[1] * (len(shape) - 1)))
-            x, terms = add_noise(x0, eps, t, schedule), {}
-            with autocast:
-                if pretrained:
-                    v, x_old = generator(x, t.to(device), *context), add_noise(x0, eps, t, old)
-                    fake = predict_x0(v, x, t, schedule, "v_prediction")
-                    with torch.no_grad():
-                        told = pretrained(x_old, t.to(device), *context)
-                    terms["adapt"] = adapt_loss(v, told, x_old, x, t, old, schedule)
-                else:
-                    fake = G(x, t, context)
-                    k, s = earlier(t, cfg.coop_steps), earlier(t, cfg.con_steps)
-                    with torch.no_grad():  # its better guesses, from less of the same noise
-                        coop = discriminator and cfg.adversarial == "coop"
-                        real = G(add_noise(x0, eps, k, schedule), k, context) if coop else x0
-                        goal = G(add_noise(x0, eps, s, schedule), s, context) if cfg.lambda_con else x0
-                    if discriminator:
-                        terms["gan"] = cfg.lambda_gan * generator_gan_loss(judged(fake, t, seen, step, "fake", rows))
-                        pairs.append((real, fake.detach(), t, seen))
-                    if cfg.lambda_kl:
-                        terms["kl"] = cfg.lambda_kl * kl_loss(fake, x0, t, schedule, cfg.snr_gamma, cfg.snr_floor)
-                    if cfg.lambda_con:
-                        sides = [judge.features(y, 0, seen) if judge else y for y in (fake, goal)]
-                        terms["con"] = cfg.lambda_con * consistency_loss(*sides, t, s, schedule, cfg.snr_gamma)
-            scaler.scale(sum(terms.values()) / len(slices)).backward()
-            spread = fake.detach().std() / x0.std().clamp(min=1e-6)  # under 1: blobs, or too few kinds
-            for name, value in (terms | {"spread": spread}).items():
-                losses[name] += value.item() / len(slices)
-        training.check_finite(losses, step, batch["name"])
-        training.average_gradients(trained.values())
-        scaler.unscale_(optimizer)
-        losses["grad_norm"] = nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm).item()
-        if not scaler.is_enabled():  # which itself leaves out a step whose gradient overflows
-            training.check_finite(losses, step, batch["name"])
-        scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-        keep = min(cfg.ema_decay, (1 + step) / (10 + step))  # at first the mean forgets faster
-        for name, mean in ema.items():
-            mean.lerp_(trained[name].detach(), 1 - keep)
-
-        # Discriminator: better guesses, or the data, against what was made of more noise. Not clipped.
-        if discriminator:
-            discriminator.requires_grad_(True)
-            for (real, fake, t, seen), rows in zip(pairs, slices):
-                with autocast:
-                    logits_real = judged(real, t, seen, step, "real", rows)
-                    logits_fake = judged(fake, t, seen, step, "fake", rows)
+        # The discriminator's turn: its real side against G(x_t).
+        if D:
+            training.set_trainable(D, True)
+            for real, fake, t, disc_context, again in pairs:
+                look = partial(discriminate, D, t=t, context=disc_context, schedule=nets.schedule)
+                with run.autocast:
+                    logits_real = look(sample=real, noise=again["real"], cfg=cfg)
+                    logits_fake = look(sample=fake, noise=again["fake"], cfg=cfg)
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
-                scaler.scale(loss / len(slices)).backward()
-                losses["disc"] += loss.item() / len(slices)  # lambda_gan times 2 ln 2 = 1.386 is chance
-                losses["disc_right_on_real"] += training.share_right([logits_real], True) / len(slices)
-                losses["disc_right_on_fake"] += training.share_right([logits_fake], False) / len(slices)
-                losses["logit_gap"] += (logits_real - logits_fake).mean().item() / len(slices)  # 0: it sees nothing
-            training.check_finite({"disc": losses["disc"]}, step, batch["name"])
-            training.average_gradients(discriminator.parameters())
-            scaler.unscale_(optimizer_d)
-            scaler.step(optimizer_d)
-            optimizer_d.zero_grad(set_to_none=True)
-        scaler.update()
+                run.backward(loss)
+                run.record(losses, {"disc": loss} | signals(logits_real, logits_fake))
+            losses["disc_grad_norm"] = run.update(optimizer_d)
+            run.check_finite(losses, step, batch)
+        run.scaler.update()
 
-        # What came out. A stop that was asked for is taken here, with everything saved.
-        done = step + 1
+        # Log, validate, preview, save: with the EMA of the weights.
+        stopping = run.stop_requested()
         losses = training.mean_over_ranks(losses)
-        stopping = stop()
-        if rank == 0:
-            swap()
-            if done % cfg.eval_freq == 0 or done == last_step:
-                losses |= validate()
-                covered = losses.get("val_modes", -math.inf) + losses.get("val_good", 0.0)
-                if (value := losses.get("val_fid", -covered)) < best:
-                    best = value
-                    export("best.safetensors")
-            if done % cfg.viz_freq == 0 or done == 1 or done == last_step:
-                columns = drawn(shown)[bool(cfg.validation_prompts and not teacher):]  # no picture has these captions
-                columns = [gaussians.scatter(c)[None] if points else c for c in columns]
-                training.save_grid(folder / "samples" / f"{done:06d}.png", columns)
-            swap()
-            report(done, losses)
-            if done % cfg.checkpointing_steps == 0 or done == last_step or stopping:
-                save(done)
-                training.plot_losses(folder / "log.jsonl", folder / "losses.png")
+        with training.swapped(trained, ema):
+            if run.due(step, cfg.validation_steps):
+                losses |= validate_and_keep_best(nets, run, read, test_set)
+            if run.due(step, cfg.viz_freq, also=step == 0):
+                preview(nets, run, read, shown, step)
+        run.log(step, losses)
+        if run.due(step, cfg.checkpointing_steps, also=stopping):
+            with training.swapped(trained, ema):
+                save_weights(nets, run)
+            run.save_state(step, nets.frozen, state, prior=nets.prior)
         if stopping:
-            raise training.stopped(done, folder)
-    if rank == 0:
-        if cfg.train == "all" and not points:
-            swap()
-            bases.save_folder(folder / "base", base, rest=cfg.base)
-        print(folder / "model.safetensors")
+            raise run.stopped(step)
+
+    if run.rank == 0 and cfg.train == "all":  # the base of the next stage
+        with training.swapped(trained, ema):
+            bases.save_folder(run.folder / "base", nets.base, rest=cfg.base)
+    run.finish()
 
 
 if __name__ == "__main__":
-    training.run(main)
+    training.run_script(main)

@@ -1,22 +1,52 @@
-"""Pictures before they are tensors: opening, cropping, edges, folders of pairs, the order of training.
+"""Pictures before they are tensors: opening, cropping, edges, data sets, batches, caches.
 
-A paired data set is a folder (the layout of img2img-turbo, github.com/GaParmar/img2img-turbo):
+    pictures.py     one picture: opening, preparation, tensors, edges
+    folders.py      paired, unpaired and captioned data sets
+    loader.py       the batches of each training step
+    cache.py        latents and text contexts, computed once; priors
+    check.py        what a data set holds, and what is wrong with it
 
-    train_A/  train_B/  train_prompts.json      inputs, targets of the same name (or stem), {"file name": "caption"}
-    test_A/   test_B/   test_prompts.json       without the json: a .txt beside a picture, else no caption
+A paired data set is a folder in the layout of img2img-turbo
+(github.com/GaParmar/img2img-turbo):
 
-An unpaired one has the same four folders, names at will, and fixed_prompt_a.txt, fixed_prompt_b.txt. For YOSO's
-training, pictures with captions are the targets of a paired set, or any of
+    train_A/                inputs
+    train_B/                targets of the same file name or stem
+    train_prompts.json      {"file name": "caption"}
+    test_A/  test_B/  test_prompts.json
 
-    FOLDER                      pictures, with metadata.jsonl ({"file_name": ..., "text": ...}) or a .txt beside each
-    FILE.zip                    pictures, with dataset.json ({"labels": [["name", class], ...]}: the layout of EDM)
-    FILE.txt                    captions alone, one a line: a --teacher draws the pictures
-    CACHE                       what `data.py cache` made of one of these
+Without a prompts.json, captions are read from a .txt beside a
+picture, and a picture without one has an empty caption.
 
-of which every tenth item is for the test, unless FOLDER has train/ and test/. What is wrong with a folder or a file is
-a ValueError of one sentence, at construction or at the item. Commands:
+An unpaired data set has the same four folders, in which names need
+not match, and a caption for each domain:
 
-    python data.py check FOLDER                 counts, sizes, captions, problems, and a contact sheet
-    python data.py cache DATA --base B --output CACHE           latents and text contexts, computed once
-    python data.py prior FOLDER --base B --size S --output F    mean and deviation of a folder's latents
+    fixed_prompt_a.txt
+    fixed_prompt_b.txt
+
+YOSO trains on pictures with captions. They are the targets of a
+paired data set, or one of these:
+
+    FOLDER      pictures, with a metadata.jsonl of lines
+                {"file_name": ..., "text": ...}, or a .txt beside each
+    FILE.zip    pictures, with a dataset.json in the layout of EDM,
+                {"labels": [["name", class], ...]}
+    FILE.txt    captions alone, one a line: a --teacher draws pictures
+    CACHE       what `python -m dataset cache` made of one of these
+
+Every tenth item of these is for the test, unless FOLDER has the
+subfolders train/ and test/.
+
+A ValueError of one sentence says what is wrong with a data set. It is
+raised when the data set is opened, or when the item of a damaged
+picture is read.
+
+Commands (each has --help):
+
+    python -m dataset check FOLDER
+        prints counts, sizes, captions and problems,
+        and writes a contact sheet
+    python -m dataset cache DATA --base BASE --output CACHE
+        computes latents and text contexts once
+    python -m dataset prior FOLDER --base BASE --output FILE
+        estimates mean and standard deviation of latents
 """

@@ -1,44 +1,106 @@
-"""Looks at pictures, and prepares them."""
+"""The command `python -m dataset check|cache|prior`."""
 
 import argparse
 import sys
 from pathlib import Path
 
 import training
+from dataset.cache import estimate_prior, write_cache
 from dataset.check import check
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="data.py", description="Looks at pictures, and prepares them.")
+    """Runs the command that sys.argv names. Status 2 if `check` found problems."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dataset",
+        description="Checks data sets and prepares them for training.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("check", help="print counts, sizes, captions and problems, write a contact sheet")
-    command.add_argument("folder", help="holds train_A, train_B and so on")
-    command.add_argument("--output", help="the contact sheet (default: FOLDER_check.png)")
-    command = commands.add_parser("prior", help="estimate mean and deviation of the latents of a folder's pictures")
-    command.add_argument("folder", help="holds pictures")
-    command.add_argument("--base", default="sd-turbo", help="whose VAE [sd-turbo]")
-    command.add_argument("--size", type=int, default=512, help="of the pictures to be drawn [512]")
-    command.add_argument("--output", default="prior.safetensors")
-    command = commands.add_parser("cache", help="compute latents and text contexts of a data set once")
-    command.add_argument("data", help="a folder, a .zip, a .txt of captions, or drawn:scenes")
-    command.add_argument("--base", default="sd15", help="whose VAE and text encoder [sd15]")
-    command.add_argument("--output", type=Path, required=True, help="a folder; one that was stopped goes on")
-    command.add_argument("--prep", help="the preparation of the pictures [resized_crop_SIZE]")
-    command.add_argument("--size", type=int, default=512, help="[512]")
-    command.add_argument("--caption_column", default="text", help="of metadata.jsonl [text]")
-    command.add_argument("--seed", type=int, default=42, help="of random crops and flips, drawn once [42]")
-    command.add_argument("--batch", type=int, default=8, help="items at a time [8]")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
-    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
-                         help="of the text encoder [float32]")
+    _add_check(commands)
+    _add_cache(commands)
+    _add_prior(commands)
+
     args = training.parse_args(parser, sys.argv[1:] or ["--help"])
     if args.command == "check":
-        sys.exit(2 if check(args.folder, args.output) else 0)
-    if args.command == "prior":
-        estimate_prior(args.folder, args.base, args.size, args.output)
+        problems = check(args.folder, args.output)
+        sys.exit(2 if problems else 0)
+    elif args.command == "cache":
+        write_cache(
+            source=args.data,
+            base_name=args.base,
+            output=args.output,
+            prep=args.prep or f"resized_crop_{args.size}",
+            size=args.size,
+            column=args.caption_column,
+            seed=args.seed,
+            batch=args.batch,
+            device=str(training.pick_device(args.device)),
+            dtype=args.dtype,
+        )
     else:
-        write_cache(args.data, args.base, args.output, args.prep or f"resized_crop_{args.size}", args.size,
-              args.caption_column, args.seed, args.batch, str(training.pick_device(args.device)), args.dtype)
+        estimate_prior(args.folder, args.base, args.size, args.output)
+
+
+def _add_check(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "check",
+        help="print counts, sizes, captions and problems of a data set, and write a contact sheet",
+    )
+    command.add_argument("folder", help="a folder with train_A, train_B and so on")
+    command.add_argument("--output", help="file of the contact sheet [FOLDER_check.png]")
+
+
+def _add_cache(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "cache",
+        help="compute latents and text contexts of a data set once, for train_yoso.py",
+    )
+    add = command.add_argument
+    add("data", help="a folder, a .zip, a .txt of captions, or drawn:scenes")
+    add(
+        "--base",
+        default="sd15",
+        help="model whose VAE and text encoder encode the data set [sd15]",
+    )
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder of the cache; a stopped run continues in it",
+    )
+    add("--prep", help="preparation of the pictures [resized_crop_SIZE]")
+    add("--size", type=int, default=512, help="side of the prepared pictures in pixels [512]")
+    add(
+        "--caption_column",
+        default="text",
+        help="field of metadata.jsonl that holds the captions [text]",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=42,
+        help="random seed of crops and flips, which are drawn once [42]",
+    )
+    add("--batch", type=int, default=8, help="items that are encoded at a time [8]")
+    add("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
+    add(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="type of the text encoder's weights [float32]",
+    )
+
+
+def _add_prior(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "prior",
+        help="estimate mean and standard deviation of the latents of a folder's pictures",
+    )
+    add = command.add_argument
+    add("folder", help="a folder of pictures")
+    add("--base", default="sd-turbo", help="model whose VAE encodes the pictures [sd-turbo]")
+    add("--size", type=int, default=512, help="side of the pictures to sample, in pixels [512]")
+    add("--output", default="prior.safetensors", help="file of the prior [prior.safetensors]")
 
 
 if __name__ == "__main__":

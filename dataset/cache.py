@@ -1,4 +1,8 @@
-"""Latents and text contexts computed once, and priors."""
+"""Latents and text contexts that are computed once, and priors.
+
+A cache is a folder of shards, SPLIT-NUMBER.safetensors, and an index.json that says what was
+encoded, by which networks, and which captions each shard holds.
+"""
 
 import contextlib
 import hashlib
@@ -6,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -13,130 +18,275 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import training
-from dataset.folders import _reading, open_captioned, pictures_in
+from dataset.folders import Item, open_captioned, pictures_in, reading
 from dataset.loader import collate
 from dataset.pictures import open_picture, prepare, to_tensor
 
+if TYPE_CHECKING:
+    from files.bases import Base
+
 CACHE = "one-step-diffusion cache 1"
+SPLITS = ("train", "test")
+
+
+# -------------------- reading a cache
 
 class Cached(Dataset):
-    """What `cache` wrote: mean and std [4, h, w] of the scaled latent (not of captions alone), context_0 [N, C] and
-    context_1 [N] (a mask) of the caption, caption, name. A shard's bytes are hashed when it is first opened."""
+    """One split of a cache.
+
+    An item holds mean and std [4, h, w] of the scaled latent (unless there are captions alone),
+    context_0 [N, C] and, for T5, its mask context_1 [N], caption and name. `facts` says what was
+    encoded and how. The hash of a shard is checked when an item of it is first read.
+    """
 
     def __init__(self, folder: str | Path, split: str):
-        self.folder, self.sound = Path(folder), set()  # the shards whose hash was found right
+        self.folder = Path(folder)
         index = read_cache_index(self.folder)
-        self.facts, self.shards = index["facts"], index["shards"][split]
-        self.items = [(i, row) for i, shard in enumerate(self.shards) for row in range(len(shard["captions"]))]
-        self.captions = [caption for shard in self.shards for caption in shard["captions"]]
-        if len(self.items) < index["items"][split] or not self.items:
-            raise ValueError(f"{folder} holds {len(self.items)} of {index['items'][split]} {split} items; run python"
-                             " data.py cache again, which goes on where it stood")
+        self.facts = index["facts"]
+        self.shards = index["shards"][split]
+        self.verified = set()  # numbers of the shards whose hash was right
+
+        self.items = []  # (number of the shard, row in it)
+        self.captions = []
+        for number, shard in enumerate(self.shards):
+            self.items += [(number, row) for row in range(len(shard["captions"]))]
+            self.captions += shard["captions"]
+
+        expected = index["items"][split]
+        if len(self.items) < expected or not self.items:
+            raise ValueError(
+                f"{folder} holds {len(self.items)} of {expected} {split} items: run"
+                " python -m dataset cache again, which continues where it stopped"
+            )
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        i, row = self.items[item[0] if isinstance(item, tuple) else item]
-        shard = self.shards[i]
-        if i not in self.sound:
+    def __getitem__(self, item: Item) -> dict:
+        index = item[0] if isinstance(item, tuple) else item
+        number, row = self.items[index]
+        shard = self.shards[number]
+        if number not in self.verified:
             check_shard(self.folder, shard)
-            self.sound.add(i)
+            self.verified.add(number)
+
+        result = {}
         with safe_open(self.folder / shard["file"], framework="pt") as file:
-            tensors = {name: file.get_slice(name)[row] for name in file.keys()}
-        return tensors | dict(caption=shard["captions"][row], name=shard["names"][row])
+            names = file.keys()
+            for name in names:
+                result[name] = file.get_slice(name)[row]
+        result["caption"] = shard["captions"][row]
+        result["name"] = shard["names"][row]
+        return result
 
 
 def read_cache_index(folder: Path) -> dict:
-    with _reading(folder / "index.json", "the index of a cache, as python data.py cache wrote it"):
-        index = json.loads((folder / "index.json").read_text())
+    """The index.json of a cache: format, facts, items and shards. ValueError if it is damaged."""
+    path = folder / "index.json"
+    with reading(path, "the index of a cache, as python -m dataset cache writes it"):
+        index = json.loads(path.read_text())
         if index["format"] != CACHE:
             raise ValueError(f"its format is {index['format']!r}")
         for shard in index["shards"]["train"] + index["shards"]["test"]:
-            texts = [shard["file"], shard["sha256"], *shard["captions"], *shard["names"]]
-            if not all(isinstance(text, str) for text in texts) or len(shard["captions"]) != len(shard["names"]) \
-                    or not re.fullmatch(r"\w+-\d+\.safetensors", shard["file"]):
-                raise ValueError("a shard is not described as one")
-        if not all(isinstance(index["items"][split], int) for split in ("train", "test")) or \
-                not {"base", "dtype", "vae", "text_encoder"} <= index["facts"].keys():
-            raise ValueError("it does not say what it is of, and how much")
+            _check_shard_entry(shard)
+        for split in SPLITS:
+            if not isinstance(index["items"][split], int):
+                raise ValueError(f"it does not say how many {split} items there are")
+        missing = {"base", "dtype", "vae", "text_encoder"} - index["facts"].keys()
+        if missing:
+            raise ValueError(f"it does not name its {', '.join(sorted(missing))}")
     return index
 
 
+def _check_shard_entry(shard: dict) -> None:
+    """ValueError if an entry of the index does not describe a shard of this folder."""
+    texts = [shard["file"], shard["sha256"], *shard["captions"], *shard["names"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a shard is described by something other than text")
+    if len(shard["captions"]) != len(shard["names"]):
+        counts = f"{len(shard['captions'])} captions but {len(shard['names'])} names"
+        raise ValueError(f"a shard has {counts}")
+    # The name is a file name without a path, so an index cannot lead out of its folder.
+    if not re.fullmatch(r"\w+-\d+\.safetensors", shard["file"]):
+        raise ValueError(f"{shard['file']!r} is not the file name of a shard")
+
+
 def check_shard(folder: Path, shard: dict) -> None:
+    """ValueError if the file of a shard is missing or is not what was written."""
     path = folder / shard["file"]
     with contextlib.suppress(OSError):
-        if hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]:
+        if _sha256(path) == shard["sha256"]:
             return
-    raise ValueError(f"{path} is missing or not what was written: run python data.py cache again, which makes it anew")
+    raise ValueError(
+        f"{path} is missing or damaged: run python -m dataset cache again, which replaces it"
+    )
 
 
-def write_cache(source: str, base_name: str, output: Path, prep: str, size: int, column: str, seed: int, batch: int,
-          device: str, dtype: str, shard_items: int = 256) -> None:
-    """Writes latents and text contexts of a data set, a shard at a time: no more is in memory. Shards that are there
-    and whole are kept, so a stopped run goes on. Without pictures, contexts alone."""
-    from files import bases, tensors
-    base = bases.load_base(base_name, ("text_encoder", "tokenizer"), getattr(torch, dtype), device)
-    base.vae = bases.load_base(base_name, ("vae",), torch.float32, device).vae  # as in training, which compares it
-    facts = dict(base=base_name, dtype=dtype, prep=prep, size=size, column=column, seed=seed, data=str(source),
-                 vae=tensors.fingerprint(base.vae), text_encoder=tensors.fingerprint(base.text_encoder))
-    sets = {split: open_captioned(source, split, prep, seed, size, column) for split in ("train", "test")}
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# -------------------- writing a cache
+
+def write_cache(
+    source: str,
+    base_name: str,
+    output: Path,
+    prep: str,
+    size: int,
+    column: str,
+    seed: int,
+    batch: int,
+    device: str,
+    dtype: str,
+    shard_items: int = 256,
+) -> None:
+    """Encodes a data set into the folder `output`; of captions alone, contexts alone.
+
+    Shards are written one at a time, so memory holds `shard_items` items at most. Shards that are
+    there and undamaged are kept, so a stopped run continues. Crops and flips are drawn once, from
+    `seed`. ValueError if `output` holds anything else, or a cache of something else.
+    """
+    from files.bases import load_base
+    from files.tensors import fingerprint
+
+    base = load_base(base_name, ("text_encoder", "tokenizer"), getattr(torch, dtype), device)
+    # The VAE stays in float32 as in training, which compares its fingerprint.
+    base.vae = load_base(base_name, ("vae",), torch.float32, device).vae
+    facts = dict(
+        base=base_name,
+        dtype=dtype,
+        prep=prep,
+        size=size,
+        column=column,
+        seed=seed,
+        data=str(source),
+        vae=fingerprint(base.vae),
+        text_encoder=fingerprint(base.text_encoder),
+    )
+
+    sets = {}
+    for split in SPLITS:
+        sets[split] = open_captioned(source, split, prep, seed, size, column)
     if isinstance(sets["train"], Cached):
         raise ValueError(f"{source} is a cache already; expected pictures or captions")
-    index = dict(format=CACHE, facts=facts, items={k: len(v) for k, v in sets.items()}, shards=dict(train=[], test=[]))
-    output.mkdir(parents=True, exist_ok=True)
-    if (output / "index.json").exists():
-        wanted, index = index, read_cache_index(output)
-        if any(index[key] != wanted[key] for key in ("facts", "items")):
-            raise ValueError(f"{output} is a cache of {index['facts']}, not {facts}: choose another --output")
-    elif any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and no cache: choose another --output")
+    counts = {split: len(dataset) for split, dataset in sets.items()}
+    index = _open_cache(output, facts, counts)
 
-    def write_index() -> None:
-        training.write_file(output / "index.json", lambda path: path.write_text(json.dumps(index)))
-
-    @torch.inference_mode()
-    def encoded(items: list[dict]) -> dict[str, torch.Tensor]:
-        found = {f"context_{i}": c.cpu() for i, c in enumerate(base.encode([item["caption"] for item in items]))}
-        if "target" in items[0]:
-            mean, logvar, _ = base.vae.encode(collate(items)["target"].to(device))
-            scale = base.vae.config.scaling_factor
-            found |= dict(mean=mean.cpu() * scale, std=(0.5 * logvar).exp().cpu() * scale)
-        return found
-
-    write_index()  # the folder is a cache from now on, wherever the work is stopped
-    for split, items in sets.items():
-        starts = range(0, len(items), shard_items)
+    # With an index the folder is a cache, so a run that is stopped from here on can continue.
+    _write_index(output, index)
+    for split, dataset in sets.items():
+        starts = range(0, len(dataset), shard_items)
         for number, start in enumerate(tqdm(starts, split, unit=" shards")):
-            if number < len(index["shards"][split]):
-                with contextlib.suppress(ValueError):
-                    check_shard(output, index["shards"][split][number])
-                    continue
-            rows = [items[(i, (seed, 0, i))] for i in range(len(items))[start:start + shard_items]]
-            made = [encoded(rows[i:i + batch]) for i in range(0, len(rows), batch)]
-            shard = dict(file=f"{split}-{number:05d}.safetensors", captions=[row["caption"] for row in rows],
-                         names=[row["name"] for row in rows])
-            tensors.save_tensors(output / shard["file"], {k: torch.cat([m[k] for m in made]) for k in made[0]}, {})
-            shard["sha256"] = hashlib.sha256((output / shard["file"]).read_bytes()).hexdigest()
-            index["shards"][split][number:number + 1] = [shard]
-            write_index()
+            if _is_written(output, index["shards"][split], number):
+                continue
+            end = min(start + shard_items, len(dataset))
+            items = [dataset[(i, (seed, 0, i))] for i in range(start, end)]
+            path = output / f"{split}-{number:05d}.safetensors"
+            shard = _write_shard(path, base, items, batch, device)
+            # Replaces a damaged shard, or appends a new one.
+            index["shards"][split][number : number + 1] = [shard]
+            _write_index(output, index)
     print(output)
 
 
+def _open_cache(output: Path, facts: dict, counts: dict[str, int]) -> dict:
+    """The index of the cache in `output`, new or continued.
+
+    ValueError if the folder holds anything else, or a cache of something else.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / "index.json").exists():
+        index = read_cache_index(output)
+        if index["facts"] != facts or index["items"] != counts:
+            raise ValueError(
+                f"{output} is a cache of {index['facts']} with {index['items']} items,"
+                f" not of {facts} with {counts}: choose another --output"
+            )
+        return index
+    if any(output.iterdir()):
+        raise ValueError(f"{output} is neither empty nor a cache: choose another --output")
+    return dict(format=CACHE, facts=facts, items=counts, shards=dict(train=[], test=[]))
+
+
+def _write_index(output: Path, index: dict) -> None:
+    text = json.dumps(index)
+    training.write_file(output / "index.json", lambda path: path.write_text(text))
+
+
+def _is_written(output: Path, shards: list[dict], number: int) -> bool:
+    """Whether shard `number` is in the index and its file is undamaged."""
+    if number >= len(shards):
+        return False
+    try:
+        check_shard(output, shards[number])
+    except ValueError:
+        return False
+    return True
+
+
+def _write_shard(path: Path, base: "Base", items: list[dict], batch: int, device: str) -> dict:
+    """Encodes items, `batch` at a time, into one file. Returns its entry of the index."""
+    from files.tensors import save_tensors
+
+    parts = []
+    for start in range(0, len(items), batch):
+        parts.append(_encode_batch(base, items[start : start + batch], device))
+    tensors = {}
+    for name in parts[0]:
+        tensors[name] = torch.cat([part[name] for part in parts])
+    save_tensors(path, tensors, metadata={})
+    return dict(
+        file=path.name,
+        captions=[item["caption"] for item in items],
+        names=[item["name"] for item in items],
+        sha256=_sha256(path),
+    )
+
+
+@torch.inference_mode()
+def _encode_batch(base: "Base", items: list[dict], device: str) -> dict[str, torch.Tensor]:
+    """Text contexts and, of pictures, mean and std of the scaled latent, all on the CPU."""
+    tensors = {}
+    contexts = base.encode([item["caption"] for item in items])
+    for i, context in enumerate(contexts):
+        tensors[f"context_{i}"] = context.cpu()
+
+    if "target" in items[0]:
+        target = collate(items)["target"].to(device)                    # [B, 3, H, W]
+        mean, logvar, _ = base.vae.encode(target)                       # [B, 4, h, w]
+        scale = base.vae.config.scaling_factor
+        tensors["mean"] = mean.cpu() * scale
+        tensors["std"] = (0.5 * logvar).exp().cpu() * scale
+    return tensors
+
+
+# -------------------- priors
+
 def estimate_prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
-    """Writes mean and deviation of the scaled latents of a folder's pictures, cropped to size x size."""
-    from files import bases
-    from models import diffusion
-    names = pictures_in(Path(folder))
-    vae = bases.load_base(base, ("vae",), torch.float32).vae
+    """Writes mean and standard deviation [4, h, w] of the scaled latents of a folder's pictures.
+
+    The pictures are cropped to size x size. ValueError if `size` does not suit the VAE.
+    """
+    from files.bases import load_base, save_prior
+    from models.diffusion import mean_and_std
+
+    folder = Path(folder)
+    names = pictures_in(folder)
+    vae = load_base(base, ("vae",), torch.float32).vae
     if size < 1 or size % vae.factor:
         raise ValueError(f"--size {size}: expected a multiple of {vae.factor}")
+    crop = prepare(f"resized_crop_{size}")
 
     def latents() -> Iterator[torch.Tensor]:
         for name in tqdm(names, unit=" pictures"):
-            pictures = prepare(f"resized_crop_{size}")([open_picture(Path(folder) / name)])
+            (picture,) = crop([open_picture(folder / name)])
+            x = 2 * to_tensor(picture)[None] - 1                        # [1, 3, H, W]
             with torch.inference_mode():
-                yield vae.encode(2 * to_tensor(pictures[0])[None] - 1)[0][0] * vae.config.scaling_factor
+                mean, _, _ = vae.encode(x)
+                latent = mean[0] * vae.config.scaling_factor            # [4, h, w]
+            yield latent
 
-    bases.save_prior(Path(output), *diffusion.mean_and_std(latents()))
+    mean, std = mean_and_std(latents())
+    save_prior(Path(output), mean, std)
     print(output)

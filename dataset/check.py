@@ -1,108 +1,235 @@
-"""`python -m dataset check`: what a folder holds and what is wrong with it."""
+"""`python -m dataset check`: what a data set holds, and what is wrong with it."""
 
 import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from dataset.folders import _caption, _partners, _read_text, pictures_in, read_prompts
+from dataset.folders import find_caption, match_partners, pictures_in, read_prompts, read_text
 from dataset.pictures import open_picture
 
 
+class Facts(NamedTuple):
+    """What is remembered of a picture once it has been opened."""
+
+    size: tuple[int, int]
+    fingerprint: int
+
+    def __str__(self) -> str:
+        return "{}x{}".format(*self.size)
+
+
+class Pair(NamedTuple):
+    """Two pictures for the contact sheet."""
+
+    a: Path
+    b: Path
+    caption: str
+
+
+def check(folder: str | Path, output: str | Path | None = None) -> list[str]:
+    """Prints what a data set holds and its problems, and writes a contact sheet.
+
+    The data set is unpaired if it has a fixed_prompt_a.txt or fixed_prompt_b.txt and no
+    SPLIT_prompts.json. The sheet is `output`, by default FOLDER_check.png in the current folder.
+    Returns the problems. ValueError if the folder holds no data set.
+    """
+    folder = Path(folder)
+    splits = []
+    for split in ("train", "test"):
+        a = folder / f"{split}_A"
+        b = folder / f"{split}_B"
+        if a.is_dir() or b.is_dir():
+            splits.append((a, b))
+    if not splits:
+        raise ValueError(
+            f"{folder} is not a data set: expected a folder with train_A and train_B inside"
+        )
+
+    fixed_prompts = [folder / "fixed_prompt_a.txt", folder / "fixed_prompt_b.txt"]
+    has_fixed_prompt = any(path.exists() for path in fixed_prompts)
+    paired = any(folder.glob("*_prompts.json")) or not has_fixed_prompt
+
+    problems = []
+    pairs = []
+    for a, b in splits:
+        facts_a = _survey(a, problems)
+        facts_b = _survey(b, problems)
+        if paired:
+            pairs += _check_pairs(a, b, facts_a, facts_b, problems)
+        else:
+            pairs += _side_by_side(a, b, facts_a, facts_b)
+    if not paired:
+        for path in fixed_prompts:
+            prompt = _attempt(problems, read_text, path) or ""
+            print(f"{path.name}: {prompt.strip()}")
+
+    for problem in problems:
+        print(f"problem: {problem}")
+    if not problems:
+        print("no problems")
+    if pairs:
+        path = Path(output or f"{folder.resolve().name}_check.png")
+        _contact_sheet(pairs).save(path)
+        print(path)
+    return problems
+
+
 def _attempt(problems: list[str], function: Callable, *arguments):
-    """The function's result, or None with the sentence of its ValueError among the problems."""
+    """The function's result. Of a ValueError the message becomes a problem and the result None."""
     try:
         return function(*arguments)
     except ValueError as error:
         problems.append(str(error))
+        return None
 
 
-def _survey(side: Path, problems: list[str]) -> dict[str, tuple | None]:
-    """Opens every picture of one folder and prints count and sizes: name -> (size, fingerprint), None if unreadable."""
-    seen = {}
-    for name in tqdm(_attempt(problems, pictures_in, side) or [], desc=side.name, unit=" pictures"):
+def _survey(side: Path, problems: list[str]) -> dict[str, Facts | None]:
+    """Opens every picture of one folder, and prints their number and sizes.
+
+    Returns {file name: facts}, with None for a picture that cannot be read.
+    """
+    names = _attempt(problems, pictures_in, side) or []
+    found = {}
+    for name in tqdm(names, desc=side.name, unit=" pictures"):
+        found[name] = None
         picture = _attempt(problems, open_picture, side / name)
-        seen[name] = (picture.size, hash(picture.tobytes())) if picture else None
-    if sizes := sorted((found[0] for found in seen.values() if found), key=math.prod):
-        low, middle, high = ("{}x{}".format(*sizes[i]) for i in (0, len(sizes) // 2, -1))
-        print(f"{side.name}: {len(seen)} pictures, distinct sizes {len(set(sizes))}, "
-              f"min {low}, median {middle}, max {high}")
-    return seen
+        if picture is not None:
+            found[name] = Facts(picture.size, hash(picture.tobytes()))
+
+    by_area = [facts for facts in found.values() if facts is not None]
+    by_area.sort(key=lambda facts: math.prod(facts.size))
+    if by_area:
+        distinct = len({facts.size for facts in by_area})
+        smallest = by_area[0]
+        median = by_area[len(by_area) // 2]
+        largest = by_area[-1]
+        print(
+            f"{side.name}: {len(found)} pictures, distinct sizes {distinct},"
+            f" min {smallest}, median {median}, max {largest}"
+        )
+    return found
 
 
-def _compare(a: Path, b: Path, seen_a: dict, seen_b: dict, problems: list[str]) -> list[tuple[Path, Path, str]]:
-    """What can be wrong between two folders and with their captions; returns the pairs that can be shown."""
-    partners, captions, pairs = _partners(list(seen_a), list(seen_b)), {}, []
-    path = a.with_name(a.name[:-2] + "_prompts.json")
-    prompts = _attempt(problems, read_prompts, path)
-    for name, partner in partners.items():
-        one, other = seen_a[name], seen_b.get(partner)
-        if partner is None:
-            problems.append(f"{a / name} has no partner in {b.name}")
-        elif one and other and one[0] != other[0]:
-            problems.append("{} is {}x{} pixels but its partner {}x{}".format(a / name, *one[0], *other[0]))
-        elif one and one == other:
-            problems.append(f"{a / name} and its partner are identical")
-        captions[name] = _attempt(problems, _caption, a / name, b / (partner or name), prompts)
-        if one and other:
-            pairs.append((a / name, b / partner, captions[name] or ""))
-    problems += [f"{b / name} has no partner in {a.name}" for name in seen_b if name not in partners.values()]
+# -------------------- pairs
 
-    given = [caption for caption in captions.values() if caption]
-    if given or prompts is not None:  # a folder without any caption is meant so, one that lacks some is not
-        problems += [f"{a / name} has no caption" for name, caption in captions.items() if caption is None]
-    if extra := [name for name in prompts or () if name not in seen_a and name not in seen_b]:
-        problems.append(f"{path} has {len(extra)} entries without a picture, the first '{extra[0]}'")
-    print(f"{a.name[:-2]} captions: {len(given)}, {len(captions) - len(given)} empty, "
-          f"longest {max(map(len, given), default=0)} characters")
-    for caption in list(dict.fromkeys(given))[:3]:
-        print(f"    {caption}")
+def _side_by_side(
+    a: Path,
+    b: Path,
+    facts_a: dict[str, Facts | None],
+    facts_b: dict[str, Facts | None],
+) -> list[Pair]:
+    """Readable pictures of two domains, which have nothing to do with each other."""
+    pairs = []
+    for name_a, name_b in zip(facts_a, facts_b, strict=False):
+        if facts_a[name_a] and facts_b[name_b]:
+            pairs.append(Pair(a / name_a, b / name_b, caption=""))
     return pairs
 
 
-def _contact_sheet(pairs: list[tuple[Path, Path, str]], side: int = 192) -> Image.Image:
-    """Up to 16 pairs spread over the list, A beside B, the caption below."""
-    pairs = [pairs[i * len(pairs) // min(16, len(pairs))] for i in range(min(16, len(pairs)))]
-    columns = math.ceil(math.sqrt(len(pairs)))
-    width, height = 2 * side + 16, side + 48
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(pairs) / columns) * height), "white")
-    for i, (a, b, caption) in enumerate(pairs):
-        left, top = i % columns * width + 8, i // columns * height + 8
-        for x, path in ((left, a), (left + side, b)):
-            picture = open_picture(path)
-            picture.thumbnail((side, side))
-            sheet.paste(picture, (x, top))
-        lines = textwrap.wrap(caption, 64, max_lines=2, placeholder=" ...")
-        ImageDraw.Draw(sheet).multiline_text((left, top + side + 4), "\n".join(lines), fill="black")
+def _check_pairs(
+    a: Path,
+    b: Path,
+    facts_a: dict[str, Facts | None],
+    facts_b: dict[str, Facts | None],
+    problems: list[str],
+) -> list[Pair]:
+    """Finds what is wrong between two folders and with their captions.
+
+    Returns the pairs of which both pictures can be read.
+    """
+    prompts_path = a.with_name(a.name.removesuffix("_A") + "_prompts.json")
+    prompts = _attempt(problems, read_prompts, prompts_path)
+    partners = match_partners(list(facts_a), list(facts_b))
+    captions = {}
+    pairs = []
+    for name, partner in partners.items():
+        one = facts_a[name]
+        other = facts_b.get(partner)
+        if partner is None:
+            problems.append(f"{a / name} has no partner in {b.name}")
+        elif one and other and one.size != other.size:
+            problems.append(f"{a / name} is {one} pixels but its partner {other}")
+        elif one and one == other:
+            problems.append(f"{a / name} and its partner are identical")
+
+        beside = b / (partner or name)
+        captions[name] = _attempt(problems, find_caption, a / name, beside, prompts)
+        if one and other:
+            pairs.append(Pair(a / name, b / partner, captions[name] or ""))
+
+    taken = set(partners.values())
+    for name in facts_b:
+        if name not in taken:
+            problems.append(f"{b / name} has no partner in {a.name}")
+
+    _check_captions(a, captions, prompts, problems)
+    unused = [name for name in prompts or {} if name not in facts_a and name not in facts_b]
+    if unused:
+        problems.append(
+            f"{prompts_path} has {len(unused)} entries without a picture, the first '{unused[0]}'"
+        )
+    _print_captions(a.name.removesuffix("_A"), list(captions.values()))
+    return pairs
+
+
+def _check_captions(
+    a: Path,
+    captions: dict[str, str | None],
+    prompts: dict[str, str] | None,
+    problems: list[str],
+) -> None:
+    # A folder without any caption is meant to have none; one in which only some are missing is not.
+    if prompts is None and not any(captions.values()):
+        return
+    for name, caption in captions.items():
+        if caption is None:
+            problems.append(f"{a / name} has no caption")
+
+
+def _print_captions(split: str, captions: list[str | None]) -> None:
+    """Prints how many captions a split has, their length, and three of them."""
+    given = [caption for caption in captions if caption]
+    empty = len(captions) - len(given)
+    longest = max((len(caption) for caption in given), default=0)
+    print(f"{split} captions: {len(given)}, {empty} empty, longest {longest} characters")
+
+    distinct = list(dict.fromkeys(given))
+    for caption in distinct[:3]:
+        print(f"    {caption}")
+
+
+# -------------------- the contact sheet
+
+def _contact_sheet(pairs: list[Pair], side: int = 192) -> Image.Image:
+    """Up to 16 pairs, spread over the list: A beside B, the caption below them."""
+    count = min(16, len(pairs))
+    pairs = [pairs[i * len(pairs) // count] for i in range(count)]
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+
+    margin = 8
+    width = 2 * side + 2 * margin
+    height = side + 48
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, pair in enumerate(pairs):
+        row, column = divmod(i, columns)
+        left = column * width + margin
+        top = row * height + margin
+        sheet.paste(_thumbnail(pair.a, side), (left, top))
+        sheet.paste(_thumbnail(pair.b, side), (left + side, top))
+
+        lines = textwrap.wrap(pair.caption, 64, max_lines=2, placeholder=" ...")
+        draw.multiline_text((left, top + side + 4), "\n".join(lines), fill="black")
     return sheet
 
 
-def check(folder: str | Path, output: str | Path | None = None) -> list[str]:
-    """Prints what a data folder holds, paired or unpaired (fixed_prompt_a.txt or _b.txt and no SPLIT_prompts.json), and
-    its problems, which it returns; writes a contact sheet, FOLDER_check.png here unless told otherwise."""
-    folder = Path(folder)
-    splits = [(folder / f"{split}_A", folder / f"{split}_B") for split in ("train", "test")]
-    splits = [(a, b) for a, b in splits if a.is_dir() or b.is_dir()]
-    if not splits:
-        raise ValueError(f"{folder} is not a data set: expected a folder with train_A and train_B inside")
-    fixed = [folder / "fixed_prompt_a.txt", folder / "fixed_prompt_b.txt"]
-    paired = any(folder.glob("*_prompts.json")) or not any(path.exists() for path in fixed)
-    problems, pairs = [], []
-    for a, b in splits:
-        seen_a, seen_b = _survey(a, problems), _survey(b, problems)
-        if paired:
-            pairs += _compare(a, b, seen_a, seen_b, problems)
-        else:
-            pairs += [(a / x, b / y, "") for x, y in zip(seen_a, seen_b, strict=False) if seen_a[x] and seen_b[y]]
-    for path in [] if paired else fixed:
-        text = _attempt(problems, _read_text, path)
-        print(f"{path.name}: {(text or '').strip()}")
-    print("\n".join(f"problem: {problem}" for problem in problems) or "no problems")
-    if pairs:
-        output = Path(output or f"{folder.resolve().name}_check.png")
-        _contact_sheet(pairs).save(output)
-        print(output)
-    return problems
+def _thumbnail(path: Path, side: int) -> Image.Image:
+    picture = open_picture(path)
+    picture.thumbnail((side, side))
+    return picture

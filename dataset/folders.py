@@ -1,4 +1,8 @@
-"""Folders, zips and files of captions as data sets."""
+"""Data sets of folders, zips and caption files. The package's docstring describes their layouts.
+
+An item is asked for by its index i, or by (i, key): crop and flip are drawn from the integers of
+the key, and without a key the crop is central and nothing is flipped.
+"""
 
 import contextlib
 import io
@@ -9,229 +13,434 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from dataset.pictures import SUFFIXES, open_picture, prepare, to_tensor
 
-MAX_UNZIPPED = 1 << 28  # bytes of one file in a zip, which may claim, and unpack to, a thousand times its size
+# Bytes of one file in a zip. A zip may claim, and unpack to, a thousand times its own size.
+MAX_UNZIPPED = 1 << 28
+
+Item = int | tuple[int, tuple[int, ...]]
+
+
+# -------------------- files
 
 def pictures_in(folder: Path) -> list[str]:
-    """The names of its pictures, sorted. ValueError where there is none."""
+    """The sorted file names of the pictures in a folder. ValueError if there are none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: expected one with pictures in it")
-    files = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
-    if not (names := sorted(p.name for p in files)):
-        raise ValueError(f"{folder} holds no picture: expected files ending in {', '.join(sorted(SUFFIXES))}")
-    return names
-
-
-def _partners(a: list[str], b: list[str]) -> dict[str, str | None]:
-    """Name in A -> name in B: the same, else the only one of the same stem that no other has claimed, else None."""
-    same, stems = set(a) & set(b), {}
-    for name in sorted(set(b) - same):
-        stems.setdefault(Path(name).stem, []).append(name)
-    found = {name: stems.pop(Path(name).stem, []) for name in a if name not in same}
-    return {name: name if name in same else found[name][0] if len(found[name]) == 1 else None for name in a}
+    names = []
+    for path in folder.iterdir():
+        hidden = path.name.startswith(".")
+        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+            names.append(path.name)
+    if not names:
+        suffixes = ", ".join(sorted(SUFFIXES))
+        raise ValueError(f"{folder} holds no picture: expected files ending in {suffixes}")
+    return sorted(names)
 
 
 @contextlib.contextmanager
-def _reading(what: object, expected: str) -> Iterator[None]:
-    """Whatever a damaged or foreign file makes Python or a library raise becomes one sentence that names it."""
+def reading(what: object, expected: str) -> Iterator[None]:
+    """Turns whatever a damaged or foreign file makes Python raise into one sentence.
+
+    The sentence names the file, `what`, and what was `expected`.
+    """
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split())
-        text = text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
-        raise ValueError(f"{what} cannot be used ({text}); expected {expected}") from None
+        reason = " ".join(str(error).split())
+        if not isinstance(error, ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"{what} cannot be used ({reason}); expected {expected}") from None
 
 
-def _read_text(path: Path) -> str:
-    with _reading(path, "text in UTF-8"):
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark. ValueError if it is none."""
+    with reading(path, "text in UTF-8"):
         return path.read_text(encoding="utf-8-sig")
 
 
 def read_prompts(path: Path) -> dict[str, str] | None:
-    """{file name: caption}, None without the file."""
+    """{file name: caption} of a JSON file, or None if there is no such file."""
     if not path.exists():
         return None
-    text = _read_text(path)
-    with _reading(path, "JSON, {file name: caption}"):
+    text = read_text(path)
+    with reading(path, "JSON, {file name: caption}"):
         prompts = json.loads(text)
         if not isinstance(prompts, dict):
             raise ValueError(f"it holds a {type(prompts).__name__}")
-        if odd := [name for name, caption in prompts.items() if not isinstance(caption, str)]:
-            raise ValueError(f"the caption of '{odd[0]}' is a {type(prompts[odd[0]]).__name__}")
+        for name, caption in prompts.items():
+            if not isinstance(caption, str):
+                raise ValueError(f"the caption of '{name}' is of type {type(caption).__name__}")
     return prompts
 
 
-def _caption(a: Path, b: Path, prompts: dict[str, str] | None) -> str | None:
+def find_caption(a: Path, b: Path, prompts: dict[str, str] | None) -> str | None:
+    """The caption of the pair of files a and b, or None if it has none.
+
+    It is looked up in `prompts`, under either name; if that is None, in a .txt beside a or b.
+    """
     if prompts is not None:
         return prompts.get(a.name, prompts.get(b.name))
-    for text in (a.with_suffix(".txt"), b.with_suffix(".txt")):
-        if text.exists():
-            return " ".join(_read_text(text).split())
+    for path in (a.with_suffix(".txt"), b.with_suffix(".txt")):
+        if path.exists():
+            return " ".join(read_text(path).split())
     return None
 
 
-def _complete(captions: dict[str, str | None], source: Path) -> list[str]:
-    if missing := [name for name, caption in captions.items() if caption is None]:
-        raise ValueError(f"{source} has no caption for '{missing[0]}' ({len(missing)} of {len(captions)} have none)")
-    return list(captions.values())
+def check_captions(captions: dict[str, str | None], source: Path) -> None:
+    """ValueError if a picture has no caption; `source` is the file that should hold it."""
+    missing = [name for name, caption in captions.items() if caption is None]
+    if missing:
+        raise ValueError(
+            f"{source} has no caption for '{missing[0]}'"
+            f" ({len(missing)} of {len(captions)} have none)"
+        )
 
 
-def _drawing(item: int | tuple[int, tuple[int, ...]]) -> tuple[int, np.random.Generator | None]:
-    """The index of an item, i or (i, key), and what its crop and flip are drawn from."""
-    return (item[0], np.random.default_rng(item[1])) if isinstance(item, tuple) else (item, None)
+def match_partners(a: list[str], b: list[str]) -> dict[str, str | None]:
+    """For each file name in A its partner's name in B, or None.
 
+    The partner has the same name, or else the same stem. A stem that several files of B share, or
+    that an earlier file of A has claimed, gives no partner.
+    """
+    same = set(a) & set(b)
+    by_stem = {}
+    for name in sorted(set(b) - same):
+        by_stem.setdefault(Path(name).stem, []).append(name)
+
+    partners = {}
+    for name in a:
+        partners[name] = None
+        if name in same:
+            partners[name] = name
+            continue
+        candidates = by_stem.pop(Path(name).stem, [])
+        if len(candidates) == 1:
+            partners[name] = candidates[0]
+    return partners
+
+
+def _split_item(item: Item) -> tuple[int, np.random.Generator | None]:
+    """The index of an item, and the random generator that its key seeds (None without a key)."""
+    if isinstance(item, tuple):
+        index, key = item
+        return index, np.random.default_rng(key)
+    return item, None
+
+
+def _to_signed_tensor(picture: Image.Image) -> torch.Tensor:
+    """RGB picture -> [3, H, W] in [-1, 1]."""
+    return to_tensor(picture) * 2 - 1
+
+
+# -------------------- pairs
 
 class PairedFolder(Dataset):
-    """The pairs of one split; item i, or (i, key) with key the integers from which crop and flip are drawn:
-    input [3, H, W] in [0, 1], target [3, H, W] in [-1, 1], caption, name (the file's in A)."""
+    """The pairs of one split.
+
+    An item holds input [3, H, W] in [0, 1], target [3, H, W] in [-1, 1], caption, and name, the
+    file name of the input.
+    """
 
     def __init__(self, folder: str | Path, split: str, prep: str):
-        self.a, self.b = Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"
+        self.a = Path(folder) / f"{split}_A"
+        self.b = Path(folder) / f"{split}_B"
         self.prepare = prepare(prep)
-        partners = _partners(pictures_in(self.a), pictures_in(self.b))
-        if alone := [name for name, partner in partners.items() if partner is None]:
-            raise ValueError(f"{self.a / alone[0]} has no partner of its name or stem in {self.b.name} ({len(alone)} "
-                             f"of {len(partners)} have none): add the missing pictures or remove these")
+
+        partners = match_partners(pictures_in(self.a), pictures_in(self.b))
+        alone = [name for name, partner in partners.items() if partner is None]
+        if alone:
+            raise ValueError(
+                f"{self.a / alone[0]} has no partner of its name or stem in {self.b.name}"
+                f" ({len(alone)} of {len(partners)} have none):"
+                " add the missing pictures or remove these"
+            )
         self.pairs = list(partners.items())
+
         path = Path(folder) / f"{split}_prompts.json"
         prompts = read_prompts(path)
-        captions = {a: _caption(self.a / a, self.b / b, prompts) for a, b in self.pairs}
-        self.captions = [text or "" for text in captions.values()] if prompts is None else _complete(captions, path)
+        captions = {}
+        for a, b in self.pairs:
+            captions[a] = find_caption(self.a / a, self.b / b, prompts)
+        # A prompts.json must be complete. Without one, captions are optional.
+        if prompts is not None:
+            check_captions(captions, path)
+        self.captions = [caption or "" for caption in captions.values()]
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index, rng = _drawing(item)
+    def __getitem__(self, item: Item) -> dict:
+        index, rng = _split_item(item)
         name, partner = self.pairs[index]
         pair = [open_picture(self.a / name), open_picture(self.b / partner)]
         if pair[0].size != pair[1].size:
-            sizes = " and ".join("{}x{}".format(*picture.size) for picture in pair)
-            raise ValueError(f"{self.a / name} and its partner in {self.b.name} are {sizes} pixels: make them equal")
+            sizes = " and ".join(f"{picture.width}x{picture.height}" for picture in pair)
+            raise ValueError(
+                f"{self.a / name} and its partner in {self.b.name} are {sizes} pixels:"
+                " make them equal"
+            )
         a, b = self.prepare(pair, rng)
-        return dict(input=to_tensor(a), target=to_tensor(b) * 2 - 1, caption=self.captions[index], name=name)
+        return dict(
+            input=to_tensor(a),
+            target=_to_signed_tensor(b),
+            caption=self.captions[index],
+            name=name,
+        )
 
 
-class UnpairedFolder(Dataset):
-    """The pictures of two domains; item i, or (i, key), is the i-th of A with one of B, drawn from the key (the i-th
-    without one): a, b [3, H, W] in [-1, 1], name_a, name_b. `prompts` are the two fixed captions, of A and of B."""
+def open_paired(
+    folder: str | Path,
+    split: str,
+    prep: str,
+    seed: int = 0,
+    size: int = 32,
+) -> Dataset:
+    """A folder of pairs, or drawn:scenes.
 
-    def __init__(self, folder: str | Path, split: str, prep: str):
-        self.sides, self.prepare = [Path(folder) / f"{split}_A", Path(folder) / f"{split}_B"], prepare(prep)
-        self.names = [pictures_in(side) for side in self.sides]
-        self.prompts = tuple(_read_text(Path(folder) / f"fixed_prompt_{domain}.txt").strip() for domain in "ab")
-
-    def __len__(self) -> int:
-        return max(map(len, self.names))
-
-    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index, rng = _drawing(item)
-        other = index if rng is None else int(rng.integers(len(self.names[1])))
-        names = [names[i % len(names)] for names, i in zip(self.names, (index, other))]
-        a, b = (to_tensor(self.prepare([open_picture(side / name)], rng)[0]) * 2 - 1
-                for side, name in zip(self.sides, names))
-        return dict(a=a, b=b, name_a=names[0], name_b=names[1])
-
-
-def open_unpaired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 64) -> Dataset:
-    """A folder of two domains, or drawn:day2night or drawn:clear2rain, drawn at `size` and without use for prep."""
-    if not str(folder).startswith("drawn:"):
-        return UnpairedFolder(folder, split, prep)
-    prepare(prep)  # a wrong word is an error all the same
-    from tiny.scenes import Unpaired
-    return Unpaired(str(folder).removeprefix("drawn:"), split, size, seed)
-
-
-def open_paired(folder: str | Path, split: str, prep: str, seed: int = 0, size: int = 32) -> Dataset:
-    """A folder of pairs, or drawn:scenes, drawn at `size` and without use for prep."""
+    `seed` and `size` are those of the drawings, which ignore `prep` except that it must exist.
+    """
     if not str(folder).startswith("drawn:"):
         return PairedFolder(folder, split, prep)
     prepare(prep)
     from tiny import scenes
-    if str(folder) == "drawn:scenes":
-        return scenes.Paired(split, size, seed)
-    raise ValueError(f"there are no drawings {folder}: expected drawn:scenes")
+
+    if str(folder) != "drawn:scenes":
+        raise ValueError(f"there are no drawings {folder}: expected drawn:scenes")
+    return scenes.Paired(split, size, seed)
+
+
+# -------------------- two domains without pairs
+
+class UnpairedFolder(Dataset):
+    """The pictures of two domains, A and B; the larger one gives the length.
+
+    An item holds a and b, [3, H, W] in [-1, 1], name_a and name_b. Its index chooses the picture
+    of A. That of B is drawn from the key, or chosen by the index if there is none. `prompts` are
+    the two fixed captions, of A and of B.
+    """
+
+    def __init__(self, folder: str | Path, split: str, prep: str):
+        folder = Path(folder)
+        self.prepare = prepare(prep)
+        self.sides = [folder / f"{split}_A", folder / f"{split}_B"]
+        self.names = [pictures_in(side) for side in self.sides]
+        self.prompts = (
+            read_text(folder / "fixed_prompt_a.txt").strip(),
+            read_text(folder / "fixed_prompt_b.txt").strip(),
+        )
+
+    def __len__(self) -> int:
+        return max(len(names) for names in self.names)
+
+    def __getitem__(self, item: Item) -> dict:
+        index_a, rng = _split_item(item)
+        names_a, names_b = self.names
+        index_b = index_a
+        if rng is not None:
+            index_b = int(rng.integers(len(names_b)))
+        name_a = names_a[index_a % len(names_a)]
+        name_b = names_b[index_b % len(names_b)]
+
+        # Two calls, because the two crops are drawn one after the other.
+        side_a, side_b = self.sides
+        (a,) = self.prepare([open_picture(side_a / name_a)], rng)
+        (b,) = self.prepare([open_picture(side_b / name_b)], rng)
+        return dict(
+            a=_to_signed_tensor(a),
+            b=_to_signed_tensor(b),
+            name_a=name_a,
+            name_b=name_b,
+        )
+
+
+def open_unpaired(
+    folder: str | Path,
+    split: str,
+    prep: str,
+    seed: int = 0,
+    size: int = 64,
+) -> Dataset:
+    """A folder of two domains, or drawn:day2night or drawn:clear2rain.
+
+    `seed` and `size` are those of the drawings, which ignore `prep` except that it must exist.
+    """
+    if not str(folder).startswith("drawn:"):
+        return UnpairedFolder(folder, split, prep)
+    prepare(prep)
+    from tiny.scenes import Unpaired
+
+    task = str(folder).removeprefix("drawn:")
+    return Unpaired(task, split, size, seed)
+
+
+# -------------------- pictures with captions
+
+class _PictureZip:
+    """A zip of pictures that several processes may read.
+
+    Processes that share an open file also share the position in it, so each process opens the
+    zip for itself.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.opened_by = None
+        self.archive = None
+
+    def __getstate__(self) -> dict:
+        return dict(path=self.path, opened_by=None, archive=None)
+
+    def _open(self) -> zipfile.ZipFile:
+        if self.opened_by != os.getpid():
+            self.archive = zipfile.ZipFile(self.path)
+            self.opened_by = os.getpid()
+        return self.archive
+
+    def names(self) -> list[str]:
+        return sorted(
+            name for name in self._open().namelist()
+            if Path(name).suffix.lower() in SUFFIXES
+        )
+
+    def read(self, name: str) -> bytes:
+        expected = f"{MAX_UNZIPPED} bytes at most, whole: make the zip again"
+        with reading(f"{name} in {self.path}", expected):
+            size = self._open().getinfo(name).file_size
+            if size > MAX_UNZIPPED:
+                raise ValueError(f"it unpacks to {size} bytes")
+            return self._open().read(name)
+
+
+def _captions_of_zip(archive: _PictureZip) -> list[tuple[str, str]]:
+    """(name, caption) of all pictures; the caption is "class N", or empty without labels."""
+    expected = "a zip of pictures with a dataset.json, as EDM's dataset_tool.py writes it"
+    with reading(archive.path, expected):
+        names = archive.names()
+        labels = json.loads(archive.read("dataset.json"))["labels"] or []
+        classes = {name: f"class {int(label)}" for name, label in labels}
+    return [(name, classes.get(name, "")) for name in names]
+
+
+def _captions_of_folder(folder: Path, column: str) -> list[tuple[str, str]]:
+    """(name, caption) of all pictures, from metadata.jsonl or else from .txt files."""
+    names = pictures_in(folder)
+    table = folder / "metadata.jsonl"
+    if table.is_file():
+        found = _read_metadata(table, column)
+        captions = {name: found.get(name) for name in names}
+        check_captions(captions, table)
+        return list(captions.items())
+
+    items = []
+    for name in names:
+        caption = find_caption(folder / name, folder / name, None)
+        items.append((name, caption or ""))
+    return items
+
+
+def _read_metadata(table: Path, column: str) -> dict[str, str]:
+    """{file name: caption} of a metadata.jsonl, in which empty lines are allowed."""
+    captions = {}
+    # Not splitlines(), which would also split at line separators inside a caption.
+    for number, line in enumerate(read_text(table).split("\n"), start=1):
+        expected = f"an object with file_name and {column} (--caption_column)"
+        with reading(f"{table} line {number}", expected):
+            row = json.loads(line or "null")
+            if row:
+                captions[row["file_name"]] = str(row[column])
+    return captions
+
+
+def _captions_of_text(path: Path) -> list[tuple[str, str]]:
+    """("caption I", caption) of all lines that are not empty."""
+    lines = [" ".join(line.split()) for line in read_text(path).splitlines()]
+    lines = [line for line in lines if line]
+    return [(f"caption {i}", line) for i, line in enumerate(lines)]
+
+
+def _part_for_split(items: list, split: str) -> list:
+    """Every tenth item is for the test, all others are for training."""
+    if split == "test":
+        return items[9::10]
+    return [item for i, item in enumerate(items) if i % 10 != 9]
 
 
 class Captioned(Dataset):
-    """Pictures with captions, of one of the places that this file's first lines name; item i, or (i, key) with key the
-    integers from which crop and flip are drawn: target [3, H, W] in [-1, 1] (not of captions alone), caption, name."""
+    """Pictures with captions of a folder or a zip, or the captions of a .txt alone.
+
+    An item holds target [3, H, W] in [-1, 1] (unless there are captions alone), caption and name.
+    `column` names the captions in metadata.jsonl.
+    """
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
-        self.source, self.prepare, self.archive = Path(source), prepare(prep), None
-        folders = all((self.source / name).is_dir() for name in ("train", "test"))
-        self.folder = self.source / split if folders else self.source
+        self.source = Path(source)
+        self.prepare = prepare(prep)
+        self.archive = None
+
+        has_splits = (self.source / "train").is_dir() and (self.source / "test").is_dir()
+        self.folder = self.source / split if has_splits else self.source
         self.kind = "folder" if self.folder.is_dir() else self.source.suffix
+
         if self.kind == "folder":
-            items = self._in_folder(column)
+            items = _captions_of_folder(self.folder, column)
         elif self.kind == ".zip":
-            items = self._in_zip()
+            self.archive = _PictureZip(self.source)
+            items = _captions_of_zip(self.archive)
         elif self.kind == ".txt":
-            lines = [" ".join(line.split()) for line in _read_text(self.source).splitlines()]
-            items = [(f"caption {i}", line) for i, line in enumerate(filter(None, lines))]
+            items = _captions_of_text(self.source)
         else:
-            raise ValueError(f"{source} is no data: expected a folder of pictures, a .zip in the layout of EDM, a .txt"
-                             " of captions, a cache of data.py, or drawn:scenes")
-        test = split == "test"
-        self.items = items if folders else [item for i, item in enumerate(items) if (i % 10 == 9) == test]
+            raise ValueError(
+                f"{source} is no data set: expected a folder of pictures, a .zip in the layout of"
+                " EDM, a .txt of captions, a cache of python -m dataset cache, or drawn:scenes"
+            )
+
+        self.items = items if has_splits else _part_for_split(items, split)
         if not self.items:
-            raise ValueError(f"{self.folder} holds {len(items)} pictures or captions; expected ten or more, of which"
-                             " every tenth is for the test")
+            raise ValueError(
+                f"{self.folder} holds {len(items)} pictures or captions; expected ten or more,"
+                " because every tenth is for the test"
+            )
         self.captions = [caption for _, caption in self.items]
-
-    def _in_zip(self) -> list[tuple[str, str]]:
-        with _reading(self.source, "a zip of pictures with a dataset.json, as EDM's dataset_tool.py writes it"):
-            names = sorted(n for n in self._archive().namelist() if Path(n).suffix.lower() in SUFFIXES)
-            labels = json.loads(self._unzipped("dataset.json"))["labels"] or []
-            classes = {name: f"class {int(label)}" for name, label in labels}
-        return [(name, classes.get(name, "")) for name in names]
-
-    def _archive(self) -> zipfile.ZipFile:
-        if self.archive is None or self.archive[0] != os.getpid():  # processes that share a file share the place in it
-            self.archive = os.getpid(), zipfile.ZipFile(self.source)
-        return self.archive[1]
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | dict(archive=None)
-
-    def _unzipped(self, name: str) -> bytes:
-        with _reading(f"{name} in {self.source}", f"{MAX_UNZIPPED} bytes at most, whole: make the zip anew"):
-            if (size := self._archive().getinfo(name).file_size) > MAX_UNZIPPED:
-                raise ValueError(f"it unpacks to {size} bytes")
-            return self._archive().read(name)
-
-    def _in_folder(self, column: str) -> list[tuple[str, str]]:
-        names, table = pictures_in(self.folder), self.folder / "metadata.jsonl"
-        if not table.is_file():
-            return [(name, _caption(self.folder / name, self.folder / name, None) or "") for name in names]
-        captions = {}
-        for number, line in enumerate(_read_text(table).split("\n"), start=1):
-            with _reading(f"{table} line {number}", f"an object with file_name and {column} (--caption_column)"):
-                row = json.loads(line or "null")
-                captions |= {row["file_name"]: str(row[column])} if row else {}
-        return list(zip(names, _complete({name: captions.get(name) for name in names}, table)))
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index, rng = _drawing(item)
+    def __getitem__(self, item: Item) -> dict:
+        index, rng = _split_item(item)
         name, caption = self.items[index]
         if self.kind == ".txt":
             return dict(caption=caption, name=name)
+
         path = self.folder / name
-        picture = open_picture(io.BytesIO(self._unzipped(name)) if self.kind == ".zip" else path, path)
-        return dict(target=to_tensor(self.prepare([picture], rng)[0]) * 2 - 1, caption=caption, name=name)
+        if self.archive is not None:
+            picture = open_picture(io.BytesIO(self.archive.read(name)), path)
+        else:
+            picture = open_picture(path)
+        (picture,) = self.prepare([picture], rng)
+        return dict(target=_to_signed_tensor(picture), caption=caption, name=name)
 
 
-def open_captioned(source: str | Path, split: str, prep: str, seed: int = 0, size: int = 64, column: str = "text"
-                   ) -> Dataset:
-    """Pictures with captions from any place that this file's first lines name."""
+def open_captioned(
+    source: str | Path,
+    split: str,
+    prep: str,
+    seed: int = 0,
+    size: int = 64,
+    column: str = "text",
+) -> Dataset:
+    """Pictures with captions, in any layout that the package's docstring names.
+
+    `seed` and `size` are those of drawings, `column` names the captions in metadata.jsonl.
+    """
     if (Path(source) / "index.json").is_file():
+        # Imported here because dataset.cache itself opens data sets with this function.
         from dataset.cache import Cached
+
         return Cached(source, split)
     if str(source).startswith("drawn:") or (Path(source) / "train_B").is_dir():
         return open_paired(source, split, prep, seed, size)

@@ -1,4 +1,4 @@
-"""One picture: opening, preparing, edges, tensors."""
+"""One picture: opening, conversion to and from tensors, preparation, edges and sketches."""
 
 import math
 import re
@@ -13,161 +13,387 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")  # of Pillow's: one of the others runs PostScript
-MAX_PIXELS = 178_956_970  # Pillow's own limit for an error: half a gigabyte as RGB
+SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".ppm",
+    ".pgm",
+}
 
-def open_picture(path: str | Path | BinaryIO, name: str | Path | None = None) -> Image.Image:
-    """Any picture file as 8-bit RGB, upright: EXIF rotation applied, transparency over white, 16 bits rounded to 8
-    (grey; of 16-bit colour Pillow itself keeps the upper 8 bits), the first frame of an animation. Refused are no
-    pixel or more than MAX_PIXELS, floating-point and 32-bit values. Of an open file `name` is what errors call it."""
+# The formats that Pillow may try. Its EPS reader is left out on purpose: it runs PostScript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+
+# Pillow itself refuses larger pictures; as RGB this is half a gigabyte.
+MAX_PIXELS = 178_956_970
+
+
+# -------------------- opening
+
+def open_picture(
+    path: str | Path | BinaryIO,
+    name: str | Path | None = None,
+) -> Image.Image:
+    """Opens a picture file, or an open binary file, as 8-bit RGB.
+
+    EXIF rotation is applied, and transparency is composited over white. 16-bit grey is rounded to
+    8 bits; Pillow keeps the upper 8 bits of 16-bit colour. An animation gives its first frame.
+
+    Error messages call the picture `name` (by default its path). ValueError if it cannot be read,
+    has no pixels or more than MAX_PIXELS, or holds floating-point or 32-bit values.
+    """
     name = name or path
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of sizes that are allowed here
-            with Image.open(path, formats=FORMATS) as file:
-                if not 0 < file.width * file.height <= MAX_PIXELS:  # from the header, before memory is taken
-                    raise ValueError(f"{file.width}x{file.height}, expected 1 to {MAX_PIXELS} pixels")
-                file.load()
-                try:
-                    picture = ImageOps.exif_transpose(file)
-                except Exception:  # broken EXIF beside a sound picture: viewers show it as it is
-                    picture = file.copy()
-            return _as_rgb(picture)
+            # Pillow warns about odd metadata, and about sizes that are allowed here.
+            warnings.simplefilter("ignore")
+            return _as_rgb(_load_upright(path))
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture of a known format: save it as PNG, JPEG, WebP or TIFF") from None
-    except Exception as error:  # Pillow's decoders let out OSError, SyntaxError, ValueError, struct.error, ...
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} is not a readable picture ({reason}): replace or remove it") from None
+        raise ValueError(
+            f"{name} is not a picture of a known format: save it as PNG, JPEG, WebP or TIFF"
+        ) from None
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
+        reason = getattr(error, "strerror", None)
+        if not reason:
+            reason = " ".join(str(error).split())
+        if not reason:
+            reason = type(error).__name__
+        raise ValueError(
+            f"{name} is not a readable picture ({reason}): replace or remove it"
+        ) from None
+
+
+def _load_upright(path: str | Path | BinaryIO) -> Image.Image:
+    """Decodes a picture in its own mode and applies the EXIF rotation."""
+    with Image.open(path, formats=FORMATS) as file:
+        # The header says how large the picture is, before any memory is taken for it.
+        if not 0 < file.width * file.height <= MAX_PIXELS:
+            size = f"{file.width}x{file.height}"
+            raise ValueError(f"{size}, expected 1 to {MAX_PIXELS} pixels")
+
+        file.load()
+        try:
+            return ImageOps.exif_transpose(file)
+        except Exception:
+            # The EXIF data is broken but the picture is not: show it unrotated, as viewers do.
+            return file.copy()
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
+    """Any mode to 8-bit RGB. ValueError for values whose range is not known."""
     if picture.mode == "F":
         raise ValueError("floating-point values, expected 8 or 16 bits a channel")
+
     if picture.mode.startswith("I"):
+        # Mode I has room for 32 bits but usually holds 16-bit values.
         values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:  # mode I has room for 32 bits and mostly holds 16
-            raise ValueError(f"values from {values.min()} to {values.max()}, expected 8 or 16 bits a channel")
-        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        low, high = values.min(), values.max()
+        if low < 0 or high > 65535:
+            raise ValueError(f"values from {low} to {high}, expected 8 or 16 bits a channel")
+        rounded = (values + 128) // 257
+        picture = Image.fromarray(rounded.astype(np.uint8))
     elif picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+
     return picture.convert("RGB")
 
 
+# -------------------- tensors
+
 def to_tensor(picture: Image.Image) -> torch.Tensor:
     """RGB picture -> float32 [3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float() / 255
+    levels = torch.from_numpy(np.array(picture))            # [H, W, 3]
+    return levels.permute(2, 0, 1).contiguous().float() / 255
 
 
 def to_picture(x: torch.Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1], clamped, to the nearest of the 256 levels. ValueError on NaN or another shape."""
+    """[3, H, W] in [-1, 1] -> RGB picture, clamped and rounded to the nearest of 256 levels.
+
+    ValueError if x holds NaN or has another shape.
+    """
     if x.ndim != 3 or x.shape[0] != 3:
-        raise ValueError(f"found a tensor of shape {list(x.shape)}, expected one picture [3, H, W]")
+        raise ValueError(
+            f"found a tensor of shape {list(x.shape)}, expected one picture [3, H, W]"
+        )
     x = x.detach().float()
     if x.isnan().any():
-        raise ValueError("the picture holds NaN, no colour: try --mixed_precision no or a lower learning rate")
-    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+        raise ValueError(
+            "the picture holds NaN: try --mixed_precision no or a lower learning rate"
+        )
+    levels = (x.clamp(-1, 1) + 1) * 127.5
+    levels = levels.round().byte().cpu()
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
 def pad_to_multiple(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """[B, 3, H, W] -> the same, extended right and below to multiples of factor, and (H, W) to crop back to:
-    by reflection, in a direction where the picture is too small for that by repeating its edge."""
+    """Pads [B, 3, H, W] on the right and below to multiples of `factor`.
+
+    Returns the padded pictures and the (H, W) to crop the result back to. Padding reflects the
+    picture, or repeats its edge in a direction where the picture is too small to be reflected.
+    """
     height, width = x.shape[-2:]
-    right, below = -width % factor, -height % factor
+    right = -width % factor
+    below = -height % factor
     x = F.pad(x, (0, right, 0, 0), mode="reflect" if right < width else "replicate")
     x = F.pad(x, (0, 0, 0, below), mode="reflect" if below < height else "replicate")
     return x, (height, width)
 
 
-def _arrange(pictures: Sequence[Image.Image], rng: np.random.Generator | None = None, *, short: int = 0,
-             stretch: int = 0, crop: int = 0, random: bool = False, flip: bool = False) -> list[Image.Image]:
-    """Scale (short side to `short`, or to a square of `stretch`), crop to a square, flip: one draw for all pictures."""
+# -------------------- preparation
+
+# A preparation: pictures and a random generator (or None) -> prepared pictures.
+Preparation = Callable[..., list[Image.Image]]
+
+
+def prepare(name: str) -> Preparation:
+    """Returns the preparation of that name, a function f(pictures, rng=None) -> pictures.
+
+        no_resize                       the pictures as they are
+        resize_N, resize_NxN            stretched to N x N
+        resized_crop_N                  shorter side scaled to N, central N x N crop
+        resized_randomcrop_N            the same, with a random crop
+        resize_M_randomcrop_NxN         stretched to M x M, random N x N crop
+
+    All with a crop may end in _hflip: half of the pictures are mirrored. Crop and flip are drawn
+    from `rng` once for the whole list, so pairs stay aligned (the official data set draws them
+    for each picture, so its pairs do not match). Without `rng` the crop is central and nothing is
+    flipped. All scaling is Lanczos. ValueError for any other name.
+    """
+    if name == "no_resize":
+        return _keep
+
+    match = re.fullmatch(r"resized_(random)?crop_([1-9]\d*)(_hflip)?", name)
+    if match:
+        return partial(
+            _scale_and_crop,
+            size=int(match[2]),
+            random_crop=bool(match[1]),
+            hflip=bool(match[3]),
+        )
+
+    match = re.fullmatch(r"resize_([1-9]\d*)(x\1)?", name)
+    if match:
+        return partial(_stretch, size=int(match[1]))
+
+    match = re.fullmatch(r"resize_([1-9]\d*)_randomcrop_([1-9]\d*)x\2(_hflip)?", name)
+    if match and int(match[1]) >= int(match[2]):
+        return partial(
+            _stretch_and_crop,
+            stretched=int(match[1]),
+            size=int(match[2]),
+            hflip=bool(match[3]),
+        )
+
+    raise ValueError(
+        f"unknown preparation '{name}': expected resized_crop_N, resized_randomcrop_N, resize_N,"
+        " resize_M_randomcrop_NxN (M at least N), those with a crop also with _hflip, or no_resize"
+    )
+
+
+def _keep(
+    pictures: Sequence[Image.Image],
+    rng: np.random.Generator | None = None,
+) -> list[Image.Image]:
+    return list(pictures)
+
+
+def _stretch(
+    pictures: Sequence[Image.Image],
+    rng: np.random.Generator | None = None,
+    *,
+    size: int,
+) -> list[Image.Image]:
+    """Resizes to a square, whatever the aspect ratio."""
+    return [picture.resize((size, size), Image.Resampling.LANCZOS) for picture in pictures]
+
+
+def _stretch_and_crop(
+    pictures: Sequence[Image.Image],
+    rng: np.random.Generator | None = None,
+    *,
+    stretched: int,
+    size: int,
+    hflip: bool,
+) -> list[Image.Image]:
+    """Resizes to a square and crops a smaller one."""
+    corner = None
+    if rng is not None:
+        corner = rng.integers(0, stretched - size + 1, size=2).tolist()
+    flip = _draw_flip(hflip, rng)
+
     prepared = []
-    where = rng.random(2) if short and random and rng is not None else None
-    corner = rng.integers(0, stretch - crop + 1, size=2).tolist() if stretch and random and rng is not None else None
-    flip = flip and rng is not None and rng.random() < 0.5
-    for picture in pictures:
-        width, height = picture.size
-        if short:  # torchvision's Resize(N): the long side is cut off to a whole number, not rounded
-            long = int(short * max(width, height) / min(width, height))
-            if short * long > MAX_PIXELS:
-                raise ValueError(f"a picture of {width}x{height} pixels becomes {short}x{long}: crop it first")
-            picture = picture.resize((short, long) if width <= height else (long, short), Image.Resampling.LANCZOS)
-        if stretch:
-            picture = picture.resize((stretch, stretch), Image.Resampling.LANCZOS)
-        if crop:  # round half to even, as torchvision's CenterCrop
-            if where is not None:
-                corner = [int(u * (side - crop + 1)) for u, side in zip(where, picture.size)]
-            left, top = corner or (round((side - crop) / 2) for side in picture.size)
-            picture = picture.crop((left, top, left + crop, top + crop))
-        prepared.append(ImageOps.mirror(picture) if flip else picture)
+    for picture in _stretch(pictures, size=stretched):
+        if corner is None:
+            left, top = _central_corner(picture, size)
+        else:
+            left, top = corner
+        prepared.append(_crop(picture, left, top, size, flip))
     return prepared
 
 
-def prepare(name: str) -> Callable[..., list[Image.Image]]:
-    """The preparation of that name: f(pictures, rng=None) -> pictures. Crop and flip are drawn from rng once for the
-    whole list (the official data set draws them apart, so that its pairs do not match); without rng the crop is
-    central and nothing is flipped. All scaling is Lanczos."""
-    if name == "no_resize":
-        return _arrange
-    if match := re.fullmatch(r"resized_(random)?crop_([1-9]\d*)(_hflip)?", name):
-        return partial(_arrange, short=int(match[2]), crop=int(match[2]), random=bool(match[1]), flip=bool(match[3]))
-    if match := re.fullmatch(r"resize_([1-9]\d*)(x\1)?", name):
-        return partial(_arrange, stretch=int(match[1]))
-    if match := re.fullmatch(r"resize_([1-9]\d*)_randomcrop_([1-9]\d*)x\2(_hflip)?", name):
-        if int(match[1]) >= int(match[2]):
-            return partial(_arrange, stretch=int(match[1]), crop=int(match[2]), random=True, flip=bool(match[3]))
-    raise ValueError(f"unknown preparation '{name}': expected resized_crop_N, resized_randomcrop_N, resize_N,"
-                     " resize_M_randomcrop_NxN (M at least N), those with a crop also with _hflip, or no_resize")
+def _scale_and_crop(
+    pictures: Sequence[Image.Image],
+    rng: np.random.Generator | None = None,
+    *,
+    size: int,
+    random_crop: bool,
+    hflip: bool,
+) -> list[Image.Image]:
+    """Scales the shorter side and crops a square."""
+    # Pictures of a list may have different aspect ratios, so what is drawn are fractions.
+    fractions = None
+    if random_crop and rng is not None:
+        fractions = rng.random(2)
+    flip = _draw_flip(hflip, rng)
 
+    prepared = []
+    for picture in pictures:
+        picture = _scale_shorter_side(picture, size)
+        if fractions is None:
+            left, top = _central_corner(picture, size)
+        else:
+            left = int(fractions[0] * (picture.width - size + 1))
+            top = int(fractions[1] * (picture.height - size + 1))
+        prepared.append(_crop(picture, left, top, size, flip))
+    return prepared
+
+
+def _scale_shorter_side(picture: Image.Image, short: int) -> Image.Image:
+    width, height = picture.size
+    # The longer side is rounded down, as in torchvision's Resize.
+    long = int(short * max(width, height) / min(width, height))
+    if short * long > MAX_PIXELS:
+        raise ValueError(
+            f"a picture of {width}x{height} pixels becomes {short}x{long}: crop it first"
+        )
+    size = (short, long) if width <= height else (long, short)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _draw_flip(hflip: bool, rng: np.random.Generator | None) -> bool:
+    if not hflip or rng is None:
+        return False
+    return rng.random() < 0.5
+
+
+def _central_corner(picture: Image.Image, size: int) -> tuple[int, int]:
+    """The left upper corner of a central crop; halves round to even, as in CenterCrop."""
+    left = round((picture.width - size) / 2)
+    top = round((picture.height - size) / 2)
+    return left, top
+
+
+def _crop(picture: Image.Image, left: int, top: int, size: int, flip: bool) -> Image.Image:
+    picture = picture.crop((left, top, left + size, top + size))
+    if flip:
+        return ImageOps.mirror(picture)
+    return picture
+
+
+# -------------------- edges and sketches
 
 def canny(picture: Image.Image, low: float = 100, high: float = 200) -> Image.Image:
-    """Edges as three equal channels, 0 or 255, bit for bit those of cv2.Canny(rgb, low, high): 3x3 Sobel, L1 norm, at
-    each pixel the channel of the largest norm (Canny 1986; the integer arithmetic is OpenCV's imgproc/canny.cpp)."""
+    """Canny edges (Canny 1986) as a picture of three equal channels, 0 or 255.
+
+    The result equals cv2.Canny(rgb, low, high) in every bit: 3x3 Sobel filters, L1 norm, and at
+    each pixel the gradient of the channel with the largest norm. The integer arithmetic is that
+    of OpenCV's imgproc/canny.cpp.
+    """
     low, high = sorted((math.floor(low), math.floor(high)))
-    rgb = np.pad(np.asarray(picture, dtype=np.int16), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    dx, dy, norm = _gradients(picture)
+    ridge = _ridges(dx, dy, norm) & (norm > low)
+    edges = _hysteresis(ridge, strong=ridge & (norm > high))
+    return Image.fromarray(edges.astype(np.uint8) * 255).convert("RGB")
+
+
+def _gradients(picture: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sobel derivatives dx, dy and their L1 norm, int32 [H, W]."""
+    rgb = np.asarray(picture, dtype=np.int16)
+    rgb = np.pad(rgb, ((1, 1), (1, 1), (0, 0)), mode="edge")            # [H + 2, W + 2, 3]
+
     smooth = rgb[:-2] + 2 * rgb[1:-1] + rgb[2:]
-    dx = smooth[:, 2:] - smooth[:, :-2]
+    dx = smooth[:, 2:] - smooth[:, :-2]                                 # [H, W, 3]
     smooth = rgb[:, :-2] + 2 * rgb[:, 1:-1] + rgb[:, 2:]
     dy = smooth[2:] - smooth[:-2]
     norm = np.abs(dx) + np.abs(dy)
-    strongest = norm.argmax(axis=2, keepdims=True)  # the first of equals, as OpenCV
-    dx, dy, norm = (np.take_along_axis(a, strongest, axis=2)[..., 0].astype(np.int32) for a in (dx, dy, norm))
-    height, width = norm.shape
 
-    # An edge is a ridge: larger than both neighbours across it. Of two equal neighbours along an axis the first stays.
+    # argmax takes the first of equal channels, as OpenCV does.
+    strongest = norm.argmax(axis=2, keepdims=True)
+
+    def of_strongest(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, strongest, axis=2)[..., 0].astype(np.int32)
+
+    return of_strongest(dx), of_strongest(dy), of_strongest(norm)
+
+
+def _ridges(dx: np.ndarray, dy: np.ndarray, norm: np.ndarray) -> np.ndarray:
+    """Where the norm is larger than at both neighbours across the edge, bool [H, W].
+
+    Along an axis, the first of two equal neighbours is kept.
+    """
+    height, width = norm.shape
     padded = np.pad(norm, 1)
-    def neighbour(i: int, j: int) -> np.ndarray:
-        return padded[1 + i : 1 + i + height, 1 + j : 1 + j + width]
-    x, y = np.abs(dx), np.abs(dy) << 15
-    tan22 = x * 13573  # tan(22.5 degrees) in units of 2^-15; tan(67.5) is 2 more
+
+    def neighbour(down: int, right: int) -> np.ndarray:
+        top = 1 + down
+        left = 1 + right
+        return padded[top : top + height, left : left + width]
+
+    # The angle of the gradient in fixed point: tan(67.5 degrees) is 2 more than tan(22.5 degrees),
+    # which is 13573 in units of 2^-15.
+    x = np.abs(dx)
+    y = np.abs(dy) << 15
+    tan22 = x * 13573
+    tan67 = tan22 + (x << 16)
+
     falling = (norm > neighbour(-1, -1)) & (norm > neighbour(1, 1))
     rising = (norm > neighbour(-1, 1)) & (norm > neighbour(1, -1))
-    ridge = np.where((dx ^ dy) < 0, rising, falling)
-    ridge = np.where(y > tan22 + (x << 16), (norm > neighbour(-1, 0)) & (norm >= neighbour(1, 0)), ridge)
-    ridge = np.where(y < tan22, (norm > neighbour(0, -1)) & (norm >= neighbour(0, 1)), ridge)
-    ridge = np.pad(ridge & (norm > low), 1)
+    horizontal_edge = (norm > neighbour(-1, 0)) & (norm >= neighbour(1, 0))
+    vertical_edge = (norm > neighbour(0, -1)) & (norm >= neighbour(0, 1))
 
-    # Hysteresis: from the strong ridge pixels along the weak ones, all eight ways. A plain stack takes the same short
-    # time however long and winding the lines are, which growing whole arrays step by step does not.
-    step = width + 2
-    around = (-step - 1, -step, -step + 1, -1, 1, step - 1, step, step + 1)
-    strong = ridge & (padded > high)
+    ridge = np.where((dx ^ dy) < 0, rising, falling)
+    ridge = np.where(y > tan67, horizontal_edge, ridge)
+    return np.where(y < tan22, vertical_edge, ridge)
+
+
+def _hysteresis(ridge: np.ndarray, strong: np.ndarray) -> np.ndarray:
+    """The ridge pixels that connect to a strong one, in all eight directions, bool [H, W].
+
+    A stack of pixels takes the same short time however long and winding the lines are; growing
+    whole arrays step by step does not.
+    """
+    # A border of False, so that offsets into the flat array never leave it or wrap around.
+    ridge = np.pad(ridge, 1)
+    strong = np.pad(strong, 1)
+    row = ridge.shape[1]
+    neighbours = (-row - 1, -row, -row + 1, -1, 1, row - 1, row, row + 1)
+
+    # The bytes of `weak` are cleared one by one: a bytearray is faster at this than numpy.
     weak = bytearray((ridge & ~strong).tobytes())
     stack = np.flatnonzero(strong).tolist()
     while stack:
         pixel = stack.pop()
-        for offset in around:
+        for offset in neighbours:
             if weak[pixel + offset]:
                 weak[pixel + offset] = 0
                 stack.append(pixel + offset)
-    left = np.frombuffer(weak, dtype=bool).reshape(ridge.shape)
-    edges = (ridge & ~left)[1:-1, 1:-1].astype(np.uint8) * 255
-    return Image.fromarray(edges).convert("RGB")
+
+    unconnected = np.frombuffer(weak, dtype=bool).reshape(ridge.shape)
+    return (ridge & ~unconnected)[1:-1, 1:-1]
 
 
 def sketch(picture: Image.Image) -> Image.Image:
-    """The sketch input of the official script, pixel < 0.5 -> 1 a channel: dark strokes become white, paper black."""
-    return Image.fromarray((np.asarray(picture) < 128).astype(np.uint8) * 255)
+    """The sketch input of the official script: a channel below 0.5 becomes 1, any other 0.
+
+    So dark strokes become white and paper becomes black.
+    """
+    dark = np.asarray(picture) < 128
+    return Image.fromarray(dark.astype(np.uint8) * 255)

@@ -1,4 +1,4 @@
-"""Bases: folders in the diffusers layout and one-file models, and what is put on them."""
+"""Bases: folders in the diffusers layout and one-file models, and what is added to them."""
 
 from __future__ import annotations
 
@@ -7,37 +7,105 @@ import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from files.formats import apply_lora, clip_from_original, read_lora, unet_from_original, vae_from_original
+from files.formats import (
+    apply_lora,
+    clip_from_original,
+    read_lora,
+    unet_from_original,
+    vae_from_original,
+)
 from files.hub import BASES, LAYOUT, find, locate
-from files.tensors import build, fill, read_config, read_json, read_tensors, read_weights, reading, save_tensors
+from files.tensors import (
+    build,
+    fill,
+    read_config,
+    read_json,
+    read_tensors,
+    read_weights,
+    reading,
+    save_tensors,
+)
 from files.tokenizers import load_t5_tokenizer, load_tokenizer
 from models import clip, controlnet, pixart, t5, unet, vae
 from models.diffusion import Schedule
 
-# The last two are a transformer alone. The scheduler that comes with the rest, PixArt's, is another's in this:
-YOSO = dict(_class_name="LCMScheduler", prediction_type="v_prediction")
-# Networks of a base: class, its configuration, the options it must have, the stem of its files, its name in diffusers.
-NETWORKS = {
-    vae.VAE: (vae.VAEConfig, vae.FIXED, "diffusion_pytorch_model", ("diffusers", "AutoencoderKL")),
-    vae.Identity: (vae.IdentityConfig, {}, "diffusion_pytorch_model", ("models.vae", "Identity")),  # of pixels
-    unet.UNet: (unet.UNetConfig, unet.FIXED, "diffusion_pytorch_model", ("diffusers", "UNet2DConditionModel")),
-    pixart.PixArt: (pixart.PixArtConfig, pixart.FIXED, "diffusion_pytorch_model",
-                    ("diffusers", "PixArtTransformer2DModel")),
-    clip.TextEncoder: (clip.TextConfig, clip.FIXED, "model", ("transformers", "CLIPTextModel")),
-    t5.T5Encoder: (t5.T5Config, t5.FIXED, "model", ("transformers", "T5EncoderModel")),
-}
-OTHER_CONFIGS = dict(tokenizer="tokenizer/tokenizer_config.json", schedule="scheduler/scheduler_config.json")
 STABLE_DIFFUSION = ("vae", "unet", "text_encoder", "tokenizer", "schedule")
 PIXART = ("vae", "transformer", "text_encoder", "tokenizer", "schedule")
-ONE_FILE = "a one-file checkpoint of Stable Diffusion 1.x or 2.x (model.diffusion_model..., first_stage_model...)"
+
+# The configuration files of the parts that are not networks.
+OTHER_CONFIGS = dict(
+    tokenizer="tokenizer/tokenizer_config.json",
+    schedule="scheduler/scheduler_config.json",
+)
+# The two YOSO bases of the Hub are transformers alone, which need another scheduler than PixArt's.
+YOSO_SCHEDULER = dict(_class_name="LCMScheduler", prediction_type="v_prediction")
+ONE_FILE = (
+    "a one-file checkpoint of Stable Diffusion 1.x or 2.x (model.diffusion_model...,"
+    " first_stage_model...)"
+)
+
+
+class NetworkFiles(NamedTuple):
+    """How a network is stored in the diffusers layout."""
+
+    config: type  # the dataclass of its config.json
+    fixed: dict  # options of config.json for which only one value is supported
+    stem: str  # the weight files' name, without its ending
+    entry: tuple[str, str]  # the one in model_index.json: library and class
+
+
+NETWORKS = {
+    vae.VAE: NetworkFiles(
+        vae.VAEConfig,
+        vae.FIXED,
+        "diffusion_pytorch_model",
+        ("diffusers", "AutoencoderKL"),
+    ),
+    vae.Identity: NetworkFiles(
+        vae.IdentityConfig,
+        {},
+        "diffusion_pytorch_model",
+        ("models.vae", "Identity"),
+    ),
+    unet.UNet: NetworkFiles(
+        unet.UNetConfig,
+        unet.FIXED,
+        "diffusion_pytorch_model",
+        ("diffusers", "UNet2DConditionModel"),
+    ),
+    pixart.PixArt: NetworkFiles(
+        pixart.PixArtConfig,
+        pixart.FIXED,
+        "diffusion_pytorch_model",
+        ("diffusers", "PixArtTransformer2DModel"),
+    ),
+    clip.TextEncoder: NetworkFiles(
+        clip.TextConfig,
+        clip.FIXED,
+        "model",
+        ("transformers", "CLIPTextModel"),
+    ),
+    t5.T5Encoder: NetworkFiles(
+        t5.T5Config,
+        t5.FIXED,
+        "model",
+        ("transformers", "T5EncoderModel"),
+    ),
+}
+
 
 @dataclass
 class Base:
-    """What was asked for of a base; the rest is None. PixArt has a transformer in place of the U-Net, and T5."""
+    """The loaded parts of a base; the others are None.
+
+    Stable Diffusion has a U-Net and CLIP's text encoder, PixArt a transformer and T5.
+    """
+
     name: str
     vae: vae.VAE | None = None
     unet: unet.UNet | None = None
@@ -45,31 +113,38 @@ class Base:
     text_encoder: clip.TextEncoder | t5.T5Encoder | None = None
     tokenizer: clip.Tokenizer | t5.T5Tokenizer | None = None
     schedule: Schedule | None = None
-    random: bool = False  # whether its networks were drawn from a seed
+    random: bool = False  # whether the weights are random, drawn from a seed
 
     @property
-    def denoiser(self) -> unet.UNet | pixart.PixArt:
+    def denoiser(self) -> nn.Module:
+        """The U-Net or the transformer."""
         return self.transformer or self.unet
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """Those that are there, by part."""
+        """The loaded networks, by part."""
         return {part: value for part, value in vars(self).items() if isinstance(value, nn.Module)}
 
     @property
     def multiple(self) -> int:
-        """What the sides of a picture are multiples of."""
-        return self.vae.factor * (self.transformer.config.patch_size if self.transformer else 1)
+        """The sides of a picture must be multiples of this."""
+        if self.transformer:
+            return self.vae.factor * self.transformer.config.patch_size
+        return self.vae.factor
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, ...]:
-        """What the denoiser takes after x and t: contexts [n, N, C] and, of T5, the mask of their tokens [n, N]."""
+        """The denoiser's arguments after x and t: the context [n, N, C], and T5's mask [n, N]."""
         device = next(self.text_encoder.parameters()).device
         if isinstance(self.tokenizer, t5.T5Tokenizer):
-            ids, mask = (x.to(device) for x in self.tokenizer([t5.clean(text) for text in texts]))
+            ids, mask = self.tokenizer([t5.clean(text) for text in texts])
+            ids = ids.to(device)
+            mask = mask.to(device)
             return self.text_encoder(ids, mask), mask
-        return (self.text_encoder(self.tokenizer(texts).to(device)),)
+        ids = self.tokenizer(texts).to(device)
+        return (self.text_encoder(ids),)
 
+# -------------------- what a base is
 
 def is_one_file(name: str) -> bool:
     """Whether a base is a one-file model."""
@@ -77,217 +152,446 @@ def is_one_file(name: str) -> bool:
     return path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and path.is_file()
 
 
+def parts_of(name: str, encoded: bool = False) -> tuple[str, ...]:
+    """STABLE_DIFFUSION or PIXART, whichever the base is.
+
+    If the captions are `encoded` already, PixArt is loaded without T5, which is larger than all the
+    rest.
+    """
+    if is_one_file(name) or "transformer" not in read_index(name):
+        return STABLE_DIFFUSION
+    if encoded:
+        return ("vae", "transformer", "schedule")
+    return PIXART
+
+
 def read_index(name: str) -> dict:
-    """The `model_index.json` of a base. A transformer that comes alone is one whose rest is PixArt's."""
+    """The `model_index.json` of a base.
+
+    A base may be PixArt's transformer alone. Its other parts are those of pixart512.
+    """
     path = find(name, ["model_index.json", "config.json"], LAYOUT)
     index = read_json(path)
-    if path.name == "config.json":
-        if index.get("_class_name") not in ("Transformer2DModel", "PixArtTransformer2DModel"):
-            raise ValueError(f"{path} is of {index.get('_class_name')!r}; expected {LAYOUT}, or PixArt's transformer")
-        return dict(transformer="alone", rest="pixart512")
-    return index
-
-
-def parts_of(name: str, encoded: bool = False) -> tuple[str, ...]:
-    """STABLE_DIFFUSION or PIXART, whichever a base is. Where captions are encoded already, PixArt needs no T5, which is
-    larger than all the rest."""
-    is_pixart = not is_one_file(name) and "transformer" in read_index(name)
-    return ("vae", "transformer", "schedule") if is_pixart and encoded else PIXART if is_pixart else STABLE_DIFFUSION
+    if path.name == "model_index.json":
+        return index
+    kind = index.get("_class_name")
+    if kind not in ("Transformer2DModel", "PixArtTransformer2DModel"):
+        raise ValueError(f"{path} is of {kind!r}; expected {LAYOUT}, or PixArt's transformer")
+    return dict(transformer="alone", rest="pixart512")
 
 
 def class_of(part: str, config: dict) -> type:
-    """The class of a part's network, as its configuration tells it."""
+    """The class of a part's network. `config` holds the values of its `config.json`."""
     if part == "vae":
         return vae.VAE if "latent_channels" in config else vae.Identity
     if part == "text_encoder":
         return t5.T5Encoder if config.get("model_type") == "t5" else clip.TextEncoder
-    return unet.UNet if part == "unet" else pixart.PixArt
+    if part == "unet":
+        return unet.UNet
+    return pixart.PixArt
 
 
 def read_network(part: str, path: Path) -> tuple[type, object]:
     """The class of a part's network and its configuration, from its `config.json`."""
     cls = class_of(part, read_json(path))
-    return cls, read_config(*NETWORKS[cls][:2], path)
+    return cls, read_config(NETWORKS[cls].config, NETWORKS[cls].fixed, path)
 
+# -------------------- loading
 
-def load_base(name: str, parts: tuple[str, ...] = STABLE_DIFFUSION, dtype: torch.dtype | None = None,
-              device: str = "cpu", seed: int = 0) -> Base:
-    """The parts of a base, frozen, in the file's type where `dtype` is None. `name`: a one-file model, or see `find`.
-    A base whose `model_index.json` says `"initialise": "random"` has no weights: they are drawn from `seed`. The parts
-    that a folder lacks are those of the base that its index calls "rest"."""
+def load_base(
+    name: str,
+    parts: tuple[str, ...] = STABLE_DIFFUSION,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Base:
+    """Some parts of a base, with frozen weights.
+
+    `name` is a one-file model, or a folder, name or Hub id as in `find`. If `dtype` is None the
+    weights keep the type of their file.
+
+    Two entries of a folder's `model_index.json` are our own. With `"initialise": "random"` the base
+    has no weights: they are drawn from `seed`. Parts that the folder lacks are taken from the base
+    that `"rest"` names. ValueError for files that are damaged or do not belong together.
+    """
     if is_one_file(name):
-        return load_one_file(name, parts, dtype, device)
+        return _load_one_file(name, parts, dtype, device)
+
     index = read_index(name)
     base = Base(name, random=index.get("initialise") == "random")
     for part in parts:
-        folder = "" if index.get(part) == "alone" else f"{part}/"
-        place = OTHER_CONFIGS.get(part, f"{folder}config.json")
-        path = find(name, [place], None if "rest" in index or part == "tokenizer" else LAYOUT)
-        if path is None and "rest" in index:
-            value = getattr(load_base(str(index["rest"]), (part,), dtype, device, seed), part)
-        elif part == "tokenizer":
-            value = load_t5_tokenizer(name) if "transformer" in index else load_tokenizer(name)
-        elif part == "schedule":
-            with reading(path, "a scheduler of Stable Diffusion or PixArt"):
-                value = Schedule.from_config(read_json(path))
-        else:
-            cls, config = read_network(part, path)
-            if base.random:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    value = build(cls, config, path, "cpu").requires_grad_(False).to(device=device, dtype=dtype)
-            else:
-                files = read_weights(name, folder, NETWORKS[cls][2])
-                value = fill(build(cls, config, path), files, f"the {part} of its config.json", dtype, device)
-        setattr(base, part, value)
+        setattr(base, part, _load_part(name, index, part, dtype, device, seed))
     if base.schedule and BASES.get(name, name) in (BASES["yoso512"], BASES["yoso1024"]):
-        base.schedule = Schedule.from_config(base.schedule.config | YOSO)
-    return check_words(base)
-
-
-def check_words(base: Base) -> Base:
-    """Refuses a tokenizer of more pieces or longer texts than the text encoder has rows for."""
-    if base.tokenizer and base.text_encoder:
-        config, last = base.text_encoder.config, max(base.tokenizer.pieces.get_vocab().values())
-        positions = getattr(config, "max_position_embeddings", base.tokenizer.length)  # T5 has no last one
-        if last >= config.vocab_size or base.tokenizer.length > positions:
-            raise ValueError(f"{base.name}: the tokenizer's last piece is {last}, its length {base.tokenizer.length};"
-                             f" expected no more pieces than the text encoder's {config.vocab_size} and no more than"
-                             f" a length of {positions}: copy both from one model")
+        base.schedule = Schedule.from_config(base.schedule.config | YOSO_SCHEDULER)
+    check_tokenizer(base)
     return base
 
 
-def load_one_file(name: str, parts: tuple[str, ...], dtype: torch.dtype | None, device: str) -> Base:
-    """A base from one file in the layout of the original code. It holds weights alone: configurations, tokenizer and
-    schedule are those of the folder of its family, SD 2.x where the text encoder is OpenCLIP's, else SD 1.x."""
+def _load_part(
+    name: str,
+    index: dict,
+    part: str,
+    dtype: torch.dtype | None,
+    device: str,
+    seed: int,
+) -> object:
+    """One part of a base: a network, a tokenizer or a schedule."""
+    folder = "" if index.get(part) == "alone" else f"{part}/"
+    config_name = OTHER_CONFIGS.get(part, f"{folder}config.json")
+    is_optional = "rest" in index or part == "tokenizer"
+    path = find(name, [config_name], expected=None if is_optional else LAYOUT)
+
+    if path is None and "rest" in index:
+        rest = load_base(str(index["rest"]), (part,), dtype, device, seed)
+        return getattr(rest, part)
+    if part == "tokenizer":
+        return load_t5_tokenizer(name) if "transformer" in index else load_tokenizer(name)
+    if part == "schedule":
+        with reading(path, "a scheduler of Stable Diffusion or PixArt"):
+            return Schedule.from_config(read_json(path))
+
+    cls, config = read_network(part, path)
+    if index.get("initialise") == "random":
+        network = _random_network(cls, config, path, seed)
+        return network.to(device=device, dtype=dtype)
+    files = read_weights(name, folder, NETWORKS[cls].stem)
+    network = build(cls, config, path)
+    return fill(network, files, f"the {part} of its config.json", dtype, device)
+
+
+def _random_network(cls: type, config: object, path: Path, seed: int) -> nn.Module:
+    """A network whose weights depend on the seed only; the global random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build(cls, config, path, device="cpu")
+    return network.requires_grad_(False)
+
+
+def check_tokenizer(base: Base) -> None:
+    """ValueError if the tokenizer has more pieces, or makes longer texts, than the text encoder
+    has embeddings for."""
+    if not base.tokenizer or not base.text_encoder:
+        return
+    config = base.text_encoder.config
+    last = max(base.tokenizer.pieces.get_vocab().values())
+    length = base.tokenizer.length
+    # T5's positions are relative, so its texts may have any length.
+    positions = getattr(config, "max_position_embeddings", length)
+    if last >= config.vocab_size or length > positions:
+        raise ValueError(
+            f"{base.name}: the tokenizer's pieces have numbers up to {last}, and its texts a length"
+            f" of {length}; expected numbers below the text encoder's {config.vocab_size} and no"
+            f" more than a length of {positions}: copy both from one model"
+        )
+
+
+def _load_one_file(
+    name: str,
+    parts: tuple[str, ...],
+    dtype: torch.dtype | None,
+    device: str,
+) -> Base:
+    """Some parts of a one-file model in the layout of the original code.
+
+    The file holds weights only. Configurations, tokenizer and schedule are those of its family's
+    folder: of SD 2.x if the text encoder is OpenCLIP's, else of SD 1.x.
+    """
     path = Path(name).expanduser()
+    tensors = _read_one_file(path)
+    is_sd2 = "cond_stage_model.model.positional_embedding" in tensors
+    family = "sd21" if is_sd2 else "sd15"
+
+    others = tuple(part for part in parts if part in OTHER_CONFIGS)
+    base = load_base(family, others)
+    base.name = name
+    for part, from_original in [
+        ("vae", vae_from_original),
+        ("unet", unet_from_original),
+        ("text_encoder", clip_from_original),
+    ]:
+        if part not in parts:
+            continue
+        config_file = find(family, [f"{part}/config.json"], LAYOUT)
+        cls, config = read_network(part, config_file)
+        network = build(cls, config, config_file)
+        with reading(path, ONE_FILE):
+            own = from_original(tensors, config)
+        fill(network, {path: own}, f"the {part} of {family}", dtype, device)
+        setattr(base, part, network)
+    return base
+
+
+def _read_one_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a one-file model. ValueError if one of its three networks is missing."""
     tensors, _ = read_tensors(path, ONE_FILE)
     with reading(path, f"{LAYOUT}, or {ONE_FILE}"):
         tensors = tensors.get("state_dict", tensors)
-        for begin in ("model.diffusion_model.input_blocks.", "first_stage_model.encoder.", "cond_stage_model."):
-            if not any(key.startswith(begin) for key in tensors):
-                raise ValueError(f"it is a file without a tensor {begin}...")
-    family = "sd21" if "cond_stage_model.model.positional_embedding" in tensors else "sd15"
-    base = load_base(family, tuple(part for part in parts if part in OTHER_CONFIGS))
-    base.name = name
-    for part, module in dict(vae=vae_from_original, unet=unet_from_original, text_encoder=clip_from_original).items():
-        if part in parts:
-            place = find(family, [f"{part}/config.json"], LAYOUT)
-            network = build(*read_network(part, place), place)
-            with reading(path, ONE_FILE):
-                own = module(tensors, network.config)
-            setattr(base, part, fill(network, {path: own}, f"the {part} of {family}", dtype, device))
-    return base
+        for prefix in (
+            "model.diffusion_model.input_blocks.",
+            "first_stage_model.encoder.",
+            "cond_stage_model.",
+        ):
+            if not any(key.startswith(prefix) for key in tensors):
+                raise ValueError(f"it is a file without a tensor {prefix}...")
+    return tensors
 
+# -------------------- merging
 
 def load_merged(formula: str, dtype: torch.dtype | None = None, device: str = "cpu") -> Base:
-    """A base whose denoiser is a sum of bases', "a + b - c" (with spaces): YOSO at 1024 is "yoso512 + pixart1024 -
-    pixart512". A tensor may be in one of them alone. Configuration is the largest's, all other parts the first's."""
-    names = re.split(r"\s+([+-])\s+", formula.strip())
-    signs, names = [1, *(int(f"{sign}1") for sign in names[1::2])], names[::2]
+    """A base whose denoiser's weights are a sum of bases, "a + b - c", with the spaces.
+
+    YOSO at 1024 px is "yoso512 + pixart1024 - pixart512". A tensor must be in all the bases, or in
+    one only. The denoiser's configuration is that of the largest; all other parts are the first
+    base's.
+    """
+    names, signs = _parse_formula(formula)
     parts = parts_of(names[0])
-    part = parts[1]  # the denoiser
-    networks = [getattr(load_base(name, (part,)), part) for name in names]
-    states, merged = [network.state_dict() for network in networks], {}
-    for key in dict.fromkeys(key for state in states for key in state):
-        terms = [(sign, state[key]) for sign, state in zip(signs, states) if key in state]
-        if len({t.shape for _, t in terms}) > 1 or len(terms) not in (1, len(names)):
-            raise ValueError(f"--merge: {key} is in {len(terms)} of {len(names)} models, in the shapes"
-                             f" {[[*t.shape] for _, t in terms]}; expected it in one, or in all in one shape")
-        total = sum(sign * t.float() for sign, t in terms)
-        merged[key] = total.to(device=device, dtype=dtype or terms[0][1].dtype)
-    base = load_base(names[0], tuple(other for other in parts if other != part), dtype, device)
+    denoiser = "transformer" if "transformer" in parts else "unet"
+    networks = [getattr(load_base(name, (denoiser,)), denoiser) for name in names]
+    states = [network.state_dict() for network in networks]
+    merged = _merge_states(states, signs, dtype, device)
+
+    others = tuple(part for part in parts if part != denoiser)
+    base = load_base(names[0], others, dtype, device)
     base.name = formula
     largest = max(networks, key=lambda network: len(network.state_dict()))
-    setattr(base, part, fill(build(type(largest), largest.config, formula), {formula: merged}, "the largest of them",
-                             device=device))
+    source = Path(formula)  # stands for the file in error messages
+    network = build(type(largest), largest.config, source)
+    fill(network, {source: merged}, "the largest of them", device=device)
+    setattr(base, denoiser, network)
     return base
 
 
+def _parse_formula(formula: str) -> tuple[list[str], list[int]]:
+    """The names and the signs of a formula: [a, b, c] and [1, 1, -1] of "a + b - c"."""
+    pieces = re.split(r"\s+([+-])\s+", formula.strip())
+    names = pieces[::2]
+    signs = [1]
+    for operator in pieces[1::2]:
+        signs.append(1 if operator == "+" else -1)
+    return names, signs
+
+
+def _merge_states(
+    states: list[dict[str, Tensor]],
+    signs: list[int],
+    dtype: torch.dtype | None,
+    device: str,
+) -> dict[str, Tensor]:
+    """The signed sum of state dictionaries, computed in float32.
+
+    The result is of `dtype`, or of the first summand's type if that is None.
+    """
+    keys = dict.fromkeys(key for state in states for key in state)
+    merged = {}
+    for key in keys:
+        terms = [(sign, state[key]) for sign, state in zip(signs, states) if key in state]
+        shapes = [list(tensor.shape) for _, tensor in terms]
+        in_one_or_all = len(terms) in (1, len(states))
+        if not in_one_or_all or any(shape != shapes[0] for shape in shapes):
+            raise ValueError(
+                f"--merge: {key} is in {len(terms)} of {len(states)} models, in the shapes"
+                f" {shapes}; expected it in one, or in all in one shape"
+            )
+        total = sum(sign * tensor.float() for sign, tensor in terms)
+        _, first = terms[0]
+        merged[key] = total.to(device=device, dtype=dtype or first.dtype)
+    return merged
+
+# -------------------- LoRA and ControlNets
+
 def load_lora(spec: str, base: Base) -> None:
-    """Adds the LoRA of a file, a folder or a Hub id to the networks of a base. spec: FILE, or FILE:SCALE."""
-    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", spec)
-    name, scale = (match[1], float(match[2])) if match else (spec, 1.0)
-    path = locate(name, ["pytorch_lora_weights.safetensors", "lora.safetensors"], "a LoRA as safetensors")
+    """Adds a LoRA to the weights of a base's networks.
+
+    `spec` is FILE or FILE:SCALE, with a file, a folder or a Hub id for FILE. Keys that belong to no
+    layer are reported on stderr. ValueError if the LoRA is for another base.
+    """
+    name, scale = _split_scale(spec)
+    path = locate(
+        name,
+        ["pytorch_lora_weights.safetensors", "lora.safetensors"],
+        "a LoRA as safetensors",
+    )
     networks = {part: network for part, network in base.networks.items() if part != "vae"}
     expected = f"a LoRA for the base {base.name}"
     with reading(path, expected):
         tensors, metadata = read_tensors(path, expected)
-        pairs, unknown = read_lora(tensors, metadata, networks)
+        pairs, unused = read_lora(tensors, metadata, networks)
         if not pairs:
-            raise ValueError(f"no tensor, {next(iter(tensors), 'none')} the first, is of {' or '.join(networks)}")
-        if unknown:
-            print(f"{path}: {len(unknown)} of {len(tensors)} tensors belong to no layer and are left out:"
-                  f" {unknown[0]} ...", file=sys.stderr)
+            first = next(iter(tensors), "none")
+            raise ValueError(f"no tensor, {first} the first, is of {' or '.join(networks)}")
+        if unused:
+            print(
+                f"{path}: {len(unused)} of {len(tensors)} tensors belong to no layer and are left"
+                f" out: {unused[0]} ...",
+                file=sys.stderr,
+            )
         for part, own in pairs.items():
             apply_lora(networks[part], own, scale)
 
 
-def load_controlnet(name: str, network: unet.UNet, dtype: torch.dtype | None = None, device: str = "cpu"
-                    ) -> controlnet.ControlNet:
-    """A ControlNet, from its folder or Hub id, for one U-Net."""
-    path = find(name, ["config.json"], "a ControlNet's folder: config.json and diffusion_pytorch_model.safetensors")
-    config = read_config(controlnet.ControlNetConfig, controlnet.FIXED, path)
-    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types"):
-        if getattr(config, key) != getattr(network.config, key):
-            raise ValueError(f"{path}: {key} is {getattr(config, key)}; expected a ControlNet that was made for this"
-                             f" base, whose is {getattr(network.config, key)}")
-    return fill(build(controlnet.ControlNet, config, path), read_weights(name, "", "diffusion_pytorch_model"),
-                "the ControlNet of its config.json", dtype, device)
+def _split_scale(spec: str) -> tuple[str, float]:
+    """The name and the scale of FILE:SCALE; the scale is 1 if there is none."""
+    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", spec)
+    if match:
+        return match[1], float(match[2])
+    return spec, 1.0
 
+
+def load_controlnet(
+    name: str,
+    network: unet.UNet,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> controlnet.ControlNet:
+    """A ControlNet from its folder or Hub id. ValueError if it is for another kind of U-Net than
+    `network`."""
+    expected = "a ControlNet's folder: config.json and diffusion_pytorch_model.safetensors"
+    path = find(name, ["config.json"], expected)
+    config = read_config(controlnet.ControlNetConfig, controlnet.FIXED, path)
+    for key in (
+        "block_out_channels",
+        "layers_per_block",
+        "cross_attention_dim",
+        "down_block_types",
+    ):
+        found = getattr(config, key)
+        wanted = getattr(network.config, key)
+        if found != wanted:
+            raise ValueError(
+                f"{path}: {key} is {found}; expected {wanted}, as in this base: choose a"
+                " ControlNet that was made for it"
+            )
+    files = read_weights(name, "", "diffusion_pytorch_model")
+    built = build(controlnet.ControlNet, config, path)
+    return fill(built, files, "the ControlNet of its config.json", dtype, device)
+
+# -------------------- priors
 
 def save_prior(path: Path, mean: Tensor, std: Tensor) -> None:
-    """Mean and deviation [4, h, w] of the scaled latents of real pictures."""
+    """Writes mean and standard deviation [4, h, w] of the scaled latents of real pictures."""
     save_tensors(path, dict(mean=mean.float(), std=std.float()), {"format": "pt"})
 
 
 def load_prior(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """What `save_prior` wrote, for latents of this shape."""
+    """The mean and standard deviation that `save_prior` wrote. ValueError if they are not of
+    `shape`, the shape of the latents to draw."""
     tensors, _ = read_tensors(path, "a prior")
-    with reading(path, f"mean and std {list(shape)}, as these pictures' latents: estimate a prior of this size"
-                 " (python data.py prior)"):
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != dict(mean=shape, std=shape):
-            raise ValueError("it holds " + ", ".join(f"{name} {list(size)}" for name, size in found.items()))
+    expected = (
+        f"mean and std {list(shape)}, as these pictures' latents: estimate a prior of this size"
+        " (python -m dataset prior)"
+    )
+    with reading(path, expected):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != dict(mean=shape, std=shape):
+            found = ", ".join(f"{name} {list(size)}" for name, size in shapes.items())
+            raise ValueError(f"it holds {found}")
     return tensors["mean"], tensors["std"]
 
+# -------------------- saving
 
-def save_folder(folder: Path, base: Base, dtype: torch.dtype | None = None, rest: str | None = None) -> None:
-    """Writes what there is of a base back in the Stable Diffusion layout, which `diffusers` reads too. With the name of
-    the base that the `rest` is of, no more than denoiser and schedule are written, unless that has no weights."""
+def save_folder(
+    folder: Path,
+    base: Base,
+    dtype: torch.dtype | None = None,
+    rest: str | None = None,
+) -> None:
+    """Writes the parts that a base has into a folder that `diffusers` can read.
+
+    With `rest`, the name of the base that the other parts come from, only the denoiser and the
+    schedule are written; of a base with random weights, everything is.
+    """
     index = {}
     if rest and not base.random:
-        base = Base(base.name, unet=base.unet, transformer=base.transformer, schedule=base.schedule)
-        rest = str(Path(rest).resolve()) if rest not in BASES and Path(rest).exists() else rest
-        index["rest"] = rest if is_one_file(rest) else read_index(rest).get("rest", rest)
-    index |= dict(_class_name="PixArtAlphaPipeline") if base.transformer else dict(
-        _class_name="StableDiffusionPipeline", feature_extractor=(None, None), safety_checker=(None, None),
-        requires_safety_checker=False)
-
-    def write(name: str, text: str | dict) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text if isinstance(text, str) else json.dumps(text, indent=2), encoding="utf-8")
+        base = Base(
+            base.name,
+            unet=base.unet,
+            transformer=base.transformer,
+            schedule=base.schedule,
+        )
+        index["rest"] = _name_of_rest(rest)
+    if base.transformer:
+        index["_class_name"] = "PixArtAlphaPipeline"
+    else:
+        index["_class_name"] = "StableDiffusionPipeline"
+        index["feature_extractor"] = (None, None)
+        index["safety_checker"] = (None, None)
+        index["requires_safety_checker"] = False
 
     for part, network in base.networks.items():
-        _, fixed, stem, index[part] = NETWORKS[type(network)]
-        of_t5 = fixed if isinstance(network, t5.T5Encoder) else {}  # without which no reader takes it for T5
-        write(f"{part}/config.json", {"_class_name": index[part][1], **asdict(network.config), **of_t5})
-        save_tensors(folder / part / f"{stem}.safetensors",
-                     {name: t.to(dtype) for name, t in network.state_dict().items()}, {"format": "pt"})
+        index[part] = NETWORKS[type(network)].entry
+        _save_network(folder / part, network, dtype)
     if base.schedule:
-        index["scheduler"] = ("diffusers", base.schedule.config.get("_class_name", "DDIMScheduler"))
-        write(OTHER_CONFIGS["schedule"], base.schedule.config)
+        kind = base.schedule.config.get("_class_name", "DDIMScheduler")
+        index["scheduler"] = ("diffusers", kind)
+        _write_json(folder / OTHER_CONFIGS["schedule"], base.schedule.config)
     if isinstance(base.tokenizer, t5.T5Tokenizer):
         index["tokenizer"] = ("transformers", "T5Tokenizer")
-        write("tokenizer/tokenizer.json", base.tokenizer.pieces.to_str())
-        write(OTHER_CONFIGS["tokenizer"], dict(tokenizer_class="T5Tokenizer", model_max_length=512, pad_token="<pad>",
-                                               eos_token="</s>", unk_token="<unk>"))
+        _save_t5_tokenizer(folder, base.tokenizer)
     elif base.tokenizer:
         index["tokenizer"] = ("transformers", "CLIPTokenizer")
-        model, tokens = json.loads(base.tokenizer.pieces.to_str())["model"], base.tokenizer.tokens
-        write("tokenizer/vocab.json", model["vocab"])
-        write("tokenizer/merges.txt", "\n".join(["#version: 0.2", *(" ".join(pair) for pair in model["merges"]), ""]))
-        write(OTHER_CONFIGS["tokenizer"], dict(
-            tokenizer_class="CLIPTokenizer", model_max_length=base.tokenizer.length, pad_token=tokens["pad"],
-            bos_token=tokens["start"], eos_token=tokens["end"], unk_token=tokens["end"]))
-    write("model_index.json", index)
+        _save_tokenizer(folder, base.tokenizer)
+    # The last file: a folder without it is not taken for a base.
+    _write_json(folder / "model_index.json", index)
+
+
+def _name_of_rest(rest: str) -> str:
+    """The base that an index names for the other parts; of a base that has a rest itself, that."""
+    if rest not in BASES and Path(rest).exists():
+        rest = str(Path(rest).resolve())
+    if is_one_file(rest):
+        return rest
+    return read_index(rest).get("rest", rest)
+
+
+def _save_network(folder: Path, network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Writes a network's `config.json` and weights."""
+    kind = NETWORKS[type(network)]
+    _, class_name = kind.entry
+    config = {"_class_name": class_name, **asdict(network.config)}
+    if isinstance(network, t5.T5Encoder):
+        # Its model_type is among these, without which no reader takes the network for T5.
+        config |= kind.fixed
+    _write_json(folder / "config.json", config)
+    tensors = {name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
+    save_tensors(folder / f"{kind.stem}.safetensors", tensors, {"format": "pt"})
+
+
+def _save_tokenizer(folder: Path, tokenizer: clip.Tokenizer) -> None:
+    model = json.loads(tokenizer.pieces.to_str())["model"]
+    merges = [" ".join(pair) for pair in model["merges"]]
+    _write_json(folder / "tokenizer" / "vocab.json", model["vocab"])
+    _write_text(
+        folder / "tokenizer" / "merges.txt",
+        "\n".join(["#version: 0.2", *merges, ""]),
+    )
+    config = dict(
+        tokenizer_class="CLIPTokenizer",
+        model_max_length=tokenizer.length,
+        pad_token=tokenizer.tokens["pad"],
+        bos_token=tokenizer.tokens["start"],
+        eos_token=tokenizer.tokens["end"],
+        unk_token=tokenizer.tokens["end"],
+    )
+    _write_json(folder / OTHER_CONFIGS["tokenizer"], config)
+
+
+def _save_t5_tokenizer(folder: Path, tokenizer: t5.T5Tokenizer) -> None:
+    _write_text(folder / "tokenizer" / "tokenizer.json", tokenizer.pieces.to_str())
+    config = dict(
+        tokenizer_class="T5Tokenizer",
+        model_max_length=512,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+    _write_json(folder / OTHER_CONFIGS["tokenizer"], config)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    _write_text(path, json.dumps(value, indent=2))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

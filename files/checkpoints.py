@@ -1,24 +1,29 @@
-"""Checkpoints: what the trainers write, and the official .pkl files."""
+"""Checkpoints: those that the trainers write, and the official .pkl files of img2img-turbo."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from files.bases import NETWORKS, Base, check_words, class_of, load_base, parts_of
+from files.bases import NETWORKS, Base, check_tokenizer, class_of, load_base, parts_of
 from files.formats import apply_lora, read_lora
 from files.hub import ROOT, find_url, locate
 from files.tensors import assign, build, from_json, read_tensors, reading, save_tensors
+from files.tokenizers import tokenizer_from_json, tokenizer_to_json
 from models import clip, cyclegan_turbo, pix2pix_turbo
 from models.diffusion import Schedule
 from models.lora import LoRAConv2d, LoRALinear, merge, set_scale
 
-# Names for --checkpoint: the released files, and for CycleGAN-Turbo the direction and the caption that go with each.
+FORMAT = "one-step-diffusion 1"
+
+# Names for --checkpoint: the file of a released checkpoint and, for CycleGAN-Turbo, the direction
+# and the caption that go with it.
 RELEASED = "https://www.cs.cmu.edu/~img2img-turbo/models"
 CHECKPOINTS: dict[str, tuple[str, str | None, str | None]] = {
     "edge_to_image": ("edge_to_image_loras.pkl", None, None),
@@ -28,167 +33,360 @@ CHECKPOINTS: dict[str, tuple[str, str | None, str | None]] = {
     "clear_to_rainy": ("clear2rainy.pkl", "a2b", "driving in heavy rain"),
     "rainy_to_clear": ("rainy2clear.pkl", "b2a", "driving in the day"),
 }
-ADAPTERS = ROOT / "tiny" / "adapters"  # of tiny-turbo, by their names there
-# Kinds of generator: the class, its settings, and what reads an official file of its kind.
+# The adapters of tiny-turbo, which are also names for --checkpoint.
+ADAPTERS = ROOT / "tiny" / "adapters"
+
+
+class Kind(NamedTuple):
+    """A kind of generator: its class, its settings, and the reader of its official files."""
+
+    generator: type
+    config: type
+    from_official: Callable
+
+
 KINDS = {
-    "pix2pix_turbo": (pix2pix_turbo.Pix2PixTurbo, pix2pix_turbo.Pix2PixTurboConfig, pix2pix_turbo.from_official),
-    "cyclegan_turbo": (cyclegan_turbo.CycleGANTurbo, cyclegan_turbo.CycleGANTurboConfig, cyclegan_turbo.from_official),
+    "pix2pix_turbo": Kind(
+        pix2pix_turbo.Pix2PixTurbo,
+        pix2pix_turbo.Pix2PixTurboConfig,
+        pix2pix_turbo.from_official,
+    ),
+    "cyclegan_turbo": Kind(
+        cyclegan_turbo.CycleGANTurbo,
+        cyclegan_turbo.CycleGANTurboConfig,
+        cyclegan_turbo.from_official,
+    ),
 }
-FORMAT = "one-step-diffusion 1"
+
 
 @dataclass
 class LoadedGenerator:
-    """A generator ready to run, and what its checkpoint says of itself."""
+    """A generator that is ready to run, and what its checkpoint says about it."""
+
     generator: pix2pix_turbo.Pix2PixTurbo | cyclegan_turbo.CycleGANTurbo
     text_encoder: clip.TextEncoder
     tokenizer: clip.Tokenizer
     kind: str
     base: str
-    prompts: list[str]  # the one caption of all pairs; of two domains a's and b's
-    r: float | None  # of a stochastic model
+    prompts: list[str]  # the caption that all pairs share; or those of the domains a and b
+    r: float | None  # for a stochastic model
 
+# -------------------- saving
 
-def save_checkpoint(path: Path, kind: str, base: str, tensors: dict[str, Tensor], config: dict,
-                    prompts: Iterable[str] = ()) -> None:
-    save_tensors(path, tensors, dict(format=FORMAT, kind=kind, base=base, config=json.dumps(config),
-                                     prompts=json.dumps([*prompts])))
+def save_generator(
+    path: Path,
+    generator: nn.Module,
+    kind: str,
+    base: str,
+    prompts: list[str],
+    text_encoder: clip.TextEncoder | None = None,
+    tokenizer: clip.Tokenizer | None = None,
+) -> None:
+    """Writes the trained tensors of a translator, with all that sampling needs in the metadata.
 
-
-def described(networks: dict[str, nn.Module], schedule: Schedule, tokenizer: clip.Tokenizer) -> dict:
-    """What a checkpoint of everything says of its networks, for `embedded` to build."""
-    configs = {part: asdict(network.config) for part, network in networks.items()}
-    return configs | dict(schedule=schedule.config, tokenizer=tokenizer.to_json())
-
-
-def embedded(name: str, config: dict, path: Path, strength: float) -> Base:
-    """The networks that a checkpoint of everything describes, still without weights. It opens no base."""
-    if strength != 1:
-        raise ValueError("it holds every weight and knows no other; strength works for LoRA checkpoints only")
-    base = Base(name, tokenizer=clip.Tokenizer.from_json(config["tokenizer"]),
-                schedule=Schedule.from_config(config["schedule"]))
-    for part in ("vae", "unet", "text_encoder"):
-        cls = class_of(part, config[part])
-        setattr(base, part, build(cls, from_json(NETWORKS[cls][0], config[part]), path))
-    return base
-
-
-def save_generator(path: Path, generator: nn.Module, kind: str, base: str, prompts: list[str],
-                   text_encoder: clip.TextEncoder | None = None, tokenizer: clip.Tokenizer | None = None) -> None:
-    """Writes what was trained, with all that sampling needs to know in the metadata. Where everything was trained the
-    file also takes the text encoder, all configurations and the tokenizer, and opens no base."""
+    If everything was trained, the file also holds the text encoder, all configurations and the
+    tokenizer, and needs no base.
+    """
     tensors = {name: p for name, p in generator.named_parameters() if p.requires_grad}
     config = dict(generator=asdict(generator.config))
     if generator.config.train == "all":
-        tensors |= dict(generator.named_buffers())  # what the twin of `conv_in` was before
-        tensors |= {f"text_encoder.{name}": p for name, p in text_encoder.named_parameters()}
-        config |= described(dict(vae=generator.vae, unet=generator.unet, text_encoder=text_encoder),
-                            generator.schedule, tokenizer)
+        # The buffers are the original weights of a stochastic model's `conv_in`.
+        tensors |= dict(generator.named_buffers())
+        for name, p in text_encoder.named_parameters():
+            tensors[f"text_encoder.{name}"] = p
+        networks = dict(vae=generator.vae, unet=generator.unet, text_encoder=text_encoder)
+        config |= _embedded_configs(networks, generator.schedule, tokenizer)
     save_checkpoint(path, kind, base, tensors, config, prompts)
 
 
-def save_yoso(path: Path, base: Base, base_name: str, trained: dict[str, Tensor],
-              prior: tuple[Tensor, Tensor], lora_rank: int | None) -> None:
-    """Writes what was trained of a one-step generator ("unet.NAME": its LoRA, or all), its prior and its schedule. A
-    base without weights goes into the file too: then that opens no base."""
-    tensors = {**trained, "prior.mean": prior[0], "prior.std": prior[1]}
+def save_yoso(
+    path: Path,
+    base: Base,
+    base_name: str,
+    trained: dict[str, Tensor],
+    prior: tuple[Tensor, Tensor],
+    lora_rank: int | None,
+) -> None:
+    """Writes the trained tensors of a one-step generator, its prior and its schedule.
+
+    `trained` holds the denoiser's LoRA, or all its weights, under names like "unet.NAME". `prior`
+    is mean and standard deviation. If a base with random weights was trained in full, all its
+    networks go into the file too, which then needs no base.
+    """
+    mean, std = prior
+    tensors = {**trained, "prior.mean": mean, "prior.std": std}
     config = dict(schedule=base.schedule.config, lora_rank=lora_rank or None, lora_alpha=8.0)
     if getattr(base, "random", False) and not lora_rank:
-        config |= described(base.networks, base.schedule, base.tokenizer)
+        config |= _embedded_configs(base.networks, base.schedule, base.tokenizer)
         tensors |= nn.ModuleDict(base.networks).state_dict()
     save_checkpoint(path, "yoso", base_name, tensors, config)
 
 
-def load_yoso(path: Path, base: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
-              strength: float = 1.0) -> tuple[Base, tuple[Tensor, Tensor]]:
-    """What `save_yoso` wrote: the base with the trained change added `strength` times, and the prior."""
-    expected = f"a one-step generator of train_yoso.py ({FORMAT})"
-    tensors, metadata = read_tensors(path, expected)
-    with reading(path, expected):
-        name, config = base or metadata["base"], json.loads(metadata["config"])
-        if name == "gaussians":
-            raise ValueError("it draws points in the plane, not pictures")
-        prior = tensors.pop("prior.mean"), tensors.pop("prior.std")
-        schedule = Schedule.from_config(config["schedule"] | dict(_class_name="LCMScheduler"))  # what samples it
-        found = embedded(name, config, path, strength) if "tokenizer" in config else None
-    found = found or load_base(name, parts_of(name), dtype, device)
-    found.schedule = schedule
-    with reading(path, f"{expected} for the base {name}"):
-        if config["lora_rank"]:
-            pairs, unknown = read_lora(tensors, None, {"transformer" if found.transformer else "unet": found.denoiser})
-            if unknown or not pairs:
-                raise ValueError(f"{(unknown or ['no tensor'])[0]} belongs to a layer of it")
-            for own in pairs.values():
-                apply_lora(found.denoiser, own, strength * config["lora_alpha"] / config["lora_rank"])
-        else:
-            found.denoiser.requires_grad_(True)
-            assign(nn.ModuleDict(found.networks), tensors, path, strength)
-            check_words(found)
-    for network in found.networks.values():
-        network.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return found, prior
+def save_checkpoint(
+    path: Path,
+    kind: str,
+    base: str,
+    tensors: dict[str, Tensor],
+    config: dict,
+    prompts: Iterable[str] = (),
+) -> None:
+    """Writes tensors, with the metadata of a checkpoint of ours."""
+    metadata = dict(
+        format=FORMAT,
+        kind=kind,
+        base=base,
+        config=json.dumps(config),
+        prompts=json.dumps([*prompts]),
+    )
+    save_tensors(path, tensors, metadata)
 
+
+def _embedded_configs(
+    networks: dict[str, nn.Module],
+    schedule: Schedule,
+    tokenizer: clip.Tokenizer,
+) -> dict:
+    """The configurations in a checkpoint that holds every weight, for `_build_embedded`."""
+    configs = {part: asdict(network.config) for part, network in networks.items()}
+    configs["schedule"] = schedule.config
+    configs["tokenizer"] = tokenizer_to_json(tokenizer)
+    return configs
+
+# -------------------- finding
 
 def find_checkpoint(name: str) -> Path:
-    """A file, a run's folder, a Hub id, or the name of an adapter of tiny-turbo or a released file (fetched once)."""
-    known = [*sorted(file.stem for file in ADAPTERS.glob("*.safetensors")), *CHECKPOINTS]
+    """The file of a checkpoint.
+
+    `name` is a file, the folder of a run, a Hub id, an adapter of tiny-turbo, or a released file,
+    which is downloaded once. ValueError if there is none.
+    """
+    adapters = sorted(file.stem for file in ADAPTERS.glob("*.safetensors"))
+    known = [*adapters, *CHECKPOINTS]
     expected = f"a checkpoint, model.safetensors of a trainer here, or one of {', '.join(known)}"
     if name not in known or Path(name).exists():
         return locate(name, ["model.safetensors"], expected)
-    own = ADAPTERS / f"{name}.safetensors"
-    path = own if own.is_file() else find_url(f"{RELEASED}/{CHECKPOINTS[name][0]}", "img2img-turbo")
+    if name in adapters:
+        return ADAPTERS / f"{name}.safetensors"
+
+    file, _, _ = CHECKPOINTS[name]
+    path = find_url(f"{RELEASED}/{file}", "img2img-turbo")
     if path is None:
-        raise ValueError(f"{name} is not here and cannot be fetched; expected {expected}")
+        raise ValueError(
+            f"{name} is not on this machine, and HF_HUB_OFFLINE forbids a download;"
+            f" expected {expected}"
+        )
     return path
 
 
 def checkpoint_kind(checkpoint: str) -> str | None:
-    """"pix2pix_turbo", "cyclegan_turbo", "yoso", or None for a file that is not of a trainer here."""
-    path = None if checkpoint in CHECKPOINTS else find_checkpoint(checkpoint)
-    return read_tensors(path)[1].get("kind") if path and path.suffix == ".safetensors" else None
+    """The kind of a checkpoint, "pix2pix_turbo", "cyclegan_turbo" or "yoso".
 
+    None for a file that no trainer here wrote.
+    """
+    if checkpoint in CHECKPOINTS:
+        return None
+    path = find_checkpoint(checkpoint)
+    if path.suffix != ".safetensors":
+        return None
+    _, metadata = read_tensors(path)
+    return metadata.get("kind")
 
-def load_generator(checkpoint: str, base: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
-                   r: float | None = None, strength: float = 1.0, merged: bool = True) -> LoadedGenerator:
-    """A trained generator on its base, from a file of ours or an official `.pkl` (whose base is SD-Turbo unless one
-    is named). `strength` takes the trained change that many times, `r` sets a stochastic model's adapters; `merged`
-    adds the LoRA to the weights, for inference only."""
-    path, prompts, networks = find_checkpoint(checkpoint), [], None
-    expected = f"a checkpoint of a translator: a trainer's model.safetensors ({FORMAT}) or img2img-turbo's .pkl"
+# -------------------- loading
+
+def load_yoso(
+    path: Path,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    strength: float = 1.0,
+) -> tuple[Base, tuple[Tensor, Tensor]]:
+    """The one-step generator that `save_yoso` wrote, as a base, and its prior (mean, std).
+
+    `base` takes the place of the base that the file names. The trained change is added `strength`
+    times. ValueError if the file is damaged, of another kind, or for another base.
+    """
+    expected = f"a one-step generator of train_yoso.py ({FORMAT})"
     tensors, metadata = read_tensors(path, expected)
+    networks = None
     with reading(path, expected):
-        if path.suffix == ".safetensors":
-            kind = metadata.get("kind")
-            if metadata.get("format") != FORMAT or kind not in KINDS:
-                raise ValueError(f"its format is {metadata.get('format')!r}, its kind {kind!r}")
-            saved, base = json.loads(metadata["config"]), base or metadata["base"]
-            prompts = [str(prompt) for prompt in json.loads(metadata["prompts"])]
-            config = from_json(KINDS[kind][1], saved["generator"])
-            networks = embedded(base, saved, path, strength) if config.train == "all" else None
+        name = base or metadata["base"]
+        config = json.loads(metadata["config"])
+        if name == "gaussians":
+            raise ValueError("it draws points in the plane, not pictures")
+        prior = (tensors.pop("prior.mean"), tensors.pop("prior.std"))
+        # Whatever the base was sampled with, a one-step generator is sampled with LCM.
+        schedule = Schedule.from_config(config["schedule"] | dict(_class_name="LCMScheduler"))
+        if "tokenizer" in config:
+            networks = _build_embedded(name, config, path, strength)
+
+    if networks is None:
+        networks = load_base(name, parts_of(name), dtype, device)
+    networks.schedule = schedule
+    with reading(path, f"{expected} for the base {name}"):
+        if config["lora_rank"]:
+            scale = strength * config["lora_alpha"] / config["lora_rank"]
+            _add_denoiser_lora(networks, tensors, scale)
         else:
-            kind, base = "cyclegan_turbo" if "sd_encoder" in tensors else "pix2pix_turbo", base or "sd-turbo"
-            config, tensors = KINDS[kind][2](tensors, path)
-            config = from_json(KINDS[kind][1], vars(config))
-    if networks:
-        own = {k.removeprefix("text_encoder."): tensors.pop(k) for k in [*tensors] if k.startswith("text_encoder.")}
-        assign(networks.text_encoder, own, path)
-        check_words(networks)
+            networks.denoiser.requires_grad_(True)
+            assign(nn.ModuleDict(networks.networks), tensors, path, strength)
+            check_tokenizer(networks)
+    for network in networks.networks.values():
+        _make_ready(network, dtype, device)
+    return networks, prior
+
+
+def _add_denoiser_lora(base: Base, tensors: dict[str, Tensor], scale: float) -> None:
+    """Adds the LoRA of a YOSO checkpoint to the denoiser's weights."""
+    part = "transformer" if base.transformer else "unet"
+    pairs, unused = read_lora(tensors, None, {part: base.denoiser})
+    if unused:
+        raise ValueError(f"{unused[0]} belongs to no layer of it")
+    if not pairs:
+        raise ValueError("no tensor belongs to a layer of it")
+    apply_lora(base.denoiser, pairs[part], scale)
+
+
+def load_generator(
+    checkpoint: str,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    r: float | None = None,
+    strength: float = 1.0,
+    merged: bool = True,
+) -> LoadedGenerator:
+    """A trained translator on its base, frozen and ready to run.
+
+    `checkpoint` is a name as in `find_checkpoint`. `base` takes the place of the base that the file
+    names; an official `.pkl` names none, which means SD-Turbo. The trained change is added
+    `strength` times. `r` in [0, 1] sets the scale of a stochastic model, 0.4 if it is None. With
+    `merged` the LoRA is merged into the weights, which is for inference only.
+
+    ValueError if the file is damaged, of another kind, or for another base.
+    """
+    path = find_checkpoint(checkpoint)
+    saved = _read_translator(path, base, strength)
+    kind = KINDS[saved.kind]
+    config = saved.config
+
+    if saved.networks is None:
+        networks = load_base(saved.base, dtype=dtype, device=device)
     else:
-        networks = load_base(base, dtype=dtype, device=device)
-    with reading(path, f"a checkpoint for the base {base}"):
-        if config.timestep >= len(networks.schedule.alpha):
-            raise ValueError(f"its timestep is {config.timestep}, of {len(networks.schedule.alpha)}")
-        generator = KINDS[kind][0](networks.vae, networks.unet, networks.schedule, config)
-    assign(generator, tensors, path, strength)
+        networks = saved.networks
+        _assign_text_encoder(networks, saved.tensors, path)
+
+    with reading(path, f"a checkpoint for the base {saved.base}"):
+        timesteps = len(networks.schedule.alpha)
+        if config.timestep >= timesteps:
+            raise ValueError(f"its timestep is {config.timestep}, of {timesteps}")
+        generator = kind.generator(networks.vae, networks.unet, networks.schedule, config)
+    assign(generator, saved.tensors, path, strength)
+
     for layer in generator.modules():
         if isinstance(layer, LoRALinear | LoRAConv2d):
             layer.full_scale *= strength
-    stochastic = getattr(config, "stochastic", False)
-    if r is not None and not stochastic:
-        raise ValueError(f"{path} is not a stochastic model and has no r; leave --r out")
-    r = 0.4 if r is None and stochastic else r
+    r = _stochastic_scale(config, r, path)
     set_scale(generator, 1.0 if r is None else r)
     if merged:
         merge(generator)
     for network in (generator, networks.text_encoder):
-        network.to(device=device, dtype=dtype).requires_grad_(False).eval()
-    return LoadedGenerator(generator, networks.text_encoder, networks.tokenizer, kind, base, prompts, r)
+        _make_ready(network, dtype, device)
+    return LoadedGenerator(
+        generator,
+        networks.text_encoder,
+        networks.tokenizer,
+        saved.kind,
+        saved.base,
+        saved.prompts,
+        r,
+    )
+
+
+class SavedTranslator(NamedTuple):
+    """What the file of a translator holds."""
+
+    kind: str
+    base: str
+    config: pix2pix_turbo.Pix2PixTurboConfig | cyclegan_turbo.CycleGANTurboConfig
+    prompts: list[str]
+    tensors: dict[str, Tensor]
+    networks: Base | None  # built without weights, if the file holds all of them
+
+
+def _read_translator(path: Path, base: str | None, strength: float) -> SavedTranslator:
+    """Reads a checkpoint of ours or an official `.pkl`. ValueError if it is neither."""
+    expected = (
+        f"a checkpoint of a translator: a trainer's model.safetensors ({FORMAT}) or"
+        " img2img-turbo's .pkl"
+    )
+    tensors, metadata = read_tensors(path, expected)
+    with reading(path, expected):
+        if path.suffix != ".safetensors":
+            return _parse_official(tensors, path, base or "sd-turbo")
+
+        kind = metadata.get("kind")
+        if metadata.get("format") != FORMAT or kind not in KINDS:
+            raise ValueError(f"its format is {metadata.get('format')!r}, its kind {kind!r}")
+        base = base or metadata["base"]
+        configs = json.loads(metadata["config"])
+        prompts = [str(prompt) for prompt in json.loads(metadata["prompts"])]
+        config = from_json(KINDS[kind].config, configs["generator"])
+        networks = None
+        if config.train == "all":
+            networks = _build_embedded(base, configs, path, strength)
+        return SavedTranslator(kind, base, config, prompts, tensors, networks)
+
+
+def _parse_official(saved: dict, path: Path, base: str) -> SavedTranslator:
+    """The contents of an official `.pkl` file."""
+    kind = "cyclegan_turbo" if "sd_encoder" in saved else "pix2pix_turbo"
+    config, tensors = KINDS[kind].from_official(saved, path)
+    # The settings come from a file, so their types are checked.
+    config = from_json(KINDS[kind].config, vars(config))
+    return SavedTranslator(kind, base, config, [], tensors, networks=None)
+
+
+def _build_embedded(name: str, config: dict, path: Path, strength: float) -> Base:
+    """The networks that a checkpoint with every weight describes, still without their weights."""
+    if strength != 1:
+        raise ValueError(
+            "it holds every weight and no base to start from; strength works for LoRA checkpoints"
+            " only"
+        )
+    base = Base(
+        name,
+        tokenizer=tokenizer_from_json(config["tokenizer"]),
+        schedule=Schedule.from_config(config["schedule"]),
+    )
+    for part in ("vae", "unet", "text_encoder"):
+        cls = class_of(part, config[part])
+        own = from_json(NETWORKS[cls].config, config[part])
+        setattr(base, part, build(cls, own, path))
+    return base
+
+
+def _assign_text_encoder(networks: Base, tensors: dict[str, Tensor], path: Path) -> None:
+    """Takes the text encoder's weights out of a checkpoint's tensors."""
+    prefix = "text_encoder."
+    own = {}
+    for key in [*tensors]:
+        if key.startswith(prefix):
+            own[key.removeprefix(prefix)] = tensors.pop(key)
+    assign(networks.text_encoder, own, path)
+    check_tokenizer(networks)
+
+
+def _stochastic_scale(config: object, r: float | None, path: Path) -> float | None:
+    """The r to use: 0.4 if a stochastic model was given none, None for a deterministic one."""
+    if getattr(config, "stochastic", False):
+        return 0.4 if r is None else r
+    if r is not None:
+        raise ValueError(f"{path} is not a stochastic model and has no r; leave --r out")
+    return None
+
+
+def _make_ready(network: nn.Module, dtype: torch.dtype | None, device: str) -> None:
+    """Moves a network and freezes it, for inference."""
+    network.to(device=device, dtype=dtype)
+    network.requires_grad_(False)
+    network.eval()

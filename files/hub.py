@@ -1,20 +1,36 @@
-"""Finding files: in a folder, in the cache of the Hugging Face Hub, on the Hub."""
+"""Finding model files: in a folder, in the cache of the Hugging Face Hub, or on the network.
+
+What is found locally is never looked for on the network. Files of the Hub are downloaded by its own
+library, `huggingface_hub`, which brings the layout of the cache, logins (HF_TOKEN), locks, and the
+resuming of broken downloads.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
-import re
 import sys
-import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.utils import EntryNotFoundError, HFValidationError, validate_repo_id
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-# Names for --base: folders of this project and ids of the Hugging Face Hub.
+
+# Names for --base: folders of this repository, and models of the Hub.
 BASES = {
-    **{name: str(ROOT / "tiny" / name) for name in ("tiny", "tiny-sd", "tiny-turbo", "pixels")},
+    "tiny": str(ROOT / "tiny" / "tiny"),
+    "tiny-sd": str(ROOT / "tiny" / "tiny-sd"),
+    "tiny-turbo": str(ROOT / "tiny" / "tiny-turbo"),
+    "pixels": str(ROOT / "tiny" / "pixels"),
     "sd-turbo": "stabilityai/sd-turbo",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sd21": "stabilityai/stable-diffusion-2-1",
@@ -23,107 +39,195 @@ BASES = {
     "yoso512": "Luo-Yihong/yoso_pixart512",
     "yoso1024": "Luo-Yihong/yoso_pixart1024",
 }
-LAYOUT = "a folder in the diffusers layout (model_index.json, scheduler/, tokenizer/, text_encoder/, unet/, vae/)"
-HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+LAYOUT = (
+    "a folder in the diffusers layout (model_index.json, scheduler/, tokenizer/, text_encoder/,"
+    " unet/, vae/)"
+)
 
-def hub_cache() -> Path:
-    env = os.environ
-    home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface").expanduser()
-    return Path(env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or Path(home, "hub"))
+# -------------------- finding
 
+def find(
+    base: str,
+    names: list[str],
+    expected: str | None = None,
+    fetch: bool = True,
+) -> Path | None:
+    """The first of the files `names` that `base` has, or None.
 
-def offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def find(base: str, names: list[str], expected: str | None = None, fetch: bool = True) -> Path | None:
-    """The first of `names` (relative paths) that a base has: a folder, a name of the table, or a Hub id, whose
-    cache is filled (if `fetch`) where it has none of them. Without one: None, or an error that says `expected`."""
+    `base` is a folder, a name of BASES, or a Hub id (ORGANISATION/NAME). Of a Hub id, any of the
+    names in the cache comes first; only if there is none, they are downloaded in turn, unless
+    `fetch` is False. With `expected`, the end of an error message, ValueError takes the place of
+    None. ValueError also if `base` is none of the three, OSError if a download fails.
+    """
     base = BASES.get(base, base)
     folder = Path(base).expanduser()
-    hub = not folder.is_dir()
-    if hub:
-        if folder.is_file() or not re.fullmatch(HUB_ID, base):
-            raise ValueError(f"{base} is {'a file' if folder.is_file() else 'no folder here'}; expected {LAYOUT}, a Hub"
-                             f" id (ORGANISATION/NAME) or one of {', '.join(BASES)}")
-        repository = hub_cache() / f"models--{base.replace('/', '--')}"
-        ref = repository / "refs" / "main"
-        commit = ref.read_text().strip() if ref.is_file() else "main"
-        folder = repository / "snapshots" / commit
-    if here := next((folder / name for name in names if (folder / name).is_file()), None):
-        return here
-    for name in names if hub and fetch and not offline() else []:
-        absent = repository / ".no_exist" / commit / name  # remembers what the Hub does not have
-        if absent.is_file():
-            continue
-        landing = repository / "downloads" / f"{os.getpid()}--{name.replace('/', '--')}"  # each process its own
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        if answered := download(f"{endpoint}/{base}/resolve/{commit}/{name}", landing):
-            if not ref.is_file():
-                ref.parent.mkdir(parents=True, exist_ok=True)
-                ref.write_text(answered)
-                folder = repository / "snapshots" / answered
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            return landing.replace(folder / name)
-        if ref.is_file():
-            absent.parent.mkdir(parents=True, exist_ok=True)
-            absent.touch()
-    if expected:
-        note = f" in {folder}, and HF_HUB_OFFLINE forbids a download" if hub and offline() else ""
+    note = ""
+    if folder.is_dir():
+        path = _find_in_folder(folder, names)
+    elif folder.is_file() or not is_hub_id(base):
+        found = "a file" if folder.is_file() else "no folder here"
+        raise ValueError(
+            f"{base} is {found}; expected {LAYOUT}, a Hub id (ORGANISATION/NAME) or one of"
+            f" {', '.join(BASES)}"
+        )
+    else:
+        path = _find_on_hub(base, names, fetch)
+        if offline():
+            note = f" in {hub_cache()}, and HF_HUB_OFFLINE forbids a download"
+
+    if path is None and expected:
         raise ValueError(f"{base} has no {names[0]}{note}; expected {expected}")
-    return None
+    return path
 
 
 def locate(name: str, names: list[str], expected: str) -> Path:
-    """A file by its path, or the first of `names` in a folder or of a Hub id."""
+    """The file of this path, or the first of `names` in the folder or Hub id of this name.
+
+    ValueError if there is none. `expected` is the end of the error message.
+    """
     path = Path(name).expanduser()
-    if path.is_dir() or not path.suffix and not path.parent.is_dir() and re.fullmatch(HUB_ID, name):
+    if path.is_dir():
+        return find(name, names, expected)
+    # A name with a suffix or below an existing folder is the path of a file, not a Hub id.
+    if not path.suffix and not path.parent.is_dir() and is_hub_id(name):
         return find(name, names, expected)
     if not path.is_file():
         raise ValueError(f"there is no {name}; expected {expected}: a file, a folder or a Hub id")
     return path
 
 
-def download(url: str, path: Path) -> str | None:
-    """Fetches `url` to `path`, under another name until it is complete. Returns the commit that a Hub answer names
-    ("main" without one), or None where there is no such file."""
-    token, host = os.environ.get("HF_TOKEN"), urllib.parse.urlsplit(url).netloc
-    commits, partial = [], path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-
-    def request(target: str) -> urllib.request.Request:  # the token goes to the host that was named and to no other
-        named = urllib.parse.urlsplit(target).netloc == host
-        return urllib.request.Request(target, headers={"Authorization": f"Bearer {token}"} if token and named else {})
-
-    class Redirects(urllib.request.HTTPRedirectHandler):  # the Hub names the commit in the answer that redirects
-        def redirect_request(self, _, file, code, message, headers, target):
-            commits.append(headers.get("X-Repo-Commit"))
-            return request(target)
-
-    try:
-        with urllib.request.build_opener(Redirects).open(request(url), timeout=60) as answer:
-            commits.append(answer.headers.get("X-Repo-Commit"))
-            size = int(answer.headers.get("Content-Length") or 0)
-            print(f"downloading {url}, {size / 1e6:.1f} MB", file=sys.stderr)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file, tqdm(total=size, unit="B", unit_scale=True, disable=size < 1e7) as bar:
-                while block := answer.read(1 << 20):
-                    bar.update(file.write(block))
-        if size and partial.stat().st_size != size:
-            raise OSError(f"it broke off after {partial.stat().st_size} of {size} bytes")
-        partial.replace(path)
-    except Exception as error:  # OSError and what http.client raises
-        if getattr(error, "code", None) == 404:
-            return None
-        raise OSError(f"{url} could not be fetched ({str(error) or type(error).__name__}); run the command again, set"
-                      " HF_TOKEN if it asks for a login, or copy the files to a folder and name that") from None
-    finally:
-        partial.unlink(missing_ok=True)
-    return next(filter(None, commits), "main")
-
-
 def find_url(url: str, folder: str, fetch: bool = True) -> Path | None:
-    """The file of an address, downloaded once (if `fetch`) to a folder beside the Hub's cache; None without one."""
+    """The file of a URL, downloaded once into a folder beside the Hub's cache.
+
+    None if it is not there and may not be downloaded: `fetch` is False or HF_HUB_OFFLINE is set.
+    OSError if the download fails.
+    """
     path = hub_cache().parent / folder / url.rpartition("/")[2]
     if fetch and not path.is_file() and not offline():
-        download(url, path)
+        _download_url(url, path)
     return path if path.is_file() else None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ORGANISATION/NAME."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _find_in_folder(folder: Path, names: list[str]) -> Path | None:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _find_on_hub(repository: str, names: list[str], fetch: bool) -> Path | None:
+    unknown = []
+    for name in names:
+        cached = try_to_load_from_cache(repository, name, cache_dir=hub_cache())
+        if isinstance(cached, str):
+            return Path(cached)
+        # Otherwise it is a marker: an earlier request has shown that the Hub has no such file.
+        if cached is None:
+            unknown.append(name)
+
+    if fetch and not offline():
+        for name in unknown:
+            path = _download_from_hub(repository, name)
+            if path:
+                return path
+    return None
+
+# -------------------- the environment
+
+# The library reads these variables once, when it is imported. Reading them at every call lets
+# tests and notebooks set them later.
+
+def hub_cache() -> Path:
+    """The folder of the Hub's cache."""
+    env = os.environ
+    cache_home = env.get("XDG_CACHE_HOME") or "~/.cache"
+    hf_home = env.get("HF_HOME") or f"{cache_home}/huggingface"
+    cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{hf_home}/hub"
+    return Path(cache).expanduser()
+
+
+def hub_endpoint() -> str | None:
+    """The address of a mirror of the Hub, or None for the Hub itself."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    return endpoint.rstrip("/") or None
+
+
+def offline() -> bool:
+    """Whether downloads are forbidden."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+# -------------------- downloading
+
+def _download_from_hub(repository: str, name: str) -> Path | None:
+    """Downloads a file of a model into the Hub's cache. None if the model has no such file."""
+    # The library would ask for the newest commit each time. All files of a model must come from
+    # one commit: that of the first file, which the cache records.
+    main = hub_cache() / f"models--{repository.replace('/', '--')}" / "refs" / "main"
+    revision = main.read_text().strip() if main.is_file() else "main"
+    endpoint = hub_endpoint()
+    url = hf_hub_url(repository, name, revision=revision, endpoint=endpoint)
+    try:
+        # If there is no such file, hf_hub_download learns the same and records it in the cache.
+        with contextlib.suppress(EntryNotFoundError):
+            metadata = get_hf_file_metadata(url)
+            _announce(f"{repository}/{name}", metadata.size)
+        path = hf_hub_download(
+            repository,
+            name,
+            revision=revision,
+            cache_dir=hub_cache(),
+            endpoint=endpoint,
+        )
+    except Exception as error:  # of the library, of its HTTP client, or of the disk
+        response = getattr(error, "response", None)
+        if getattr(response, "status_code", None) == 404:
+            return None
+        advice = "set HF_TOKEN if it asks for a login, or copy the files to a folder and name that"
+        raise _failed_download(url, error, advice) from None
+    return Path(path)
+
+
+def _download_url(url: str, path: Path) -> None:
+    """Downloads a file under a temporary name, and renames it when it is complete."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            size = int(answer.headers.get("Content-Length") or 0)
+            _announce(url, size)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            bar = tqdm(total=size, unit="B", unit_scale=True, disable=size < 10_000_000)
+            with partial.open("wb") as file, bar:
+                block = answer.read(1 << 20)
+                while block:
+                    file.write(block)
+                    bar.update(len(block))
+                    block = answer.read(1 << 20)
+        received = partial.stat().st_size
+        if size and received != size:
+            raise OSError(f"it broke off after {received} of {size} bytes")
+        partial.replace(path)
+    except (OSError, http.client.HTTPException) as error:
+        raise _failed_download(url, error, f"or copy the file to {path}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _announce(what: str, size: int | None) -> None:
+    """Says on stderr what is about to be downloaded. `size` is in bytes, None if unknown."""
+    megabytes = f"{size / 1e6:.1f} MB" if size else "size unknown"
+    print(f"downloading {what}, {megabytes}", file=sys.stderr)
+
+
+def _failed_download(url: str, error: Exception, advice: str) -> OSError:
+    """The error that a user reads: one line, however long the text of the cause is."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return OSError(f"{url} could not be fetched ({reason}); run the command again, {advice}")

@@ -21,21 +21,31 @@ from files.formats import current_name
 from files.hub import find
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+Network = typing.TypeVar("Network", bound=nn.Module)
+
+# -------------------- reading files
 
 @contextlib.contextmanager
 def reading(what: object, expected: str) -> Iterator[None]:
-    """Whatever a damaged or foreign file makes Python or a library raise becomes one sentence that names the file."""
+    """Turns any exception into a ValueError of one sentence that names the file `what`.
+
+    A damaged or foreign file may make Python or a library raise anything. OSError passes through,
+    and so does an error whose message names the file already.
+    """
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) or str(what) in str(error):
-            raise  # it names a file already
-        kind, text = type(error).__name__, " ".join(str(error).split())[:200]
-        text = text if kind == "ValueError" else f"{kind}: {text}"
-        raise ValueError(f"{what} cannot be used ({text}); expected {expected}") from error
+            raise
+        kind = type(error).__name__
+        reason = " ".join(str(error).split())[:200]
+        if kind != "ValueError":
+            reason = f"{kind}: {reason}"
+        raise ValueError(f"{what} cannot be used ({reason}); expected {expected}") from error
 
 
 def read_json(path: Path) -> dict:
+    """The JSON object in a file. ValueError if the file holds anything else."""
     with reading(path, "a JSON object: copy the file again"):
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -44,141 +54,287 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(path: Path, expected: str = "") -> tuple[dict, dict[str, str]]:
-    """The tensors of a safetensors file, mapped, and its metadata; the library refuses one that does not add up to the
-    byte. Or what a file of torch.save holds, unless that is code, or packed, which torch.save leaves none."""
+    """The tensors of a file, and its metadata if it has any.
+
+    A safetensors file is mapped into memory, not copied. Of any other file, which `torch.save`
+    must have written, the result is the saved object; a file that contains code is refused.
+    ValueError if the file is damaged; `expected` is the end of the message for a torch.save file.
+    """
     if path.suffix == ".safetensors":
-        with reading(path, f"a whole safetensors file, and these are {path.stat().st_size} bytes: copy it again"), \
-                safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        return _read_safetensors(path)
     try:
-        if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            raise ValueError("it is packed")
+        # torch.save never compresses, and a compressed file could fill the memory.
+        if _is_compressed(path):
+            raise ValueError("it is compressed")
         return torch.load(path, map_location="cpu", weights_only=True), {}
-    except Exception as error:  # of many kinds, whose texts advise to let the code run
-        raise ValueError(f"{path} is no file of torch.save, or one with code in it ({type(error).__name__}); expected"
-                         f" {expected}: tensors, numbers and names") from error
+    except Exception as error:
+        # The messages of torch.load are not passed on: they advise to let the code run.
+        raise ValueError(
+            f"{path} is no file of torch.save, or has code in it ({type(error).__name__});"
+            f" expected {expected}: tensors, numbers and names only"
+        ) from error
 
 
-def is_of(value: object, kind: type) -> bool:
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(is_of(v, typing.get_args(kind)[0]) for v in value)
-    if isinstance(kind, types.UnionType):
-        return any(is_of(value, one) for one in typing.get_args(kind))
-    return type(value) is kind and (kind is not int or value >= 0) or kind is float and type(value) is int
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    size = path.stat().st_size
+    expected = f"a complete safetensors file, and these are {size} bytes: copy it again"
+    with reading(path, expected), safetensors.safe_open(path, framework="pt") as file:
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+        return tensors, file.metadata() or {}
+
+
+def _is_compressed(path: Path) -> bool:
+    """Whether a file is a zip archive with a compressed entry."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def read_weights(base: str, folder: str, stem: str) -> dict[Path, dict[str, Tensor]]:
+    """The weights in one folder of a base ("unet/"), mapped: {file: {name: tensor}}.
+
+    One file, or all shards that an index names. Full precision is preferred to fp16.
+    """
+    endings = (
+        ".safetensors",
+        ".safetensors.index.json",
+        ".fp16.safetensors",
+        ".safetensors.index.fp16.json",
+    )
+    path = find(
+        base,
+        [f"{folder}{stem}{ending}" for ending in endings],
+        "weights as safetensors, in one file or in shards, in full precision or fp16: if there are"
+        " only .bin files, convert them with diffusers' save_pretrained",
+    )
+    if path.suffix != ".json":
+        return {path: read_tensors(path)[0]}
+
+    weights = {}
+    shards = _read_shard_names(path)
+    for shard in shards:
+        expected = f"all {len(shards)} shards that {path} names: copy it too"
+        file = find(base, [folder + shard], expected)
+        weights[file] = read_tensors(file)[0]
+    return weights
+
+
+def _read_shard_names(path: Path) -> list[str]:
+    """The file names in the index of sharded weights, sorted."""
+    index = read_json(path)
+    with reading(path, "a weight_map from tensors to the shards beside it: copy it again"):
+        shards = sorted(set(index["weight_map"].values()))
+        # A name with a slash could lead out of the folder.
+        if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in shards):
+            raise ValueError(f"it names {shards}")
+    return shards
+
+# -------------------- configurations
+
+def read_config(cls: type, fixed: dict, path: Path):
+    """A network's configuration, of the dataclass `cls`, from its `config.json`.
+
+    `fixed` holds the options for which only one value is supported. Other keys of the file are
+    ignored: they are for training, or for other libraries.
+    """
+    found = read_json(path)
+    expected = "the configuration of a network of Stable Diffusion 1.x or 2.x, or of PixArt"
+    with reading(path, expected):
+        # The file of a whole CLIP model has the text encoder's options one level deeper.
+        found = found.get("text_config", found)
+        for key, value in fixed.items():
+            if found.get(key, value) != value:
+                raise ValueError(f"{key} is {found[key]!r}, but only {value!r} is supported")
+        known = {field.name: found[field.name] for field in fields(cls) if field.name in found}
+        return from_json(cls, known)
 
 
 def from_json(cls: type, values: dict):
-    """A dataclass again, whose tuples JSON has made lists. Refuses values of other types, and layers or ranks beyond
-    those of any network: to build them alone would take for ever."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    """An instance of a dataclass from JSON values, in which its tuples have become lists.
+
+    ValueError for a value of the wrong type, and for numbers of layers or ranks far beyond those of
+    any network, which would take forever to build.
+    """
+    values = {name: _lists_to_tuples(value) for name, value in values.items()}
     for name, kind in typing.get_type_hints(cls).items():
-        value = values.get(name)
-        endless = ("layers" in name or "rank" in name) and isinstance(value, int) and value > 1000
-        if endless or name in values and not is_of(value, kind):
+        if name not in values:
+            continue
+        value = values[name]
+        is_count = "layers" in name or "rank" in name
+        is_endless = is_count and isinstance(value, int) and value > 1000
+        if is_endless or not _has_type(value, kind):
             raise ValueError(f"{name} is {value!r:.100}")
     return cls(**values)
 
 
-def read_config(cls: type, fixed: dict, path: Path):
-    """A network's configuration from its `config.json`, whose other keys are for training or other libraries."""
-    found = read_json(path)
-    with reading(path, "the configuration of a network of Stable Diffusion 1.x or 2.x"):
-        found = found.get("text_config", found)  # of a whole CLIP model's file
-        for key, value in fixed.items():
-            if found.get(key, value) != value:
-                raise ValueError(f"{key} is {found[key]!r}, and this network is built for {value!r} only")
-        return from_json(cls, {f.name: found[f.name] for f in fields(cls) if f.name in found})
+def _lists_to_tuples(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
-def build(cls: type, config: object, path: Path, device: str = "meta") -> nn.Module:
+def _has_type(value: object, kind: type) -> bool:
+    """Whether a value from JSON has the type of a dataclass field. Integers must not be negative,
+    and an integer may stand for a float."""
+    if typing.get_origin(kind) is tuple:
+        item_kind = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_has_type(item, item_kind) for item in value)
+    if isinstance(kind, types.UnionType):
+        return any(_has_type(value, one) for one in typing.get_args(kind))
+    if kind is int:
+        return type(value) is int and value >= 0
+    if kind is float:
+        return type(value) in (float, int)
+    return type(value) is kind
+
+# -------------------- networks
+
+def build(cls: type[Network], config: object, path: Path, device: str = "meta") -> Network:
+    """The network `cls(config)`, by default without memory for its weights.
+
+    `path` is the file of the configuration, for the error if its sizes do not make a network.
+    """
     with reading(path, "sizes that make a network"), torch.device(device):
         return cls(config)
 
 
-def read_weights(base: str, folder: str, stem: str) -> dict[Path, dict[str, Tensor]]:
-    """The file, or all shards, in one folder ("unet/") of a base, mapped. Full precision goes before fp16."""
-    ends = (".safetensors", ".safetensors.index.json", ".fp16.safetensors", ".safetensors.index.fp16.json")
-    path = find(base, [f"{folder}{stem}{end}" for end in ends], "weights as safetensors, whole, in shards or fp16:"
-                " where there are only .bin files, convert them with diffusers' save_pretrained")
-    if path.suffix != ".json":
-        return {path: read_tensors(path)[0]}
-    index = read_json(path)
-    with reading(path, "a weight_map of tensors to the shards beside it: copy it again"):
-        shards = sorted(set(index["weight_map"].values()))
-        if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", shard) for shard in shards):
-            raise ValueError(f"it names {shards}")
-    files = [find(base, [folder + s], f"all {len(shards)} shards that {path} names: copy it too") for s in shards]
-    return {file: read_tensors(file)[0] for file in files}
+def fit(
+    network: nn.Module,
+    files: dict[Path, dict[str, Tensor]],
+    expected: dict[str, Tensor],
+    owner: str,
+) -> dict[str, Tensor]:
+    """The tensors of some files, under the names that they have in the network.
 
-
-def fit(network: nn.Module, files: dict[Path, dict[str, Tensor]], expected: dict[str, Tensor], owner: str
-        ) -> dict[str, Tensor]:
-    """The tensors of files under a network's names (it is `owner` in errors): just those expected, in their shapes."""
+    ValueError unless they are exactly those of `expected`, in the same shapes and in floating
+    point. `owner` says in the message what they are expected for.
+    """
     first = next(iter(files))
-    with reading(first if len(files) == 1 else first.parent, f"the {len(expected)} tensors of {owner}: copy it again"):
-        tensors = {current_name(network, name): t for found in files.values() for name, t in found.items()}
-        tensors.pop(None, None)
+    what = first if len(files) == 1 else first.parent
+    with reading(what, f"the {len(expected)} tensors of {owner}: copy it again"):
+        tensors = {}
+        for found in files.values():
+            for name, tensor in found.items():
+                tensors[current_name(network, name)] = tensor
+        tensors.pop(None, None)  # the name of tensors to ignore
+
         for name in sorted(tensors.keys() | expected.keys()):
-            if name not in tensors or name not in expected:
-                raise ValueError(f"it lacks {name} {list(expected[name].shape)}" if name in expected else
-                                 f"it holds {name}, which is none of them")
-            t, shape = tensors[name], expected[name].shape
-            if t.shape[2:] == (1, 1) and len(shape) == 2:  # a linear layer that was a 1x1 convolution
-                tensors[name] = t = t.flatten(1)
-            if t.shape != shape or t.dtype not in FLOATS:
-                raise ValueError(f"{name} is {str(t.dtype)[6:]} {list(t.shape)}; expected floating point {list(shape)}")
+            if name not in tensors:
+                raise ValueError(f"it lacks {name} {list(expected[name].shape)}")
+            if name not in expected:
+                raise ValueError(f"it holds {name}, which is none of them")
+            tensors[name] = _fit_shape(name, tensors[name], expected[name].shape)
     return tensors
 
 
-def fill(network: nn.Module, files: dict[Path, dict[str, Tensor]], owner: str,
-         dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-    """Gives a network built on "meta" its tensors: the mapped ones where `dtype` is None or theirs, else copies, made
-    one by one, so that no memory is taken but the network's own and one tensor's."""
+def _fit_shape(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The tensor in this shape. ValueError if it has another, or is not floating point."""
+    # A linear layer may have been saved as a 1x1 convolution.
+    if tensor.shape[2:] == (1, 1) and len(shape) == 2:
+        tensor = tensor.flatten(1)
+    if tensor.shape != shape or tensor.dtype not in FLOATS:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name} is {dtype} {list(tensor.shape)}; expected floating point {list(shape)}"
+        )
+    return tensor
+
+
+def fill(
+    network: Network,
+    files: dict[Path, dict[str, Tensor]],
+    owner: str,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> Network:
+    """Gives a network that was built on "meta" its weights, and freezes it.
+
+    A tensor that has the dtype and the device already, or if `dtype` is None, stays mapped from its
+    file. Others are copied one by one, so no more memory is needed than for the network and one
+    tensor.
+    """
     tensors = fit(network, files, network.state_dict(), owner)
-    network.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}, assign=True)
+    tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
+    network.load_state_dict(tensors, assign=True)
     return network.requires_grad_(False)
 
 
-def assign(network: nn.Module, tensors: dict[str, Tensor], path: Path, strength: float = 1.0) -> None:
-    """Puts a checkpoint's tensors in place of the network's trainable ones, and of buffers without a value: exactly
-    those, in their shapes. Tensors that were trained in full go `strength` of the way from their value before."""
+def assign(
+    network: nn.Module,
+    tensors: dict[str, Tensor],
+    path: Path,
+    strength: float = 1.0,
+) -> None:
+    """Puts a checkpoint's tensors in the place of the network's trainable ones.
+
+    The tensors must be exactly those, and buffers that have no value yet. Fully trained weights go
+    W0 + strength (W - W0) from their value before; those of a LoRA are taken as they are.
+    """
     expected = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    expected |= {name: b for name, b in network.named_buffers() if b.is_meta}
-    for name, tensor in fit(network, {path: tensors}, expected, "the generator on this base").items():
-        before, (parent, _, leaf) = expected[name], name.rpartition(".")
-        tensor = tensor if before.is_meta else tensor.to(before.device)
+    for name, buffer in network.named_buffers():
+        if buffer.is_meta:
+            expected[name] = buffer
+
+    fitted = fit(network, {path: tensors}, expected, "the generator on this base")
+    for name, tensor in fitted.items():
+        before = expected[name]
+        if not before.is_meta:
+            tensor = tensor.to(before.device)
         if strength != 1 and ".lora_" not in name:
             tensor = torch.lerp(before.detach().to(tensor.dtype), tensor, strength)
-        setattr(network.get_submodule(parent), leaf, nn.Parameter(tensor) if before.requires_grad else tensor)
+        if before.requires_grad:
+            tensor = nn.Parameter(tensor)
+        parent, _, leaf = name.rpartition(".")
+        setattr(network.get_submodule(parent), leaf, tensor)
 
 
 def cast_frozen(network: nn.Module, dtype: torch.dtype) -> None:
-    """Stores the frozen weights of linear layers, convolutions and group norms in `dtype`, autocast's."""
+    """Stores the frozen weights of linear layers, convolutions and group norms in `dtype`.
+
+    These are the layers that autocast runs in half precision.
+    """
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm):
             for p in layer.parameters(recurse=False):
-                p.data = p.data if p.requires_grad else p.data.to(dtype)
+                if not p.requires_grad:
+                    p.data = p.data.to(dtype)
 
 
-def fingerprint(network: nn.Module, but: Iterable[str] = ()) -> str:
-    """A short hash of the names, shapes and contents of a network's tensors, but those named (what is trained).
-    Contents are summed as integers: fast, whatever the type, and enough to tell one base from another."""
-    digest, but = hashlib.sha256(), set(but)
+def fingerprint(network: nn.Module, ignored: Iterable[str] = ()) -> str:
+    """A short hash of the names, shapes and contents of a network's tensors.
+
+    The tensors named in `ignored` (those that are trained) do not count. The contents are summed as
+    integers, which is fast for all types and enough to tell one base from another.
+    """
+    digest = hashlib.sha256()
+    ignored = set(ignored)
     for name, tensor in network.state_dict().items():
-        if name not in but:
-            raw = tensor.contiguous().flatten().view(torch.uint8)
-            raw = raw.clone() if raw.storage_offset() % 8 else raw  # what the next line asks for
-            total = (raw.view(torch.int64) if len(raw) % 8 == 0 else raw).sum(dtype=torch.int64)
-            digest.update(f"{name} {tuple(tensor.shape)} {int(total)}".encode())
+        if name in ignored:
+            continue
+        raw = tensor.contiguous().flatten().view(torch.uint8)
+        # A view as int64 needs an aligned start and a multiple of 8 bytes.
+        if raw.storage_offset() % 8:
+            raw = raw.clone()
+        if len(raw) % 8 == 0:
+            raw = raw.view(torch.int64)
+        total = int(raw.sum(dtype=torch.int64))
+        digest.update(f"{name} {tuple(tensor.shape)} {total}".encode())
     return digest.hexdigest()[:16]
 
+# -------------------- writing
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file that may be read by those who may read any new file.
+
+    OSError if it cannot be written.
+    """
+    # The library makes the file's owner its only reader, so the mode of a new file is kept.
     path.touch()
-    mode = path.stat().st_mode  # any new file's; left alone, safetensors makes the user its only reader
+    mode = path.stat().st_mode
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         safetensors.torch.save_file(tensors, path, metadata)
     except safetensors.SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}); make room, and run the command again") from error
+        message = f"{path} could not be written ({error}); make room, and run the command again"
+        raise OSError(message) from error
     path.chmod(mode)

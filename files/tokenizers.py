@@ -1,131 +1,353 @@
-"""Tokenizers from their files: CLIP's and T5's vocabularies in the layouts in use."""
+"""Reading the tokenizers of CLIP and T5 from their files, and CLIP's from a checkpoint."""
 
 import base64
 import json
+import math
 import struct
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer as Pieces
 
 from files.hub import find
 from files.tensors import read_json, reading
 from models import clip, t5
-from models.t5 import t5_pieces
 
-# What is read of a `spiece.model`: in each protobuf message the numbers, names and types of the fields. Source:
-# sentencepiece_model.proto of google/sentencepiece.
-MODEL = {1: ("piece", bytes), 2: ("trainer", bytes), 3: ("normalizer", bytes)}
-PIECE = {1: ("text", bytes), 2: ("score", float), 3: ("type", int)}
-TRAINER = {3: ("model_type", int), 24: ("treat_whitespace_as_suffix", int), 35: ("byte_fallback", int)}
-NORMALIZER = {2: ("charsmap", bytes), 3: ("add_dummy_prefix", int), 4: ("remove_extra_whitespaces", int),
-              5: ("escape_whitespaces", int)}
-# What sentencepiece takes for an absent option, and the only values that T5 has and this file builds.
-OPTIONS = dict(model_type=1, treat_whitespace_as_suffix=0, byte_fallback=0, add_dummy_prefix=1,
-               remove_extra_whitespaces=1, escape_whitespaces=1)
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of pieces
+# -------------------- CLIP
+
+def load_tokenizer(base: str, folder: str = "tokenizer/") -> clip.Tokenizer:
+    """CLIP's tokenizer of a base, from vocab.json and merges.txt, or from tokenizer.json.
+
+    Its special tokens and its length come from tokenizer_config.json and special_tokens_map.json,
+    where they exist.
+    """
+    config = _tokenizer_config(base, folder)
+    path = find(
+        base,
+        [f"{folder}vocab.json", f"{folder}tokenizer.json"],
+        "that file and merges.txt, or tokenizer.json",
+    )
+    vocab = read_json(path)
+    if path.name == "vocab.json":
+        path = find(base, [f"{folder}merges.txt"], "it beside vocab.json: copy both")
+
+    with reading(path, "CLIP's byte-level BPE, with all files of one model: copy them again"):
+        if path.name == "merges.txt":
+            merges = _merges_from_text(path)
+        else:
+            merges = vocab["model"]["merges"]
+            vocab = vocab["model"]["vocab"]
+        # A merge is a list of two pieces, or both in one string with a space between.
+        pairs = []
+        for merge in merges:
+            if merge:
+                pair = merge.split() if isinstance(merge, str) else merge
+                pairs.append(tuple(pair))
+        return clip.Tokenizer(
+            clip.clip_pieces(vocab, pairs),
+            length=min(config.get("model_max_length", 77), 77),
+            pad=_special_token(config, "pad_token", "<|endoftext|>"),
+            start=_special_token(config, "bos_token", "<|startoftext|>"),
+            end=_special_token(config, "eos_token", "<|endoftext|>"),
+        )
+
+
+def _tokenizer_config(base: str, folder: str) -> dict:
+    """The tokenizer's configuration, from those of its two files that exist.
+
+    As in `transformers`, special_tokens_map.json overrides tokenizer_config.json, unless that is
+    of the newer kind with added_tokens_decoder. SD 2.1 needs both files.
+    """
+    config = {}
+    path = find(base, [f"{folder}tokenizer_config.json"])
+    if path:
+        config = read_json(path)
+    if "added_tokens_decoder" not in config:
+        path = find(base, [f"{folder}special_tokens_map.json"])
+        if path:
+            config |= read_json(path)
+    return config
+
+
+def _merges_from_text(path: Path) -> list[str]:
+    """The lines of a merges.txt without its version line."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#version")]
+
+
+def _special_token(config: dict, key: str, default: str) -> str:
+    """A special token's text. Configurations hold the text itself, or an object around it."""
+    token = config.get(key) or default
+    return token["content"] if isinstance(token, dict) else token
+
+
+def tokenizer_to_json(tokenizer: clip.Tokenizer) -> str:
+    """CLIP's tokenizer as text, for the metadata of a checkpoint."""
+    saved = dict(pieces=tokenizer.pieces.to_str(), length=tokenizer.length, **tokenizer.tokens)
+    return json.dumps(saved)
+
+
+def tokenizer_from_json(text: str) -> clip.Tokenizer:
+    """The tokenizer that `tokenizer_to_json` wrote."""
+    saved = json.loads(text)
+    # Only vocabulary and merges are read. How they are put together is always CLIP's way.
+    model = json.loads(saved.pop("pieces"))["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return clip.Tokenizer(clip.clip_pieces(model["vocab"], merges), **saved)
+
+
+# -------------------- T5
+
+def load_t5_tokenizer(base: str) -> t5.T5Tokenizer:
+    """T5's tokenizer of a base, from spiece.model or tokenizer.json."""
+    path = find(
+        base,
+        ["tokenizer/spiece.model", "tokenizer/tokenizer.json"],
+        "that file or tokenizer.json, with T5's vocabulary",
+    )
+    with reading(path, "the vocabulary of T5: copy it again"):
+        if path.suffix == ".model":
+            pieces = pieces_from_spiece(path.read_bytes())
+        else:
+            pieces = pieces_from_json(path.read_text(encoding="utf-8"))
+        return t5.T5Tokenizer(pieces)
+
 
 def pieces_from_json(text: str) -> Pieces:
-    """From the text of a T5 `tokenizer.json`: its vocabulary, table of characters and special pieces. How they are
-    put together is T5's way, whatever else the file says: so does `transformers`."""
+    """T5's pieces, from the text of a `tokenizer.json`. ValueError if it is damaged or not T5's.
+
+    The vocabulary, the table of characters and the special pieces are read. As in `transformers`,
+    they are always put together in T5's way, whatever else the file says.
+    """
     try:
-        file = json.loads(text)
-        kind, vocab, normalizer = file["model"]["type"], file["model"]["vocab"], file.get("normalizer") or {}
-        if kind != "Unigram":
-            raise ValueError(f"a model of the type {kind}, not Unigram")
-        steps = [step.get("precompiled_charsmap") for step in [normalizer, *normalizer.get("normalizers", [])]]
-        charsmap = base64.b64decode(next(filter(None, steps), ""), validate=True)
-        special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
-        pieces = t5_pieces([(str(piece), float(score)) for piece, score in vocab], file["model"]["unk_id"], charsmap,
-                           list(special))
-        if wrong := next((name for name, i in special.items() if pieces.token_to_id(name) != i), None):
-            raise ValueError(f"its piece {wrong} is number {pieces.token_to_id(wrong)}, not {special[wrong]}")
-    except Exception as error:  # whatever it holds in place of what was expected
-        raise ValueError(f"this is no tokenizer.json of T5 ({type(error).__name__}: {error})") from error
+        return _pieces_from_parsed_json(json.loads(text))
+    except Exception as error:
+        # A damaged file may hold anything anywhere, so that any exception is possible.
+        raise ValueError(
+            f"this is not a tokenizer.json of T5 ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _pieces_from_parsed_json(file: dict) -> Pieces:
+    """T5's pieces, from the parsed `tokenizer.json`."""
+    model = file["model"]
+    if model["type"] != "Unigram":
+        raise ValueError(f"its model has the type {model['type']}, not Unigram")
+    vocab = [(str(piece), float(score)) for piece, score in model["vocab"]]
+
+    # The table of characters is in the normalizer, or in one step of it.
+    normalizer = file.get("normalizer") or {}
+    charsmap = b""
+    for step in (normalizer, *normalizer.get("normalizers", [])):
+        encoded = step.get("precompiled_charsmap")
+        if encoded:
+            charsmap = base64.b64decode(encoded, validate=True)
+            break
+
+    special = {token["content"]: token["id"] for token in file.get("added_tokens", [])}
+    pieces = _checked_t5_pieces(vocab, model["unk_id"], charsmap, list(special))
+    for name, number in special.items():
+        found = pieces.token_to_id(name)
+        if found != number:
+            raise ValueError(f"its piece {name} is number {found}, not {number}")
     return pieces
 
 
+# Fields of the protobuf messages in a `spiece.model` that are read: number -> name and type.
+# Source: sentencepiece_model.proto of google/sentencepiece.
+MODEL_FIELDS = {
+    1: ("piece", bytes),
+    2: ("trainer", bytes),
+    3: ("normalizer", bytes),
+}
+PIECE_FIELDS = {
+    1: ("text", bytes),
+    2: ("score", float),
+    3: ("type", int),
+}
+TRAINER_FIELDS = {
+    3: ("model_type", int),
+    24: ("treat_whitespace_as_suffix", int),
+    35: ("byte_fallback", int),
+}
+NORMALIZER_FIELDS = {
+    2: ("charsmap", bytes),
+    3: ("add_dummy_prefix", int),
+    4: ("remove_extra_whitespaces", int),
+    5: ("escape_whitespaces", int),
+}
+
+# The options of T5's model. They are sentencepiece's defaults, so that a file may omit them.
+# Other values are not supported.
+T5_OPTIONS = dict(
+    model_type=1,
+    treat_whitespace_as_suffix=0,
+    byte_fallback=0,
+    add_dummy_prefix=1,
+    remove_extra_whitespaces=1,
+    escape_whitespaces=1,
+)
+
+# The types of pieces that T5 has.
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+
+
+def pieces_from_spiece(data: bytes, extra: int = 100) -> Pieces:
+    """T5's pieces, from the bytes of a `spiece.model`. ValueError if it is damaged or not T5's.
+
+    T5 adds `extra` pieces <extra_id_N>, which mark gaps in a text, with the highest N first.
+    """
+    try:
+        vocab, types, options = _read_spiece(data)
+        for name, expected in T5_OPTIONS.items():
+            found = options.get(name, expected)
+            if found != expected:
+                raise ValueError(f"its {name} is {found}, and T5's is {expected}")
+        if not set(types) <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED} or types.count(UNKNOWN) != 1:
+            raise ValueError(
+                f"its {len(types)} pieces have the types {sorted(set(types))},"
+                f" unknown (2) {types.count(UNKNOWN)} times; T5's have 1 to 4, and one is unknown"
+            )
+
+        gaps = [f"<extra_id_{i}>" for i in reversed(range(extra))]
+        special = []
+        for (text, _), kind in zip(vocab, types):
+            if kind != NORMAL:
+                special.append(text)
+        return _checked_t5_pieces(
+            vocab + [(gap, 0.0) for gap in gaps],
+            unknown=types.index(UNKNOWN),
+            charsmap=options.get("charsmap", b""),
+            special=special + gaps,
+        )
+    except ValueError as error:
+        raise ValueError(f"this is not a spiece.model of T5 ({error})") from error
+
+
+def _read_spiece(data: bytes) -> tuple[list[tuple[str, float]], list[int], dict]:
+    """A spiece.model's pieces with their scores, the pieces' types, and the options."""
+    vocab = []
+    types = []
+    options = {}
+    for name, value in read_message(data, MODEL_FIELDS):
+        if name == "piece":
+            piece = dict(read_message(value, PIECE_FIELDS))
+            text = piece.get("text", b"").decode()
+            vocab.append((text, piece.get("score", 0.0)))
+            types.append(piece.get("type", NORMAL))
+        elif name == "trainer":
+            options.update(read_message(value, TRAINER_FIELDS))
+        else:
+            options.update(read_message(value, NORMALIZER_FIELDS))
+    return vocab, types, options
+
+
+def _checked_t5_pieces(
+    vocab: list[tuple[str, float]],
+    unknown: int,
+    charsmap: bytes,
+    special: list[str],
+) -> Pieces:
+    """`t5_pieces` of values from a file. ValueError if they are damaged."""
+    if not 0 <= unknown < len(vocab):
+        raise ValueError(f"the unknown piece is {unknown} of {len(vocab)}")
+    for number, (piece, score) in enumerate(vocab):
+        if not 0 < len(piece) <= 1000 or not math.isfinite(score):
+            raise ValueError(f"piece {number} has {len(piece)} characters and the score {score}")
+    if charsmap:
+        check_charsmap(charsmap)
+    return t5.t5_pieces(vocab, unknown, charsmap, special)
+
+
+def check_charsmap(data: bytes) -> None:
+    """Refuses a damaged table of characters (sentencepiece's precompiled_charsmap).
+
+    The table is the trie's size in bytes, a double-array trie of 32-bit units, and the texts that
+    the trie's leaves point to. The library that reads it trusts every offset, and a wrong one
+    would crash the process. So all of them are checked here.
+    """
+    size = int.from_bytes(data[:4], "little")
+    if not size or size % 1024 or size >= len(data) - 4:
+        raise ValueError(f"the table of characters has {len(data)} bytes and a trie of {size}")
+    data[4 + size:].decode()  # the texts are UTF-8
+
+    trie = np.frombuffer(data, "<u4", size // 4, offset=4).astype(np.int64)
+    texts = np.frombuffer(data, np.uint8, offset=4 + size)
+
+    # A unit with the highest bit is a leaf. Leaves are reached from their nodes only.
+    nodes = np.flatnonzero(trie < 1 << 31)
+    units = trie[nodes]
+    offsets = units >> 10 << ((units & 512) >> 6)
+    children = nodes ^ offsets  # where the children of each node begin
+    # The trie consists of blocks of 256 units, and all children of a node are in one block.
+    if nodes[:1].tolist() != [0] or children.max() >= len(trie):
+        raise ValueError("the table of characters points outside its trie")
+
+    has_leaf = (units & 256) > 0
+    leaves = trie[children[has_leaf]] & ((1 << 31) - 1)  # offsets into the texts
+    # A byte 10xxxxxx is in the middle of a UTF-8 character.
+    if leaves.max(initial=0) >= len(texts) or (texts[leaves] & 0xC0 == 0x80).any():
+        raise ValueError("the table of characters points outside its texts")
+
+
+# -------------------- protobuf
+
+# The wire types of fields.
+VARINT = 0
+FIXED_64 = 1
+BYTES = 2
+FIXED_32 = 5
+
+
+def read_message(data: bytes, known: dict[int, tuple[str, type]]) -> Iterator[tuple[str, Any]]:
+    """The names and values of a protobuf message's known fields, in the order of the message.
+
+    known: number -> name and type (int, float or bytes) of a field; others are skipped.
+    ValueError if the message is damaged.
+    """
+    i = 0
+    while i < len(data):
+        tag, i = read_varint(data, i)
+        number = tag >> 3
+        wire = tag & 7
+        if wire == VARINT:
+            value, i = read_varint(data, i)
+        elif wire in (FIXED_64, BYTES, FIXED_32):
+            if wire == BYTES:
+                size, i = read_varint(data, i)
+            else:
+                size = 8 if wire == FIXED_64 else 4
+            if size > len(data) - i:
+                raise ValueError(
+                    f"a field of {size} bytes begins {len(data) - i} bytes before the end"
+                )
+            value = data[i:i + size]
+            i += size
+        else:
+            raise ValueError(f"byte {i} begins a field of the unknown type {wire}")
+
+        if number in known:
+            name, kind = known[number]
+            if kind is not {VARINT: int, BYTES: bytes, FIXED_32: float}.get(wire):
+                raise ValueError(f"its {name} has the type {wire}")
+            if kind is float:
+                (value,) = struct.unpack("<f", value)
+            yield name, value
+
+
 def read_varint(data: bytes, i: int) -> tuple[int, int]:
-    """The number at byte i, seven bits a byte, and where the next byte is."""
+    """The number that begins at byte i, of seven bits per byte, and the index of the next byte."""
     value = 0
     for k in range(10):
         if i + k >= len(data):
             raise ValueError("it ends in the middle of a number")
-        value |= (data[i + k] & 127) << 7 * k
-        if data[i + k] < 128:
+        byte = data[i + k]
+        value |= (byte & 127) << 7 * k
+        if byte < 128:
             return value, i + k + 1
     raise ValueError(f"no number ends within ten bytes of byte {i}")
-
-
-def read_message(data: bytes, known: dict[int, tuple[str, type]]) -> Iterator[tuple[str, int | float | bytes]]:
-    """Names and values of a protobuf message's known fields, in their order."""
-    i = 0
-    while i < len(data):
-        tag, i = read_varint(data, i)
-        number, wire = tag >> 3, tag & 7
-        if wire not in (0, 1, 2, 5):
-            raise ValueError(f"byte {i} begins a field of the unknown type {wire}")
-        value, i = read_varint(data, i) if wire in (0, 2) else ({1: 8, 5: 4}[wire], i)
-        if wire:  # then the value is the length of what follows
-            if value > len(data) - i:
-                raise ValueError(f"a field of {value} bytes begins {len(data) - i} bytes before the end")
-            value, i = data[i:i + value], i + value
-        if number in known:
-            name, kind = known[number]
-            if kind is not {0: int, 1: None, 2: bytes, 5: float}[wire]:
-                raise ValueError(f"its {name} has the type {wire}")
-            yield name, struct.unpack("<f", value)[0] if kind is float else value
-
-
-def pieces_from_spiece(data: bytes, extra: int = 100) -> Pieces:
-    """From the bytes of T5's `spiece.model`, to which T5 adds `extra` pieces that mark gaps, the last first."""
-    try:
-        vocab, types, found = [], [], {}
-        for name, value in read_message(data, MODEL):
-            if name == "piece":
-                piece = dict(read_message(value, PIECE))
-                vocab.append((piece.get("text", b"").decode(), piece.get("score", 0.0)))
-                types.append(piece.get("type", NORMAL))
-            else:
-                found |= read_message(value, TRAINER if name == "trainer" else NORMALIZER)
-        for name, built in OPTIONS.items():
-            if found.get(name, built) != built:
-                raise ValueError(f"its {name} is {found[name]}, and T5's is {built}")
-        if not {*types} <= {NORMAL, UNKNOWN, CONTROL, USER_DEFINED} or types.count(UNKNOWN) != 1:
-            raise ValueError(f"its {len(types)} pieces have the types {sorted({*types})}, unknown (2) {types.count(2)}"
-                             " times; T5's have 1 to 4, and one is unknown")
-        gaps = [f"<extra_id_{i}>" for i in reversed(range(extra))]
-        special = [text for (text, _), kind in zip(vocab, types) if kind != NORMAL]
-        return t5_pieces(vocab + [(gap, 0.0) for gap in gaps], types.index(UNKNOWN), found.get("charsmap", b""),
-                         special + gaps)
-    except ValueError as error:
-        raise ValueError(f"this is no spiece.model of T5 ({error})") from error
-
-
-def load_t5_tokenizer(base: str) -> t5.T5Tokenizer:
-    path = find(base, ["tokenizer/spiece.model", "tokenizer/tokenizer.json"], "it or tokenizer.json, T5's vocabulary")
-    with reading(path, "the vocabulary of T5: copy it again"):
-        return t5.T5Tokenizer(pieces_from_spiece(path.read_bytes()) if path.suffix == ".model" else
-                              pieces_from_json(path.read_text(encoding="utf-8")))
-
-
-def load_tokenizer(base: str, folder: str = "tokenizer/") -> clip.Tokenizer:
-    """From vocab.json and merges.txt, or tokenizer.json; the padding from the configuration files."""
-    path = find(base, [f"{folder}tokenizer_config.json"])
-    config = read_json(path) if path else {}
-    # As in transformers: the second file overrules the first, unless that is of the newer kind. SD 2.1 needs it.
-    if "added_tokens_decoder" not in config and (path := find(base, [f"{folder}special_tokens_map.json"])):
-        config |= read_json(path)
-    path = find(base, [f"{folder}vocab.json", f"{folder}tokenizer.json"], "it and merges.txt, or tokenizer.json")
-    vocab = read_json(path)
-    if path.name == "vocab.json":
-        path = find(base, [f"{folder}merges.txt"], "it beside vocab.json: copy it too")
-    with reading(path, "CLIP's byte-level BPE, with all files of one model: copy them again"):
-        if path.name == "merges.txt":
-            merges = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#version")]
-        else:
-            vocab, merges = vocab["model"]["vocab"], vocab["model"]["merges"]
-        pairs = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges if pair]
-        tokens = [config.get(f"{name}_token") or default for name, default in
-                  dict(pad="<|endoftext|>", bos="<|startoftext|>", eos="<|endoftext|>").items()]
-        tokens = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        return clip.Tokenizer(clip.clip_pieces(vocab, pairs), min(config.get("model_max_length", 77), 77), *tokens)

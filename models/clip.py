@@ -1,10 +1,14 @@
-"""CLIP's text encoder and tokenizer, as Stable Diffusion uses them: prompts in, a context [B, 77, C] out. Below them
-its image encoder, which judges pictures and their captions.
+"""CLIP: Stable Diffusion's text encoder and tokenizer, and the image encoder beside them.
 
-One class for CLIP ViT-L (SD 1.x), OpenCLIP ViT-H (SD 2.x, SD-Turbo) and small ones, told apart by `config.json`.
-Module names are those of `transformers`' `CLIPTextModel`. Source: Radford et al. 2021."""
+The text encoder turns token ids [B, 77] into the context [B, 77, C] of the U-Net. The image
+encoder puts pictures into the same space as captions. One class covers CLIP ViT-L (SD 1.x),
+OpenCLIP ViT-H (SD 2.x, SD-Turbo) and small models; the configuration tells them apart.
 
-import json
+Module names are those of `transformers`, so its state dictionaries load as they are.
+Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language
+Supervision".
+"""
+
 from dataclasses import dataclass
 
 import torch
@@ -13,26 +17,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Pieces
 from torch import Tensor, nn
 
+# Options of `text_encoder/config.json` that are supported with this value only.
 FIXED = dict(attention_dropout=0.0)
-
-
-@dataclass
-class TextConfig:
-    """Defaults are those of OpenCLIP ViT-H without its last layer (SD 2.x, SD-Turbo)."""
-    vocab_size: int = 49408
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 23
-    num_attention_heads: int = 16
-    max_position_embeddings: int = 77
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
-
-    def __post_init__(self):
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"the text encoder's hidden_act is {self.hidden_act!r};"
-                             f" built here are {sorted(ACTIVATIONS)}")
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -42,20 +28,32 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
+# -------------------- transformer layers, for texts and pictures
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, C] -> [B, heads, N, C / heads]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 class Attention(nn.Module):
-    """Multi-head attention of [B, N, C] to itself; `causal`: no token sees a later one."""
+    """Multi-head self-attention of [B, N, C]. With `causal`, no token sees a later one."""
 
     def __init__(self, c: int, heads: int):
         super().__init__()
         if heads < 1 or c % heads:
-            raise ValueError(f"{c} channels are to be {heads} heads of one width")
+            raise ValueError(f"{c} channels cannot be split into {heads} heads of equal width")
         self.heads = heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c, c) for _ in range(4))
+        self.q_proj = nn.Linear(c, c)
+        self.k_proj = nn.Linear(c, c)
+        self.v_proj = nn.Linear(c, c)
+        self.out_proj = nn.Linear(c, c)
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, heads, N, C / heads]
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
+        q = split_heads(self.q_proj(x), self.heads)  # [B, heads, N, C / heads]
+        k = split_heads(self.k_proj(x), self.heads)
+        v = split_heads(self.v_proj(x), self.heads)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(h.transpose(1, 2).flatten(2))  # [B, N, C]
 
 
 class MLP(nn.Module):
@@ -70,7 +68,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """[B, N, C] -> [B, N, C], norms first."""
+    """[B, N, C] -> [B, N, C]: pre-norm attention and MLP."""
 
     def __init__(self, c: int, c_hidden: int, heads: int, activation: str, eps: float):
         super().__init__()
@@ -95,6 +93,29 @@ class Encoder(nn.Module):
         return x
 
 
+# -------------------- text encoder
+
+@dataclass
+class TextConfig:
+    """The defaults are OpenCLIP ViT-H without its last layer (SD 2.x, SD-Turbo)."""
+    vocab_size: int = 49408
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 23
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 77
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"the text encoder's hidden_act {self.hidden_act!r} is not supported;"
+                f" expected one of {', '.join(sorted(ACTIVATIONS))}"
+            )
+
+
 class TextEmbeddings(nn.Module):
     """Token ids [B, N] -> [B, N, C]."""
 
@@ -102,21 +123,33 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
         self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-        for embedding in (self.token_embedding, self.position_embedding):  # CLIP's own start, small beside what
-            nn.init.normal_(embedding.weight, std=0.02)  # attention adds: every position soon tells of the whole prompt
+        # CLIP's own initialisation. It is small compared with what attention adds, so that after
+        # a few layers every position carries the whole prompt up to it.
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[:ids.shape[1]]
+        N = ids.shape[1]
+        return self.token_embedding(ids) + self.position_embedding.weight[:N]
 
 
 class TextTransformer(nn.Module):
+    """The parts of TextEncoder, which runs them."""
+
     def __init__(self, c: TextConfig):
         super().__init__()
         self.embeddings = TextEmbeddings(c)
-        self.encoder = Encoder([
-            Layer(c.hidden_size, c.intermediate_size, c.num_attention_heads, c.hidden_act, c.layer_norm_eps)
+        layers = [
+            Layer(
+                c.hidden_size,
+                c.intermediate_size,
+                c.num_attention_heads,
+                c.hidden_act,
+                c.layer_norm_eps,
+            )
             for _ in range(c.num_hidden_layers)
-        ])
+        ]
+        self.encoder = Encoder(layers)
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
@@ -130,81 +163,120 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, 77] -> context [B, 77, C], after the last layer norm."""
-        h = self.text_model.encoder(self.text_model.embeddings(ids), causal=True)
+        h = self.text_model.embeddings(ids)
+        h = self.text_model.encoder(h, causal=True)
         return self.text_model.final_layer_norm(h)
 
     def pooled(self, ids: Tensor) -> Tensor:
-        """Token ids [B, 77] -> the context at the end-of-text token, [B, C]."""
-        # Old configurations say eos_token_id 2 where the end of text is in truth the highest id of the vocabulary.
-        end = ids.argmax(-1) if self.config.eos_token_id == 2 else (ids == self.config.eos_token_id).int().argmax(-1)
-        return self(ids)[torch.arange(len(ids), device=ids.device), end]
+        """Token ids [B, 77] -> the context at the first end-of-text token, [B, C]."""
+        end_id = self.config.eos_token_id
+        # Old configurations say 2, but mean the highest id of the vocabulary.
+        end = ids.argmax(-1) if end_id == 2 else (ids == end_id).int().argmax(-1)
+        rows = torch.arange(len(ids), device=ids.device)
+        return self(ids)[rows, end]
 
+
+# -------------------- tokenizer
 
 class Tokenizer:
-    """Prompts to ids [B, 77]: start, at most 75 pieces, end, padding.
+    """Prompts -> token ids [B, 77]: the start token, at most 75 pieces, the end token, padding.
 
-    `pieces` is a `tokenizers` tokenizer without padding or special tokens of its own; `pad` is what fills the rest:
-    the end token itself in SD 1.x, `!` in SD 2.x, as the folder's files say."""
+    `pieces` is a tokenizer of the `tokenizers` library, as `clip_pieces` builds it; padding and
+    special tokens are added here. `pad` fills the row: SD 1.x uses the end token, SD 2.x `!`.
+    ValueError if the length is not 3 to 1000 or a special token is not in the vocabulary.
+    """
 
-    def __init__(self, pieces: Pieces, length: int = 77, pad: str = "<|endoftext|>", start: str = "<|startoftext|>",
-                 end: str = "<|endoftext|>"):
-        self.pieces, self.length, self.tokens = pieces, length, dict(pad=pad, start=start, end=end)
-        self.pad, self.start, self.end = (pieces.token_to_id(token) for token in (pad, start, end))
+    def __init__(
+        self,
+        pieces: Pieces,
+        length: int = 77,
+        pad: str = "<|endoftext|>",
+        start: str = "<|startoftext|>",
+        end: str = "<|endoftext|>",
+    ):
+        self.pieces = pieces
+        self.length = length
+        self.tokens = dict(pad=pad, start=start, end=end)
+        self.pad = pieces.token_to_id(pad)
+        self.start = pieces.token_to_id(start)
+        self.end = pieces.token_to_id(end)
+
         if not isinstance(length, int) or not 2 < length <= 1000:
-            raise ValueError(f"the tokenizer's model_max_length is {length!r}; expected 3 to 1000")
-        for token, i in [(pad, self.pad), (start, self.start), (end, self.end)]:
-            if i is None:
-                raise ValueError(f"the tokenizer's vocabulary has no piece {token!r}, which its configuration asks for:"
-                                 " vocab.json and tokenizer_config.json are not of one model")
-        # A piece of its own wherever it stands in a text: with SD 2.x's padding, "wow!" ends in `!` and not in `!</w>`.
+            raise ValueError(
+                f"the tokenizer's model_max_length is {length!r}; expected 3 to 1000"
+            )
+        for token in (pad, start, end):
+            if pieces.token_to_id(token) is None:
+                raise ValueError(
+                    f"the tokenizer's vocabulary has no piece {token!r}, which its configuration"
+                    " names: use a vocabulary and a configuration of the same model"
+                )
+        # A special token is one piece wherever it stands in a text. SD 2.x pads with `!`, so
+        # that "wow!" ends in the piece `!` and not in `!</w>`.
         pieces.add_special_tokens([pad, start, end])
 
     def __call__(self, texts: str | list[str]) -> Tensor:
-        texts = [texts] if isinstance(texts, str) else texts
-        rows = []
+        """Texts -> ids [B, length]. Longer texts are cut; the end token stays."""
+        if isinstance(texts, str):
+            texts = [texts]
         try:
             encodings = self.pieces.encode_batch(texts, add_special_tokens=False)
-        except TypeError:  # of half a surrogate pair, which JSON and command lines let through
-            raise ValueError(f"{texts!r:.200} holds half a character; expected text as UTF-8 has it") from None
+        except TypeError:
+            # Python strings may hold lone surrogates, from JSON or the command line.
+            raise ValueError(
+                f"{texts!r:.200} contains half a character (a lone surrogate);"
+                " expected text that can be encoded as UTF-8"
+            ) from None
+
+        rows = []
         for encoding in encodings:
-            ids = [self.start, *encoding.ids[:self.length - 2], self.end]
-            rows.append(ids + [self.pad] * (self.length - len(ids)))
+            row = [self.start, *encoding.ids[:self.length - 2], self.end]
+            padding = [self.pad] * (self.length - len(row))
+            rows.append(row + padding)
         return torch.tensor(rows, dtype=torch.long)
-
-    def to_json(self) -> str:
-        return json.dumps(dict(pieces=self.pieces.to_str(), length=self.length, **self.tokens))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Tokenizer":
-        saved = json.loads(text)
-        model = json.loads(saved.pop("pieces"))["model"]  # put together in CLIP's way, whatever else the file says
-        return cls(clip_pieces(model["vocab"], [tuple(pair) for pair in model["merges"]]), **saved)
 
 
 def clip_pieces(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Pieces:
-    """CLIP's byte-level BPE from `vocab.json` and the lines of `merges.txt`."""
-    end = "<|endoftext|>"
-    pieces = Pieces(models.BPE(vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
-                               fuse_unk=False, unk_token=end if end in vocab else None))
+    """CLIP's byte-level BPE, from a vocabulary (piece -> id) and the merges in their order."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    bpe = models.BPE(
+        vocab=vocab,
+        merges=merges,
+        continuing_subword_prefix="",
+        end_of_word_suffix="</w>",
+        fuse_unk=False,
+        unk_token=end if end in vocab else None,
+    )
+    pieces = Pieces(bpe)
+
+    one_space = normalizers.Replace(Regex(r"\s+"), " ")
     pieces.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+        [normalizers.NFC(), one_space, normalizers.Lowercase()]
+    )
+
+    words = Regex(
+        r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+        r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    )
     pieces.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(words, behavior="removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])
     pieces.decoder = decoders.ByteLevel()
-    pieces.add_special_tokens([token for token in ("<|startoftext|>", end) if token in vocab])
+    pieces.add_special_tokens([token for token in (start, end) if token in vocab])
     return pieces
 
 
-# ------------------------------------------------------------------------------------------------ pictures and captions
+# -------------------- image encoder
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Mean and standard deviation of the pictures that CLIP was trained on, per channel, in [0, 1].
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass
 class VisionConfig:
-    """CLIP ViT-B/32's picture side."""
+    """The defaults are the image encoder of CLIP ViT-B/32."""
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -217,44 +289,69 @@ class VisionConfig:
 
 
 VISION_B32 = VisionConfig()
-TEXT_B32 = TextConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
-                      hidden_act="quick_gelu")
+TEXT_B32 = TextConfig(
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    hidden_act="quick_gelu",
+)
 
 
 def normalise(x: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] -> as CLIP was trained: in [0, 1], less the mean, over the deviation."""
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    """Pictures [B, 3, H, W] in [-1, 1] -> CLIP's pixels: standardised by its mean and deviation."""
+    mean = x.new_tensor(MEAN).view(3, 1, 1)
+    std = x.new_tensor(STD).view(3, 1, 1)
     return (x * 0.5 + 0.5 - mean) / std
 
 
 def prepare(x: Tensor, size: int = 224) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] -> pixels [B, 3, size, size] for the loss: normalised, then stretched bilinearly
-    without antialiasing, as img2img-turbo's paired trainer does. Gradients flow."""
+    """Pictures [B, 3, H, W] in [-1, 1] -> CLIP's pixels [B, 3, size, size], differentiable.
+
+    Normalised, then resized bilinearly without antialiasing and regardless of the aspect ratio,
+    as img2img-turbo's `train_pix2pix_turbo.py` does.
+    """
     return F.interpolate(normalise(x), (size, size), mode="bilinear", align_corners=False)
 
 
 class VisionEmbeddings(nn.Module):
-    """Pixels [B, 3, S, S] -> [B, 1 + patches, C], the class token first."""
+    """Pixels [B, 3, S, S] -> tokens [B, 1 + patches, C], the class token first."""
 
     def __init__(self, c: VisionConfig):
         super().__init__()
+        patches = (c.image_size // c.patch_size) ** 2
         self.class_embedding = nn.Parameter(torch.randn(c.hidden_size))
-        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
-        self.position_embedding = nn.Embedding((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size)
+        self.patch_embedding = nn.Conv2d(
+            3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(1 + patches, c.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # [B, N - 1, C]
-        first = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+        patches = self.patch_embedding(pixels)  # [B, C, S / patch, S / patch]
+        patches = patches.flatten(2).transpose(1, 2)  # [B, patches, C]
+        class_token = self.class_embedding.expand(len(pixels), 1, -1)
+        tokens = torch.cat([class_token, patches], dim=1)
+        return tokens + self.position_embedding.weight
 
 
 class VisionTransformer(nn.Module):
+    """The parts of ImageEncoder, which runs them."""
+
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.embeddings = VisionEmbeddings(c)
-        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # spelt as in the files
-        sizes = c.hidden_size, c.intermediate_size, c.num_attention_heads
-        self.encoder = Encoder([Layer(*sizes, c.hidden_act, c.layer_norm_eps) for _ in range(c.num_hidden_layers)])
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # spelt as in files
+        layers = [
+            Layer(
+                c.hidden_size,
+                c.intermediate_size,
+                c.num_attention_heads,
+                c.hidden_act,
+                c.layer_norm_eps,
+            )
+            for _ in range(c.num_hidden_layers)
+        ]
+        self.encoder = Encoder(layers)
         self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
@@ -268,24 +365,39 @@ class ImageEncoder(nn.Module):
         self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, 224, 224] -> embeddings [B, 512], not of length one."""
+        """Normalised pixels [B, 3, 224, 224] -> embeddings [B, 512], not of unit length."""
         return self.levels(pixels, ())[0]
 
     def levels(self, pixels: Tensor, after: tuple[int, ...]) -> list[Tensor]:
-        """The patches' tokens after the layers `after`, from 1, as maps [B, 768, 7, 7]; last the embedding [B, 512]."""
-        v, side = self.vision_model, self.config.image_size
-        if pixels.shape[2:] != (side, side):
-            raise ValueError(f"CLIP takes pixels of {side}x{side}, not of {pixels.shape[3]}x{pixels.shape[2]}")
-        h, maps = v.pre_layrnorm(v.embeddings(pixels)), []
-        for i, layer in enumerate(v.encoder.layers, 1):
-            h = layer(h, causal=False)
-            if i in after:
-                maps.append(h[:, 1:].transpose(1, 2).unflatten(2, (side // self.config.patch_size, -1)))
-        return [*maps, self.visual_projection(v.post_layernorm(h[:, 0]))]
+        """Features of several depths, of normalised pixels [B, 3, 224, 224].
 
+        For each layer number in `after`, counted from 1: the patch tokens that come out of the
+        layer, as a map [B, 768, 7, 7]. Last in the list: the embedding [B, 512].
+        """
+        vision = self.vision_model
+        side = self.config.image_size
+        if pixels.shape[2:] != (side, side):
+            raise ValueError(
+                f"CLIP's image encoder takes pixels of {side}x{side},"
+                f" not of {pixels.shape[3]}x{pixels.shape[2]}"
+            )
+
+        maps = []
+        h = vision.pre_layrnorm(vision.embeddings(pixels))
+        for number, layer in enumerate(vision.encoder.layers, start=1):
+            h = layer(h, causal=False)
+            if number in after:
+                patches = h[:, 1:].transpose(1, 2)  # [B, C, patches]
+                rows = side // self.config.patch_size
+                maps.append(patches.unflatten(2, (rows, -1)))
+        embedding = self.visual_projection(vision.post_layernorm(h[:, 0]))
+        return [*maps, embedding]
+
+
+# -------------------- both encoders
 
 class CLIP(nn.Module):
-    """Both encoders and the space [B, 512] in which a picture lies near its caption."""
+    """Both encoders, and the space [B, 512] in which a picture lies near its caption."""
 
     def __init__(self, vision: VisionConfig, text: TextConfig):
         super().__init__()
@@ -294,20 +406,36 @@ class CLIP(nn.Module):
         self.text_projection = nn.Linear(text.hidden_size, vision.projection_dim, bias=False)
 
     def embed_captions(self, ids: Tensor) -> Tensor:
-        """Token ids [B, 77] -> [B, 512]."""
+        """Token ids [B, 77] -> embeddings [B, 512], not of unit length."""
         return self.text_projection(self.text.pooled(ids))
 
     def similarity(self, x: Tensor, captions: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], embedded captions [B, 512] -> cosine [B] of each picture with its own."""
-        return F.cosine_similarity(self.image(prepare(x, self.image.config.image_size)), captions)
+        """Cosine similarity [B] of each picture with its own caption.
+
+        x: pictures [B, 3, H, W] in [-1, 1]; captions: embedded captions [B, 512].
+        """
+        pixels = prepare(x, self.image.config.image_size)
+        return F.cosine_similarity(self.image(pixels), captions)
 
 
-def from_state_dict(tensors: dict[str, Tensor], vision: VisionConfig = VISION_B32, text: TextConfig = TEXT_B32) -> CLIP:
-    """CLIP, frozen, made of the tensors of a Hub file (`openai/clip-vit-base-patch32`), in their type."""
+def from_state_dict(
+    tensors: dict[str, Tensor],
+    vision: VisionConfig = VISION_B32,
+    text: TextConfig = TEXT_B32,
+) -> CLIP:
+    """A frozen CLIP from the tensors of `openai/clip-vit-base-patch32`, in their own dtype."""
     with torch.device("meta"):
         network = CLIP(vision, text)
-    # Left out are the temperature of CLIP's training, and 0 1 2 ...
-    tensors = {name: t for name, t in tensors.items() if not name.endswith(("logit_scale", ".position_ids"))}
-    ours = {name.removeprefix("image.").removeprefix("text."): name for name in network.state_dict()}
-    network.load_state_dict({ours.get(name, name): t for name, t in tensors.items()}, assign=True)
+
+    # The files name the tensors without the prefixes of our two encoders.
+    our_names = {}
+    for name in network.state_dict():
+        our_names[name.removeprefix("image.").removeprefix("text.")] = name
+
+    renamed = {}
+    for name, tensor in tensors.items():
+        # Not needed: the temperature of CLIP's training loss, and the numbers 0, 1, 2, ...
+        if not name.endswith(("logit_scale", ".position_ids")):
+            renamed[our_names.get(name, name)] = tensor
+    network.load_state_dict(renamed, assign=True)
     return network.eval().requires_grad_(False)

@@ -1,10 +1,13 @@
-"""LoRA: layers that learn a low-rank change B A of a frozen weight W, y = W x + b + scale B (A x).
+"""LoRA: layers that learn a low-rank change B A of a frozen weight W.
 
-`add_lora` replaces named layers of a network in place. A replaced layer keeps its `weight` and `bias` (the same
-Parameter objects) and gains `lora_A.weight` [rank, in, ...] and `lora_B.weight` [out, rank, ...]: the names, shapes
-and arithmetic of `peft`. Source: Hu et al. 2021.
+    y = W x + b + scale B (A x),    scale = alpha / rank
 
-Below them the tensors of LoRA files, in the formats in use: `read_lora`, `apply_lora`, `write_lora`."""
+`add_lora` replaces named layers of a network in place. A replaced layer keeps its `weight` and
+`bias` (the same Parameter objects) and gains `lora_A.weight` [rank, in, ...] and `lora_B.weight`
+[out, rank, ...]. Names, shapes and arithmetic are those of `peft`.
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+"""
 
 import functools
 from collections.abc import Iterable
@@ -13,111 +16,206 @@ import torch
 from torch import Tensor, nn
 
 
+def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + scale B A, in the type and on the device of `weight`.
+
+    The sum is computed in float32, or in float64 if one of them is float64, and rounded once.
+    """
+    dtypes = (weight.dtype, A.dtype, B.dtype)
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    W, A, B = (tensor.detach().to(weight.device, dtype) for tensor in (weight, A, B))
+
+    change = scale * (B.flatten(1) @ A.flatten(1)).view_as(W)
+    return (W + change).to(weight.dtype)
+
+
+def plain_conv(layer: nn.Conv2d) -> nn.Conv2d:
+    """A plain convolution with the sizes of `layer` and no memory yet: it is on the meta device."""
+    return nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        bias=layer.bias is not None,
+        device="meta",
+    )
+
+
 class LoRALinear(nn.Linear):
-    """`lora_A` is [rank, in], `lora_B` [out, rank]."""
+    """A linear layer with a LoRA. A is [rank, in], B is [out, rank]."""
 
     def __init__(self, layer: nn.Linear, rank: int, alpha: float):
+        # nn.Linear's own __init__ would draw a new weight.
         nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, layer.bias
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.weight = layer.weight
+        self.bias = layer.bias
         self.lora_A = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False)
-        self.scale = self.full_scale = alpha / rank
+        self.full_scale = alpha / rank
+        self.scale = self.full_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(super().forward(x), self.lora_B(self.lora_A(x)), alpha=self.scale)
+        y = super().forward(x)
+        change = self.lora_B(self.lora_A(x))
+        return torch.add(y, change, alpha=self.scale)
 
     def merged(self) -> nn.Linear:
-        return _merged(self, nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
+        """A plain layer of the same function, frozen, at the present scale."""
+        layer = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device="meta",
+        )
+        W = merged_weight(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale)
+        layer.weight = nn.Parameter(W, requires_grad=False)
+        layer.bias = self.bias
+        return layer
 
 
 class LoRAConv2d(nn.Conv2d):
-    """`lora_A` has the layer's kernel, stride and padding; `lora_B` is 1x1."""
+    """A convolution with a LoRA. A has the kernel, stride and padding of the layer, B is 1x1."""
 
     def __init__(self, layer: nn.Conv2d, rank: int, alpha: float):
-        super().__init__(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                         bias=layer.bias is not None, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
-        self.lora_A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
+        super().__init__(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            bias=layer.bias is not None,
+            device="meta",
+        )
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.lora_A = nn.Conv2d(
+            layer.in_channels,
+            rank,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            bias=False,
+        )
         self.lora_B = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
-        self.scale = self.full_scale = alpha / rank
+        self.full_scale = alpha / rank
+        self.scale = self.full_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(super().forward(x), self.lora_B(self.lora_A(x)), alpha=self.scale)
+        y = super().forward(x)
+        change = self.lora_B(self.lora_A(x))
+        return torch.add(y, change, alpha=self.scale)
 
     def merged(self) -> nn.Conv2d:
-        layer = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-                          bias=self.bias is not None, device="meta")
-        return _merged(self, layer)
+        """A plain layer of the same function, frozen, at the present scale."""
+        layer = plain_conv(self)
+        W = merged_weight(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale)
+        layer.weight = nn.Parameter(W, requires_grad=False)
+        layer.bias = self.bias
+        return layer
 
 
 class TwinConv2d(nn.Conv2d):
-    """A convolution trained in full beside its frozen original, so that a scale in [0, 1] leads from one to the other
-    as a LoRA's scale does: (1 - scale) W0 x + scale W x, no gradient through the first (stochastic `conv_in`)."""
+    """A fully trained convolution beside its frozen original, for the stochastic `conv_in`.
+
+    A scale in [0, 1] blends the original into the trained one, as the scale of a LoRA does:
+    (1 - scale) W0 x + scale W x. No gradient flows through the original.
+    """
 
     def __init__(self, layer: nn.Conv2d):
-        super().__init__(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                         bias=layer.bias is not None, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
+        super().__init__(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            bias=layer.bias is not None,
+            device="meta",
+        )
+        self.weight = layer.weight
+        self.bias = layer.bias
         self.register_buffer("weight0", layer.weight.detach().clone(), persistent=False)
         self.register_buffer("bias0", layer.bias.detach().clone(), persistent=False)
-        self.scale = self.full_scale = 1.0
+        self.full_scale = 1.0
+        self.scale = self.full_scale
 
     def forward(self, x: Tensor) -> Tensor:
         trained = super().forward(x)
         if self.scale == 1.0:
             return trained
+
         with torch.no_grad():
-            pretrained = self._conv_forward(x, self.weight0.to(self.weight.dtype), self.bias0.to(self.bias.dtype))
-        return (1 - self.scale) * pretrained + self.scale * trained
+            weight0 = self.weight0.to(self.weight.dtype)
+            bias0 = self.bias0.to(self.bias.dtype)
+            original = self._conv_forward(x, weight0, bias0)
+        return (1 - self.scale) * original + self.scale * trained
 
     def merged(self) -> nn.Conv2d:
-        layer = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-                          device="meta")
-        W, b = self.weight.detach(), self.bias.detach()
-        layer.weight = nn.Parameter(torch.lerp(self.weight0.to(W.dtype), W, self.scale), requires_grad=False)
-        layer.bias = nn.Parameter(torch.lerp(self.bias0.to(b.dtype), b, self.scale), requires_grad=False)
+        """A plain convolution of the same function, frozen, at the present scale."""
+        layer = plain_conv(self)
+        W = self.weight.detach()
+        b = self.bias.detach()
+        W = torch.lerp(self.weight0.to(W.dtype), W, self.scale)
+        b = torch.lerp(self.bias0.to(b.dtype), b, self.scale)
+        layer.weight = nn.Parameter(W, requires_grad=False)
+        layer.bias = nn.Parameter(b, requires_grad=False)
         return layer
 
 
 ADAPTERS = (LoRALinear, LoRAConv2d, TwinConv2d)
 
 
-def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`weight` + scale B A, added in float32, or float64 where one of them is that, and rounded once."""
-    fine = functools.reduce(torch.promote_types, (weight.dtype, A.dtype, B.dtype), torch.float32)
-    W, A, B = (t.detach().to(weight.device, fine) for t in (weight, A, B))
-    return (W + scale * (B.flatten(1) @ A.flatten(1)).view_as(W)).to(weight.dtype)
-
-
-def _merged(adapter: LoRALinear | LoRAConv2d, layer: nn.Module) -> nn.Module:
-    """The plain `layer` with the adapter's changed weight."""
-    W = merged_weight(adapter.weight, adapter.lora_A.weight, adapter.lora_B.weight, adapter.scale)
-    layer.weight, layer.bias = nn.Parameter(W, requires_grad=False), adapter.bias
-    return layer
-
-
 def replace(module: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts `layer` in the place of the submodule with this dotted name."""
     parent, _, child = name.rpartition(".")
     setattr(module.get_submodule(parent), child, layer)
 
 
-def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float,
-             generator: torch.Generator | None = None) -> None:
-    """Replaces every linear layer and convolution of `module` whose dotted name is, or ends in, one of `targets`
-    (whole parts: `quant_conv` is not `conv`). A starts as Gaussian noise of deviation 1 / rank, B at 0: no change."""
+def target_names(module: nn.Module, targets: tuple[str, ...]) -> list[str]:
+    """Dotted names of the linear layers and convolutions whose name is one of `targets`, or ends
+    in one after a dot: `conv` does not select `quant_conv`."""
+    names = []
+    for name, layer in module.named_modules():
+        selected = any(name == target or name.endswith("." + target) for target in targets)
+        if selected and isinstance(layer, nn.Linear | nn.Conv2d):
+            names.append(name)
+    return names
+
+
+def add_lora(
+    module: nn.Module,
+    targets: Iterable[str],
+    rank: int,
+    alpha: float,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Gives a LoRA to all layers of `module` that `target_names` selects, in place.
+
+    A starts as Gaussian noise with a standard deviation of 1 / rank, drawn from `generator`, and B
+    at 0, so the network's output does not change yet. Raises ValueError if no layer is selected.
+    """
     targets = tuple(targets)
-    names = [name for name, layer in module.named_modules()
-             if any(name == t or name.endswith("." + t) for t in targets) and isinstance(layer, nn.Linear | nn.Conv2d)]
+    names = target_names(module, targets)
     if not names:
-        raise ValueError(f"no layer of the network is called {', '.join(targets)}:"
-                         " the LoRA is for a network of another kind")
+        raise ValueError(
+            f"no layer of the network is called {', '.join(targets)}: the LoRA is for another kind"
+            " of network"
+        )
+
     for name in names:
         layer = module.get_submodule(name)
-        adapter = LoRALinear(layer, rank, alpha) if isinstance(layer, nn.Linear) else LoRAConv2d(layer, rank, alpha)
-        fine = torch.promote_types(layer.weight.dtype, torch.float32)  # the change stays fine where W is stored in half
-        for part in (adapter.lora_A, adapter.lora_B):
-            part.to(device=layer.weight.device, dtype=fine)
+        if isinstance(layer, nn.Linear):
+            adapter = LoRALinear(layer, rank, alpha)
+        else:
+            adapter = LoRAConv2d(layer, rank, alpha)
+
+        # Where W is stored in half precision, A and B stay in float32.
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        adapter.lora_A.to(device=layer.weight.device, dtype=dtype)
+        adapter.lora_B.to(device=layer.weight.device, dtype=dtype)
+
         if not layer.weight.is_meta:
             noise = torch.randn(adapter.lora_A.weight.shape, generator=generator)
             adapter.lora_A.weight.data.copy_(noise / rank)
@@ -126,20 +224,35 @@ def add_lora(module: nn.Module, targets: Iterable[str], rank: int, alpha: float,
 
 
 def set_scale(module: nn.Module, r: float) -> None:
-    """Every adapter under `module` works at r times its full strength, from now until the next call. It is one number
-    for a whole step: set it before the forward pass and leave it alone until the backward pass is over."""
+    """Sets every adapter under `module` to r times its full strength, until the next call.
+
+    Call it before the forward pass, and not again before the backward pass is over: gradient
+    checkpointing computes the forward pass a second time there.
+    """
     for layer in module.modules():
         if isinstance(layer, ADAPTERS):
             layer.scale = r * layer.full_scale
 
 
 def merge(module: nn.Module) -> nn.Module:
-    """Puts plain layers back in place of all adapters, their change added at its present scale: nothing left to
-    compute. What has no adapter is copied: one bias left in the file's mapping would keep all of it in memory."""
-    merged = {name: layer.merged() for name, layer in module.named_modules() if isinstance(layer, ADAPTERS)}
+    """Replaces all adapters by plain layers of the same function, at their present scale.
+
+    After it the network is as fast as without adapters.
+    """
+    merged = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, ADAPTERS):
+            merged[name] = layer.merged()
+    if not merged:
+        return module
+
     for name, layer in merged.items():
         replace(module, name, layer)
-    own = {id(layer.weight) for layer in merged.values()}
-    for p in module.parameters() if merged else ():
-        p.data = p.data if id(p) in own else p.data.clone()
+
+    # All other parameters are copied out of the memory-mapped checkpoint: a single bias left in the
+    # mapping would keep the whole file in memory.
+    new = {id(layer.weight) for layer in merged.values()}
+    for p in module.parameters():
+        if id(p) not in new:
+            p.data = p.data.clone()
     return module

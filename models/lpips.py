@@ -1,60 +1,105 @@
-"""LPIPS, the perceptual distance of two pictures: differences between the features of a VGG16, weighted by what people
-called alike. Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric";
-version 0.1 of the `lpips` package with `net="vgg"`."""
+"""LPIPS: the perceptual distance of two pictures.
+
+It is the difference between the features that VGG16 sees in them, weighted so that it agrees with
+what people find similar.
+
+Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual
+Metric"; version 0.1 of the `lpips` package with `net="vgg"`.
+"""
 
 import torch
 from torch import Tensor, nn
 
-SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and deviation, for [-1, 1]
-CHANNELS, CONVS = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
-LAST = (3, 8, 15, 22, 29)  # relu1_2, 2_2, 3_3, 4_3, 5_3
+# ImageNet's mean and standard deviation, per channel, of pictures in [-1, 1].
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+# VGG16's five stages: channels and number of convolutions. A max pool stands between stages.
+CHANNELS = (64, 128, 256, 512, 512)
+CONVS = (2, 2, 3, 3, 3)
+# Where each stage ends in `features`: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3.
+LAST = (3, 8, 15, 22, 29)
 
 
 class Lin(nn.Module):
+    """The weight of each channel, as a 1x1 convolution."""
+
     def __init__(self, c: int):
         super().__init__()
-        self.model = nn.ModuleList([nn.Identity(), nn.Conv2d(c, 1, 1, bias=False)])  # 0 was a dropout in its training
+        # The weight is model.1 in the checkpoint; model.0 was a dropout.
+        self.model = nn.ModuleList([nn.Identity(), nn.Conv2d(c, 1, 1, bias=False)])
 
 
 class LPIPS(nn.Module):
-    """`features.N` are torchvision's VGG16 without what follows relu5_3; `linN.model.1` the file of `lpips`."""
+    """Module names are those of the files.
+
+    `features.N` is torchvision's VGG16 up to relu5_3, `linN.model.1` the `lpips` package's file.
+    """
 
     def __init__(self):
         super().__init__()
-        layers, c_in = [], 3
-        for c, n in zip(CHANNELS, CONVS):
-            layers += [nn.MaxPool2d(2)] if layers else []
-            for _ in range(n):
-                layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU(inplace=True)]
+        layers = []
+        c_in = 3
+        for c, convs in zip(CHANNELS, CONVS):
+            if layers:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(convs):
+                layers.append(nn.Conv2d(c_in, c, 3, padding=1))
+                layers.append(nn.ReLU(inplace=True))
                 c_in = c
         self.features = nn.Sequential(*layers)
-        self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = (Lin(c) for c in CHANNELS)
+        self.lin0 = Lin(CHANNELS[0])
+        self.lin1 = Lin(CHANNELS[1])
+        self.lin2 = Lin(CHANNELS[2])
+        self.lin3 = Lin(CHANNELS[3])
+        self.lin4 = Lin(CHANNELS[4])
 
     def normalised_features(self, x: Tensor) -> list[Tensor]:
-        """Pictures -> five maps, each pixel's features of length one (or all zero)."""
-        shift, scale = (x.new_tensor(v).view(3, 1, 1) for v in (SHIFT, SCALE))
-        x, maps = (x - shift) / scale, []
+        """Pictures [B, 3, H, W] in [-1, 1] -> the maps [B, C, h, w] of the five stages.
+
+        The features of each pixel have unit length, or are all zero.
+        """
+        shift = x.new_tensor(SHIFT).view(3, 1, 1)
+        scale = x.new_tensor(SCALE).view(3, 1, 1)
+        x = (x - shift) / scale
+        maps = []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in LAST:
-                f = x.to(torch.promote_types(x.dtype, torch.float32))  # 1e-10 is zero in half precision
-                maps.append(f / (torch.linalg.vector_norm(f, dim=1, keepdim=True) + 1e-10))
+                # At least float32: 1e-10 is zero in half precision.
+                f = x.to(torch.promote_types(x.dtype, torch.float32))
+                length = torch.linalg.vector_norm(f, dim=1, keepdim=True)
+                maps.append(f / (length + 1e-10))
         return maps
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1], 16 pixels a side or more, not resized -> distances [B], differentiable."""
+        """Pictures [B, 3, H, W] in [-1, 1] -> distances [B], differentiable.
+
+        Pictures are not resized; both sides need at least 16 pixels.
+        """
         if a.shape != b.shape or min(a.shape[2:]) < 16:
-            raise ValueError(f"LPIPS was given pictures of shapes {list(a.shape)} and {list(b.shape)};"
-                             " it takes two of the same shape, of 16 pixels a side or more")
+            raise ValueError(
+                f"LPIPS was given pictures of shapes {list(a.shape)} and {list(b.shape)};"
+                " it takes two of the same shape, of 16 pixels a side or more"
+            )
         lins = (self.lin0, self.lin1, self.lin2, self.lin3, self.lin4)
-        return sum((lin.model[1].weight * (fa - fb) ** 2).sum(1).mean((1, 2))
-                   for lin, fa, fb in zip(lins, self.normalised_features(a), self.normalised_features(b)))
+        maps_a = self.normalised_features(a)
+        maps_b = self.normalised_features(b)
+        distance = a.new_zeros(len(a))  # [B]
+        for lin, map_a, map_b in zip(lins, maps_a, maps_b):
+            weight = lin.model[1].weight  # [1, C, 1, 1]
+            difference = (weight * (map_a - map_b) ** 2).sum(1)  # [B, h, w]
+            distance = distance + difference.mean((1, 2))
+        return distance
 
 
 def from_state_dict(vgg: dict[str, Tensor], lin: dict[str, Tensor]) -> LPIPS:
-    """LPIPS, frozen, made of torchvision's VGG16 file (its classifier is left out) and of `vgg.pth` of `lpips`."""
+    """A frozen LPIPS from torchvision's VGG16 file and the `lpips` package's `vgg.pth`."""
     with torch.device("meta"):
         network = LPIPS()
-    tensors = {name: t for name, t in (vgg | lin).items() if not name.startswith("classifier.")}
-    network.load_state_dict(tensors, assign=True)
+    kept = {}
+    for name, tensor in (vgg | lin).items():
+        if not name.startswith("classifier."):
+            kept[name] = tensor
+    network.load_state_dict(kept, assign=True)
     return network.eval().requires_grad_(False)

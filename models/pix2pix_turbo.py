@@ -1,8 +1,14 @@
-"""pix2pix-Turbo: a one-step text-to-image model turned into a one-step translator of pictures (paired).
+"""pix2pix-Turbo: a one-step text-to-image model that translates pictures, trained on pairs.
 
-Parmar et al. 2024, section 3. The condition goes in where the noise did: VAE encoder -> U-Net at the last timestep ->
-VAE decoder, with four skips from encoder to decoder that carry detail past the latent. Trained are LoRA on the U-Net
-and VAE, the U-Net's first convolution and the skip convolutions; with `train="all"`, for small bases, every weight."""
+    VAE encoder -> U-Net at the last timestep -> VAE decoder
+
+The latent of the condition takes the place of the noise, and four skip connections from encoder to
+decoder carry the detail that the latent loses. Trained are LoRA on the U-Net and the VAE, the
+U-Net's first convolution and the skip convolutions; with `train="all"`, for small bases, every
+weight.
+
+Source: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.
+"""
 
 from dataclasses import dataclass
 
@@ -14,19 +20,44 @@ from models.lora import TwinConv2d, add_lora, replace
 from models.unet import UNet
 from models.vae import VAE
 
-UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_shortcut", "conv_out", "proj_in",
-                "proj_out", "ff.net.2", "ff.net.0.proj")
-VAE_TARGETS = ("conv1", "conv2", "conv_in", "conv_shortcut", "conv", "conv_out", "to_k", "to_q", "to_v", "to_out.0")
+# Layers with LoRA: those whose names are, or end in, one of these.
+UNET_TARGETS = (
+    "to_k",
+    "to_q",
+    "to_v",
+    "to_out.0",
+    "conv",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "conv_out",
+    "proj_in",
+    "proj_out",
+    "ff.net.2",
+    "ff.net.0.proj",
+)
+VAE_TARGETS = (
+    "conv1",
+    "conv2",
+    "conv_in",
+    "conv_shortcut",
+    "conv",
+    "conv_out",
+    "to_k",
+    "to_q",
+    "to_v",
+    "to_out.0",
+)
 
 
 @dataclass
 class Pix2PixTurboConfig:
-    """lora_alpha 8 is peft's default whatever the rank: scale 8 / 8 = 1 in the U-Net, 8 / 4 = 2 in the VAE."""
+    """lora_alpha 8 is peft's default for every rank: scale 8/8 in the U-Net, 8/4 in the VAE."""
     lora_rank_unet: int = 8
     lora_rank_vae: int = 4
     lora_alpha: float = 8.0
-    stochastic: bool = False  # r, the noise map and the twin conv_in
-    conv_in: bool = True  # trained in full
+    stochastic: bool = False  # takes r and a noise map, with which pictures vary
+    conv_in: bool = True  # the U-Net's first convolution is trained in full
     train: str = "lora"  # "lora" | "all"
     timestep: int = 999
     prediction_type: str = "epsilon"  # of the base
@@ -34,85 +65,167 @@ class Pix2PixTurboConfig:
     vae_targets: tuple[str, ...] = VAE_TARGETS
 
 
+# -------------------- skip connections
+
+def skip_conv_names(vae: VAE) -> list[str]:
+    """Names of the skip convolutions in the decoder, one for each of its blocks."""
+    return [f"skip_conv_{i + 1}" for i in range(len(vae.config.block_out_channels))]
+
+
 def add_skip_convs(vae: VAE) -> None:
-    """`vae.decoder.skip_conv_1` ... `_n`: 1x1, from the width entering down block n + 1 - i to the width entering up
-    block i, all weights 1e-5: nearly nothing at first, and yet with a gradient for both sides."""
+    """Adds the 1x1 convolutions `skip_conv_1`, `skip_conv_2`, ... to the VAE's decoder.
+
+    Convolution i leads from the input of an encoder block to the input of the decoder's block i,
+    the deepest encoder block first. All weights begin at 1e-5: almost nothing at first, but not
+    zero, so that gradients reach both sides.
+    """
     widths = vae.config.block_out_channels
-    enters_down = [widths[0], *widths[:-1]]
-    enters_up = [widths[-1], *widths[:0:-1]]
+    encoder_widths = [widths[0], *widths[:-1]]  # of the inputs of the encoder's blocks
+    decoder_widths = [widths[-1], *widths[:0:-1]]  # of the inputs of the decoder's blocks
     weight = vae.decoder.conv_in.weight
-    fine = torch.promote_types(weight.dtype, torch.float32)
-    for i, (c_in, c_out) in enumerate(zip(reversed(enters_down), enters_up), start=1):
-        conv = nn.Conv2d(c_in, c_out, 1, bias=False, device=weight.device, dtype=fine)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    pairs = zip(reversed(encoder_widths), decoder_widths)
+    for name, (c_in, c_out) in zip(skip_conv_names(vae), pairs):
+        conv = nn.Conv2d(c_in, c_out, 1, bias=False, device=weight.device, dtype=dtype)
         if not weight.is_meta:
             nn.init.constant_(conv.weight, 1e-5)
-        setattr(vae.decoder, f"skip_conv_{i}", conv)
+        setattr(vae.decoder, name, conv)
 
 
 def convolved_skips(vae: VAE, skips: list[Tensor], skip_scale: float) -> list[Tensor]:
-    """The encoder's skips, first to last, as the decoder wants them: deepest first, times gamma, convolved."""
-    convs = [getattr(vae.decoder, f"skip_conv_{i}") for i in range(1, len(skips) + 1)]
-    return [conv(skip if skip_scale == 1 else skip * skip_scale) for conv, skip in zip(convs, reversed(skips))]
+    """The encoder's skips, times gamma (`skip_scale`) and convolved, for the decoder's blocks.
 
+    `skips` come first to last, as the encoder returns them; the result is deepest first.
+    """
+    result = []
+    for name, skip in zip(skip_conv_names(vae), reversed(skips)):
+        if skip_scale != 1:
+            skip = skip * skip_scale
+        result.append(getattr(vae.decoder, name)(skip))
+    return result
+
+
+# -------------------- generator
 
 class Pix2PixTurbo(nn.Module):
-    """Adapts the given networks in place: they belong to the generator from here on.
+    """The generator. It changes the given networks in place: they belong to it from now on.
 
-    What is to be trained has `requires_grad`, all else has not. `generator` seeds the first LoRA weights."""
+    Exactly the parameters to be trained have `requires_grad`. `generator` is the random generator
+    of the initial LoRA weights.
+    """
 
-    def __init__(self, vae: VAE, unet: UNet, schedule: Schedule, config: Pix2PixTurboConfig,
-                 generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        vae: VAE,
+        unet: UNet,
+        schedule: Schedule,
+        config: Pix2PixTurboConfig,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__()
-        self.vae, self.unet, self.schedule, self.config = vae, unet, schedule, config
+        self.vae = vae
+        self.unet = unet
+        self.schedule = schedule
+        self.config = config
+
         self.requires_grad_(config.train == "all")
         add_skip_convs(vae)
         if config.train == "lora":
-            skip_convs = tuple(f"skip_conv_{i}" for i in range(1, len(vae.config.block_out_channels) + 1))
-            add_lora(vae, (*config.vae_targets, *skip_convs), config.lora_rank_vae, config.lora_alpha, generator)
-            add_lora(unet, config.unet_targets, config.lora_rank_unet, config.lora_alpha, generator)
+            vae_targets = (*config.vae_targets, *skip_conv_names(vae))
+            add_lora(vae, vae_targets, config.lora_rank_vae, config.lora_alpha, generator)
+            add_lora(
+                unet, config.unet_targets, config.lora_rank_unet, config.lora_alpha, generator
+            )
         if config.stochastic:
             replace(unet, "conv_in", TwinConv2d(unet.conv_in))
+
+        # Beside their LoRA, these convolutions are trained in full.
         for name, parameter in vae.named_parameters():
             if "skip_conv" in name:
                 parameter.requires_grad_(True)
         if config.conv_in:
             unet.conv_in.requires_grad_(True)
 
-    def forward(self, x: Tensor, context: Tensor, r: float | None = None, noise: Tensor | None = None,
-                skip_scale: float = 1.0, latent_noise: Tensor | None = None) -> Tensor:
-        """Condition [B, 3, H, W] in [0, 1], H and W multiples of the VAE's factor, context [B, N, C] -> picture
-        [B, 3, H, W] in [-1, 1].
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        r: float | None = None,
+        noise: Tensor | None = None,
+        skip_scale: float = 1.0,
+        latent_noise: Tensor | None = None,
+    ) -> Tensor:
+        """Condition [B, 3, H, W] in [0, 1], context [B, N, C] -> picture [B, 3, H, W] in [-1, 1].
 
-        Stochastic models take r in [0, 1] and a noise map [B, 4, h, w]: 1 follows the condition, 0 is the base's own
-        picture of the noise. The adapters' strength is not forward's business: `lora.set_scale(self, r)` comes before
-        it. `latent_noise` [B, 4, h, w] draws the latent from the encoder's distribution; without it, the mean."""
-        t, scaling = self.config.timestep, self.vae.config.scaling_factor
+        H and W are multiples of the VAE's factor. `skip_scale` is gamma.
+
+        Stochastic models take r in [0, 1] and noise [B, 4, h, w]: at r = 1 the picture follows the
+        condition, at r = 0 it is the base's own picture of the noise. The strength of the adapters
+        is not set here: call `lora.set_scale(self, r)` first.
+
+        With latent_noise [B, 4, h, w] the latent is a sample of the encoder's distribution,
+        without it the mean.
+        """
+        t = self.config.timestep
+        scaling = self.vae.config.scaling_factor
+
         mean, logvar, skips = self.vae.encode(x)
-        z = mean if latent_noise is None else mean + (0.5 * logvar).exp() * latent_noise
+        z = mean  # [B, 4, h, w]
+        if latent_noise is not None:
+            z = mean + (0.5 * logvar).exp() * latent_noise
         z = z * scaling
         if r is not None:
             z = r * z + (1 - r) * noise
             skip_scale = skip_scale * r
-        z = predict_x0(self.unet(z, t, context), z, t, self.schedule, self.config.prediction_type)
+
+        prediction = self.unet(z, t, context)
+        z = predict_x0(prediction, z, t, self.schedule, self.config.prediction_type)
         skips = convolved_skips(self.vae, skips, skip_scale)
         return self.vae.decode(z / scaling, skips).clamp(-1, 1)
 
 
+# -------------------- official files
+
+def check_official(saved: object, keys: set[str], kind: str, path: object) -> None:
+    """ValueError unless an official `.pkl` holds a dictionary with these keys."""
+    found = type(saved).__name__
+    if isinstance(saved, dict):
+        if keys <= saved.keys():
+            return
+        found = ", ".join(map(str, saved))[:100]
+    raise ValueError(f"{path} holds {found}; expected a {kind} file with {', '.join(sorted(keys))}")
+
+
 def from_official(saved: dict, path: object) -> tuple[Pix2PixTurboConfig, dict[str, Tensor]]:
-    """An official `.pkl`'s contents (img2img-turbo's `save_model`) -> our configuration and tensors, by our names."""
-    known = {"unet_lora_target_modules", "vae_lora_target_modules", "rank_unet", "rank_vae", "state_dict_unet",
-             "state_dict_vae"}
-    if not isinstance(saved, dict) or not known <= saved.keys():
-        found = ", ".join(map(str, saved))[:100] if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"{path} holds {found}; expected a pix2pix-Turbo file with {', '.join(sorted(known))}")
+    """An official `.pkl` file's contents -> our configuration, and the tensors by our names.
+
+    Source: `save_model` of img2img-turbo's `pix2pix_turbo.py`. ValueError if it is another file.
+    """
+    keys = {
+        "unet_lora_target_modules",
+        "vae_lora_target_modules",
+        "rank_unet",
+        "rank_vae",
+        "state_dict_unet",
+        "state_dict_vae",
+    }
+    check_official(saved, keys, "pix2pix-Turbo", path)
+
     tensors = {}
     for part, adapter in [("unet", "default"), ("vae", "vae_skip")]:
         for name, tensor in saved[f"state_dict_{part}"].items():
-            name = name.replace(f".{adapter}.weight", ".weight").replace(".base_layer.", ".")
+            if "conv_in_pretrained" in name:
+                continue  # the base's own, which we have
+            name = name.replace(f".{adapter}.weight", ".weight")
+            name = name.replace(".base_layer.", ".")
             name = name.replace("conv_in_curr.", "")
-            if "conv_in_pretrained" not in name:  # the base's own, which we have
-                tensors[f"{part}.{name}"] = tensor
-    stochastic = "conv_in.conv_in_curr.weight" in saved["state_dict_unet"]
-    return Pix2PixTurboConfig(saved["rank_unet"], saved["rank_vae"], stochastic=stochastic,
-                              unet_targets=tuple(saved["unet_lora_target_modules"]),
-                              vae_targets=tuple(saved["vae_lora_target_modules"])), tensors
+            tensors[f"{part}.{name}"] = tensor
+
+    config = Pix2PixTurboConfig(
+        lora_rank_unet=saved["rank_unet"],
+        lora_rank_vae=saved["rank_vae"],
+        stochastic="conv_in.conv_in_curr.weight" in saved["state_dict_unet"],
+        unet_targets=tuple(saved["unet_lora_target_modules"]),
+        vae_targets=tuple(saved["vae_lora_target_modules"]),
+    )
+    return config, tensors

@@ -1,11 +1,18 @@
-"""The Stable Diffusion autoencoder (`AutoencoderKL`), with the skips of the one-step translators as arguments.
+"""The autoencoder of Stable Diffusion (`AutoencoderKL`).
 
-A picture [B, 3, H, W] in [-1, 1] becomes a latent [B, 4, H/8, W/8] and back (the factor follows from the
-configuration). Module names are those of the `vae/` folder of a `diffusers` checkpoint, so its state dictionary loads
-as it is. Source: Rombach et al. 2022; the skips: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image
-Models", 3.2."""
+The encoder turns a picture [B, 3, H, W] in [-1, 1] into a latent [B, 4, H/8, W/8], the decoder
+turns it back. The factor 8 follows from the configuration. The encoder also returns its skips, and
+the decoder takes skips as an argument: the one-step translators connect the two.
+
+Module names are those of the `vae/` folder of a `diffusers` checkpoint, so its state dict loads
+without renaming.
+
+Sources: Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models"; for
+the skips, Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.2.
+"""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,14 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Options of `vae/config.json` that other autoencoders use and this file does not build: each must have this value.
-FIXED = dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None, use_quant_conv=True,
-             use_post_quant_conv=True, mid_block_add_attention=True)
+# Options of `vae/config.json` for which only this value is supported. Other autoencoders use
+# others.
+FIXED = dict(
+    act_fn="silu",
+    shift_factor=None,
+    latents_mean=None,
+    latents_std=None,
+    use_quant_conv=True,
+    use_post_quant_conv=True,
+    mid_block_add_attention=True,
+)
 
 
 @dataclass
 class VAEConfig:
-    """Defaults are those of Stable Diffusion."""
+    """The options of `vae/config.json`. The defaults are those of Stable Diffusion."""
+
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
@@ -34,24 +50,37 @@ class VAEConfig:
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
 
     def __post_init__(self):
-        n = len(self.block_out_channels)
-        if set(self.down_block_types) != {"DownEncoderBlock2D"} or set(self.up_block_types) != {"UpDecoderBlock2D"}:
-            raise ValueError(f"the VAE's blocks are {[*self.down_block_types, *self.up_block_types]};"
-                             " built here are DownEncoderBlock2D and UpDecoderBlock2D: take a Stable Diffusion VAE")
-        if len(self.down_block_types) != n or len(self.up_block_types) != n:
-            raise ValueError(f"the VAE has {n} widths in block_out_channels, but {len(self.down_block_types)} down and"
-                             f" {len(self.up_block_types)} up blocks: config.json must name one block a width")
+        levels = len(self.block_out_channels)
+        down = self.down_block_types
+        up = self.up_block_types
+
+        if set(down) != {"DownEncoderBlock2D"} or set(up) != {"UpDecoderBlock2D"}:
+            raise ValueError(
+                f"the VAE has the blocks {[*down, *up]}, but only DownEncoderBlock2D and"
+                " UpDecoderBlock2D are supported: use a Stable Diffusion VAE"
+            )
+        if len(down) != levels or len(up) != levels:
+            raise ValueError(
+                f"the VAE has {levels} widths in block_out_channels, but {len(down)} down and"
+                f" {len(up)} up blocks: config.json must name one block of each kind per width"
+            )
 
 
 class GroupNorm(nn.GroupNorm):
-    """Under autocast, too, in its input's type. Autocast on a GPU would go through float32, and keep twice the memory
-    for the gradient."""
+    """A group norm that stays in the type of its input under autocast.
+
+    Autocast on a GPU would compute it in float32 and keep twice the memory for the backward pass.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(device, enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class ResBlock(nn.Module):
@@ -68,60 +97,82 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return h + x
 
 
 class Attention(nn.Module):
-    """One head over all pixels."""
+    """Self-attention over all pixels of [B, C, H, W], with one head."""
 
-    def __init__(self, c: int, groups: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.group_norm = GroupNorm(groups, c, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = nn.Linear(c, c), nn.Linear(c, c), nn.Linear(c, c)
-        self.to_out = nn.ModuleList([nn.Linear(c, c)])  # a list, because the checkpoint's name is to_out.0
+        self.group_norm = GroupNorm(groups, channels, eps=1e-6)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        # A list of one, because the checkpoint calls this layer to_out.0.
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
-        q, k, v = (f(h).unsqueeze(1) for f in (self.to_q, self.to_k, self.to_v))  # [B, 1, HW, C]
-        h = self.to_out[0](F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        return x + h.transpose(1, 2).reshape(B, C, H, W)
+        q = self.to_q(h).unsqueeze(1)  # [B, 1, HW, C]
+        k = self.to_k(h).unsqueeze(1)
+        v = self.to_v(h).unsqueeze(1)
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, HW, C]
+        h = self.to_out[0](h)
+        return x + h.transpose(1, 2).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
-    def __init__(self, c: int, groups: int):
+    """The lowest resolution: residual block, attention, residual block."""
+
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(c, groups)])
-        self.resnets = nn.ModuleList([ResBlock(c, c, groups), ResBlock(c, c, groups)])
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
+        self.resnets = nn.ModuleList([
+            ResBlock(channels, channels, groups),
+            ResBlock(channels, channels, groups),
+        ])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        x = self.attentions[0](x)
+        return self.resnets[1](x)
 
 
 class Downsample(nn.Module):
-    def __init__(self, c: int):
+    """[B, C, h, w] -> [B, C, h/2, w/2]."""
+
+    def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only: the original's asymmetric padding
+        # Stable Diffusion pads the right and the bottom edge only.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    def __init__(self, c: int):
+    """[B, C, h, w] -> [B, C, 2h, 2w]."""
+
+    def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class DownBlock(nn.Module):
-    """A level of the encoder, halving height and width where `down`."""
+    """One level of the encoder. With `down` it halves height and width at its end."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, down: bool):
         super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
+        self.resnets = nn.ModuleList([
+            ResBlock(c_in if i == 0 else c_out, c_out, groups)
+            for i in range(layers)
+        ])
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if down else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,11 +182,14 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """A level of the decoder, doubling height and width where `up`."""
+    """One level of the decoder. With `up` it doubles height and width at its end."""
 
     def __init__(self, c_in: int, c_out: int, layers: int, groups: int, up: bool):
         super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
+        self.resnets = nn.ModuleList([
+            ResBlock(c_in if i == 0 else c_out, c_out, groups)
+            for i in range(layers)
+        ])
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if up else [])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,130 +198,136 @@ class UpBlock(nn.Module):
         return x
 
 
-def run(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
-    """Checkpointed, a block keeps only its input for the backward pass and is computed again there."""
-    return checkpoint(block, x, use_reentrant=False) if checkpointing and torch.is_grad_enabled() else block(x)
+def run_block(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
+    """block(x). With gradient checkpointing, the block's activations are recomputed in the backward
+    pass, and only its input is kept until then."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, x, use_reentrant=False)
+    return block(x)
 
 
 class Encoder(nn.Module):
-    """Pictures [B, 3, H, W] -> moments [B, 2 C, h, w], and the inputs of the down blocks as skips."""
+    """Picture [B, 3, H, W] -> moments [B, 2 C, h, w], and the inputs of the down blocks."""
 
-    def __init__(self, c: VAEConfig):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, n = c.block_out_channels, len(c.block_out_channels)
-        self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
+        widths = config.block_out_channels
+        levels = len(widths)
+        groups = config.norm_num_groups
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList([
-            DownBlock(widths[max(i - 1, 0)], widths[i], c.layers_per_block, c.norm_num_groups, down=i < n - 1)
-            for i in range(n)
+            DownBlock(
+                c_in=widths[max(i - 1, 0)],
+                c_out=widths[i],
+                layers=config.layers_per_block,
+                groups=groups,
+                down=i < levels - 1,
+            )
+            for i in range(levels)
         ])
-        self.mid_block = MidBlock(widths[-1], c.norm_num_groups)
-        self.conv_norm_out = GroupNorm(c.norm_num_groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
         self.checkpointing = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, skips = self.conv_in(x.to(self.conv_in.weight.dtype)), []
+        x = self.conv_in(x.to(self.conv_in.weight.dtype))
+        skips = []
         for block in self.down_blocks:
             skips.append(x)
-            x = run(block, x, self.checkpointing)
-        x = run(self.mid_block, x, self.checkpointing)
-        return self.conv_out(F.silu(self.conv_norm_out(x))), skips
+            x = run_block(block, x, self.checkpointing)
+        x = run_block(self.mid_block, x, self.checkpointing)
+        moments = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return moments, skips
 
 
 class Decoder(nn.Module):
-    """Latents [B, C, h, w] -> pictures [B, 3, H, W]."""
+    """Latent [B, C, h, w] -> picture [B, 3, H, W]."""
 
-    def __init__(self, c: VAEConfig):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, n = c.block_out_channels[::-1], len(c.block_out_channels)
-        self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
+        widths = config.block_out_channels[::-1]
+        levels = len(widths)
+        groups = config.norm_num_groups
+
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.up_blocks = nn.ModuleList([
-            UpBlock(widths[max(i - 1, 0)], widths[i], c.layers_per_block + 1, c.norm_num_groups, up=i < n - 1)
-            for i in range(n)
+            UpBlock(
+                c_in=widths[max(i - 1, 0)],
+                c_out=widths[i],
+                layers=config.layers_per_block + 1,
+                groups=groups,
+                up=i < levels - 1,
+            )
+            for i in range(levels)
         ])
-        self.mid_block = MidBlock(widths[0], c.norm_num_groups)
-        self.conv_norm_out = GroupNorm(c.norm_num_groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
         self.checkpointing = False
 
     def forward(self, z: Tensor, skips: list[Tensor] | None = None) -> Tensor:
         x = self.conv_in(z)
-        x = run(self.mid_block, x, self.checkpointing)
+        x = run_block(self.mid_block, x, self.checkpointing)
         for i, block in enumerate(self.up_blocks):
             if skips is not None:
                 x = x + skips[i]
-            x = run(block, x, self.checkpointing)
+            x = run_block(block, x, self.checkpointing)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):
-    """Module names are those of `diffusers`' `AutoencoderKL`."""
+    """The encoder, the decoder, and a 1x1 convolution on each side of the latent."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
+        channels = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1)
 
     @property
     def factor(self) -> int:
-        """How many pixels a side one latent stands for (8 in Stable Diffusion)."""
+        """The side of a picture over the side of its latent (8 in Stable Diffusion)."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Picture [B, 3, H, W] in [-1, 1], H and W multiples of the factor -> mean and log-variance
-        [B, 4, H/factor, W/factor], not yet times `config.scaling_factor`, and the skips: the input of each down block,
-        first (full size) to last."""
-        h, skips = self.encoder(x)
-        mean, logvar = self.quant_conv(h).chunk(2, dim=1)
+        """Picture [B, 3, H, W] in [-1, 1] -> mean, log-variance, skips.
+
+        H and W must be multiples of `factor`. Mean and log-variance are [B, 4, H/factor, W/factor],
+        not yet multiplied by `config.scaling_factor`. The skips are the inputs of the down blocks,
+        from first (full size) to last.
+        """
+        moments, skips = self.encoder(x)
+        mean, logvar = self.quant_conv(moments).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0), skips
 
     def decode(self, z: Tensor, skips: list[Tensor] | None = None) -> Tensor:
-        """Latent [B, 4, h, w], already divided by `config.scaling_factor` -> picture [B, 3, H, W] around [-1, 1], not
-        clamped. `skips`, one an up block in their order, already convolved to its width, are added to its input."""
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)), skips)
+        """Latent [B, 4, h, w], already divided by `config.scaling_factor` -> picture [B, 3, H, W].
 
-
-def tiled(network: Callable[..., Tensor], inputs: Sequence[Tensor], size: tuple[int, int], tile: int) -> Tensor:
-    """network(*inputs), by squares of `tile` latents a side where `size`, (h, w) in latents, is more: for pictures
-    beyond memory. Inputs and result [B, C, H, W] are latents or pictures. The squares overlap by a quarter at least,
-    and fade into each other linearly; none sees beyond its own edge."""
-    (h, w), overlap, total = size, max(tile // 4, 1), None
-    if max(h, w) <= tile:
-        return network(*inputs)
-
-    def cut(x: Tensor, top: int, left: int) -> Tensor:
-        scale = x.shape[-1] // w
-        return x[..., scale * top:scale * (top + tile), scale * left:scale * (left + tile)]
-
-    def starts(side: int) -> list[int]:
-        last = max(side - tile, 0)
-        n = -(-last // (tile - overlap))
-        return [last * i // max(n, 1) for i in range(n + 1)]
-
-    for top, left in itertools.product(starts(h), starts(w)):
-        part = network(*(cut(x, top, left) for x in inputs))
-        scale = part.shape[-1] // min(tile, w)
-        if total is None:
-            fine = dict(device=part.device, dtype=torch.promote_types(part.dtype, torch.float32))
-            total, weight = (torch.zeros(*n, scale * h, scale * w, **fine) for n in (part.shape[:2], (1, 1)))
-        rows, columns = (torch.arange(1, n + 1, **fine) for n in part.shape[-2:])
-        rows, columns = (torch.minimum(i, i.flip(0)).clamp(max=scale * overlap) for i in (rows, columns))
-        cut(total, top, left).add_(part * rows[:, None] * columns)
-        cut(weight, top, left).add_(rows[:, None] * columns)
-    return total / weight
+        The picture is meant to be in [-1, 1] but is not clamped. `skips` are added to the inputs of
+        the up blocks: one per block, in their order, already convolved to the block's width.
+        """
+        z = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
+        return self.decoder(z, skips)
 
 
 @dataclass
 class IdentityConfig:
+    """The options of `Identity`."""
+
     scaling_factor: float = 1.0
     sample_size: int = 32
 
 
 class Identity(nn.Module):
-    """In place of a VAE where a model works on pictures, or points, themselves: the latent is x."""
+    """Takes the place of a VAE for models that work on pictures or points directly.
+
+    The latent is x itself, with a variance of zero.
+    """
 
     factor = 1
 
@@ -276,15 +336,83 @@ class Identity(nn.Module):
         self.config = config
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        return x, torch.full_like(x, -torch.inf), []
+        logvar = torch.full_like(x, -torch.inf)
+        return x, logvar, []
 
     def decode(self, z: Tensor, skips: None = None) -> Tensor:
         return z
 
 
-def latent_size(sides: tuple[int, int], factor: int) -> list[int]:
-    """[h, w] of the latent of a picture of [H, W]; ValueError where it has no whole one."""
+def latent_size(sides: Sequence[int], factor: int) -> list[int]:
+    """[h, w] of the latent of a picture of sides [H, W].
+
+    Raises ValueError if a side is not a multiple of `factor`.
+    """
     if any(side % factor for side in sides):
-        raise ValueError(f"pictures of {sides[1]}x{sides[0]} pixels; expected sides that are multiples of {factor}:"
-                         " choose another --resolution or --train_image_prep")
+        height, width = sides
+        raise ValueError(
+            f"the pictures are {width}x{height} pixels; expected sides that are multiples of"
+            f" {factor}: choose another resolution or image preparation"
+        )
     return [side // factor for side in sides]
+
+
+def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Where the tiles along one side begin: evenly spaced, each overlapping the next by `overlap`
+    or more."""
+    last = max(side - tile, 0)
+    intervals = math.ceil(last / (tile - overlap))
+    return [last * i // max(intervals, 1) for i in range(intervals + 1)]
+
+
+def fade(length: int, margin: int, like: Tensor) -> Tensor:
+    """Weights [length] along one side of a tile: they rise from 1 to `margin` at both ends, and
+    stay there in between. Type and device are those of `like`."""
+    distance = torch.arange(1, length + 1, device=like.device, dtype=like.dtype)
+    distance = torch.minimum(distance, distance.flip(0))
+    return distance.clamp(max=margin)
+
+
+def tiled(
+    network: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    size: tuple[int, int],
+    tile: int,
+) -> Tensor:
+    """network(*inputs), computed in square tiles, for pictures that do not fit into memory.
+
+    `size` is (h, w) in latents, and a tile is `tile` latents wide and high. What fits into one tile
+    is computed at once. Inputs and result are latents or pictures [B, C, H, W]. Tiles overlap by
+    at least a quarter and are blended linearly. No tile sees beyond its own edge.
+    """
+    h, w = size
+    if max(h, w) <= tile:
+        return network(*inputs)
+
+    overlap = max(tile // 4, 1)
+
+    def cut(x: Tensor, top: int, left: int) -> Tensor:
+        """The tile of x whose corner is at (top, left), in latents."""
+        scale = x.shape[-1] // w  # 1 for a latent, the VAE's factor for a picture
+        rows = slice(scale * top, scale * (top + tile))
+        columns = slice(scale * left, scale * (left + tile))
+        return x[..., rows, columns]
+
+    corners = itertools.product(tile_starts(h, tile, overlap), tile_starts(w, tile, overlap))
+    total = None
+    for top, left in corners:
+        part = network(*(cut(x, top, left) for x in inputs))
+        scale = part.shape[-1] // min(tile, w)
+
+        # Only the first result tells how large the whole is.
+        if total is None:
+            whole = (scale * h, scale * w)
+            dtype = torch.promote_types(part.dtype, torch.float32)
+            total = torch.zeros(*part.shape[:2], *whole, device=part.device, dtype=dtype)
+            weight = torch.zeros(1, 1, *whole, device=part.device, dtype=dtype)
+
+        rows = fade(part.shape[-2], scale * overlap, like=total)[:, None]
+        columns = fade(part.shape[-1], scale * overlap, like=total)
+        cut(total, top, left).add_(part * rows * columns)
+        cut(weight, top, left).add_(rows * columns)
+    return total / weight

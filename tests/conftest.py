@@ -1,4 +1,4 @@
-"""What the tests share: the measure of agreement, weights that hide nothing, the folder of real files."""
+"""What the tests share: how close two tensors are, random weights, the folder of real data."""
 
 import math
 import os
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 def pytest_configure(config: pytest.Config) -> None:
     """Everywhere but in `pytest -m gpu` the tests see the same machine: one without a GPU."""
+    pytest.register_assert_rewrite("pipelines", "pictures_helpers", "trainer_helpers")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -19,14 +20,18 @@ def relative(ours: Tensor, peer: Tensor) -> float:
     """Largest absolute difference over largest absolute value, of tensors of the same shape."""
     assert ours.shape == peer.shape, f"{list(ours.shape)} and {list(peer.shape)}"
     value = ((ours - peer).abs().max() / peer.abs().max()).item()
-    assert math.isfinite(value), "not a number, or all zeros"  # which max() over several would pass over
+    # max() over several values would pass over NaN.
+    assert math.isfinite(value), "not a number, or all zeros"
     return value
 
 
 @torch.no_grad()
 def randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Draws every parameter, so that no norm's 1, no bias's 0 and no zero convolution hides a mistake; matrices keep
-    the size of what goes through them."""
+    """Draws every parameter at random.
+
+    So no norm's 1, no bias's 0 and no zero convolution hides a mistake. Matrices are scaled to
+    keep the size of what goes through them.
+    """
     generator = torch.Generator().manual_seed(seed)
     for p in network.parameters():
         noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
@@ -56,7 +61,10 @@ def shared() -> Path:
 
 @pytest.fixture
 def one_thread(request):
-    """Tiny networks gain nothing from a second thread, and lose tenfold waiting for it on a busy machine."""
+    """Runs a test on one thread.
+
+    Tiny networks gain nothing from a second one and wait for it on a busy machine.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if request.node.get_closest_marker("slow") else 1)
     yield

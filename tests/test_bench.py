@@ -1,25 +1,27 @@
-"""bench.py runs each of its measurements on small networks: both sides do the same work, and the table says what was
-measured. How long anything took is asserted nowhere."""
+"""Each benchmark on small networks: both sides do the same work, and the table says what was
+measured. No test asserts how long anything took."""
 
 import json
 import multiprocessing
+import os
 import re
 import runpy
+import subprocess
 import sys
 
-import diffusers  # noqa: F401  the workers are forked, and find it imported
+import diffusers  # noqa: F401  workers are forked, and find it imported
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  of torch's counter of FLOPs
+import torch._dynamo  # noqa: F401  the counter of FLOPs uses it
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from benchmarks import bench
+import sample
+from benchmarks import bench, inputs, peers, report
 from models import lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HEAD = "| | | seconds | / ours (smallest to largest) | TFLOP | of the peak | memory, GB | difference: largest (mean) |"
 
 
 @pytest.fixture(scope="module")
@@ -30,39 +32,50 @@ def scratch(tmp_path_factory):
 
 @pytest.fixture
 def measure(scratch, tmp_path, capsys):
+    """Runs bench.py on small networks."""
+    table = tmp_path / "table.md"
+    places = ["--scratch", scratch, "--table", table, "--plot", tmp_path / "plot.png"]
+
     def measure(flags: str) -> tuple[list[dict], list[list[str]]]:
         """The rows of the JSON on stdout, and the cells of the table."""
-        table = tmp_path / "table.md"
-        bench.main([*flags.split(), "--tiny", "--scratch", str(scratch), "--table", str(table), "--plot",
-                    str(tmp_path / "plot.png")])
+        bench.main([*flags.split(), "--tiny", *map(str, places)])
         result = json.loads(capsys.readouterr().out)
         empty, title, _, command, _, head, rule, *lines = table.read_text().splitlines()
-        assert (empty, title, head) == ("", f"## {result['title']}", HEAD)
-        assert all(part in command for part in (result["command"], f"{result['runs']} runs", "torch 2", "threads"))
-        assert rule.count("---") == 8 and len(lines) == len(result["rows"])
-        return result["rows"], [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        assert (empty, title, head) == ("", f"## {result['title']}", report.HEAD)
+        assert result["command"].startswith("python -m benchmarks.bench --")
+        for part in (result["command"], f"{result['runs']} runs", "torch 2", "threads"):
+            assert part in command
+        assert head.count("|") == rule.count("|") == 9 and len(lines) == len(result["rows"])
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        return result["rows"], cells
 
     return measure
 
 
 @pytest.mark.parametrize("flags, peer, tasks", [
-    ("translate", "official-style", 1), ("translate --against diffusers", "diffusers", 1),
-    ("text", "diffusers", 1), ("modules", "diffusers", 4)])
+    ("translate", "official-style", 1),
+    ("translate --against diffusers", "diffusers", 1),
+    ("text", "diffusers", 1),
+    ("modules", "diffusers", 4),
+])
 def test_both_sides_give_the_same_numbers(measure, flags, peer, tasks):
     rows, cells = measure(f"--size 32 --batch 2 --runs 2 --what {flags}")
     assert [row["side"] for row in rows] == ["ours", peer] * tasks
+    # The official adapters are beside the layers, and the text encoder is asked each time.
+    extra = 1.1 if peer == "official-style" else 0.99
     for ours, theirs in zip(rows[::2], rows[1::2]):
         assert theirs["difference"][0] < 1e-4
-        low, high = theirs["ratio"][1:]
-        assert 0 < low <= theirs["ratio"][0] <= high
-        # The official adapters stand beside the layers, and it asks the text encoder each time.
-        assert theirs["tflop"] > (1.1 if peer == "official-style" else 0.99) * ours["tflop"] > 0
+        median, low, high = theirs["ratio"]
+        assert 0 < low <= median <= high
+        assert theirs["tflop"] > extra * ours["tflop"] > 0
     for row in cells:
-        assert len(row) == 8 and re.fullmatch(r"[\d.e-]+", row[2]) and re.fullmatch(r"\d+%", row[5])
+        assert len(row) == 8
+        assert re.fullmatch(r"[\d.e-]+", row[2]) and re.fullmatch(r"\d+%", row[5])
 
 
-def test_our_side_may_be_in_bf16_alone(measure, monkeypatch):
-    monkeypatch.setattr(bench.sample, "computes_in_bf16", lambda device: True)  # whatever this processor does
+def test_our_side_alone_may_be_in_bf16(measure, monkeypatch):
+    # Whatever this processor computes in.
+    monkeypatch.setattr(sample, "computes_in_bf16", lambda device: True)
     (_, theirs), _ = measure("--size 32 --runs 1 --what translate --fast")
     assert 1e-4 < theirs["difference"][1] < 0.05
 
@@ -71,13 +84,16 @@ def test_our_side_may_be_in_bf16_alone(measure, monkeypatch):
 def test_a_training_step(measure, gan):
     (ours, theirs), _ = measure(f"--size 32 --runs 1 --what train {gan}")
     # With a discriminator the released script takes two forward passes of the generator, we one.
-    assert 1.3 < theirs["tflop"] / ours["tflop"] < 2 if gan else 0.95 < theirs["tflop"] / ours["tflop"] < 1.05
+    low, high = (1.3, 2) if gan else (0.95, 1.05)
+    assert low < theirs["tflop"] / ours["tflop"] < high
 
 
 def test_growth_is_drawn(measure, tmp_path):
     rows, cells = measure("--size 32 --runs 1 --what growth --sizes 32,64 --batches 1,2")
-    assert [row[0] for row in cells] == ["32 px, batch 1", "64 px, batch 1", "32 px, batch 2"]
-    assert len(Image.open(tmp_path / "plot.png").convert("RGB").getcolors(10**6)) > 3
+    tasks = [row[0] for row in cells]
+    assert tasks == ["32 px, batch 1", "64 px, batch 1", "32 px, batch 2"]
+    plot = Image.open(tmp_path / "plot.png").convert("RGB")
+    assert len(plot.getcolors(10**6)) > 3
     assert rows[1]["tflop"] > 2 * rows[0]["tflop"]
 
 
@@ -86,15 +102,15 @@ def test_memory_of_a_training_step(measure):
     assert 0 < ours["peak_gb"] < theirs["peak_gb"]
 
 
-def in_a_fork(command: list[str]) -> dict:
-    """In place of `process_figures`: the same work without the seconds of the imports."""
+def time_fork(command: list[str]) -> dict:
+    """Replaces `time_process`: the same work, without the seconds that imports take."""
     def work():
-        file, *_ = sys.argv = command[1:]  # the rest are its arguments
-        if file == "-c":
+        sys.argv = command[1:]
+        if sys.argv[0] == "-c":
             sys.argv = command[2:]
             exec(command[2], {})
         else:
-            runpy.run_path(file, run_name="__main__")
+            runpy.run_path(sys.argv[0], run_name="__main__")
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
@@ -104,22 +120,33 @@ def in_a_fork(command: list[str]) -> dict:
 
 
 def test_a_cold_start(measure, monkeypatch):
-    monkeypatch.setattr(bench, "process_figures", in_a_fork)
+    monkeypatch.setattr(bench, "time_process", time_fork)
     _, cells = measure("--size 32 --runs 1 --what load")
-    assert [row[:5] for row in cells] == [["cold start to the first picture", "ours", "1", "", ""],
-                                          ["cold start to the first picture", "diffusers", "1",
-                                           "1.00 (1.00 to 1.00)", ""]]
+    task = "cold start to the first picture"
+    assert [row[:5] for row in cells] == [
+        [task, "ours", "1", "", ""],
+        [task, "diffusers", "1", "1.00 (1.00 to 1.00)", ""],
+    ]
+
+
+@pytest.mark.parametrize("layer, plain, x", [
+    (nn.Linear(6, 5), F.linear, torch.randn(3, 6)),
+    (nn.Conv2d(6, 5, 3, padding=1), None, torch.randn(2, 6, 7, 8)),
+])
+def test_a_layer_of_the_weight_with_lora_is_the_layer_with_a_branch(layer, plain, x):
+    network = nn.Sequential(layer)
+    lora.add_lora(network, ["0"], 2, alpha=6)
+    nn.init.normal_(network[0].lora_B.weight)
+    if plain is None:
+        plain = network[0]._conv_forward
+    weight = peers.weight_with_lora(network[0])
+    torch.testing.assert_close(plain(x, weight, layer.bias), network(x))
 
 
 def test_lora_as_a_weight_is_the_same_step(measure):
-    for layer, x in ((nn.Linear(6, 5), torch.randn(3, 6)), (nn.Conv2d(6, 5, 3, padding=1), torch.randn(2, 6, 7, 8))):
-        network = nn.Sequential(layer)
-        lora.add_lora(network, ["0"], 2, alpha=6)
-        nn.init.normal_(network[0].lora_B.weight)
-        plain = F.linear if isinstance(layer, nn.Linear) else network[0]._conv_forward
-        torch.testing.assert_close(plain(x, bench.formed(network[0]), layer.bias), network(x))
     (branch, weight), _ = measure("--size 32 --runs 1 --what lora")
-    assert weight["side"] == "as a weight" and weight["tflop"] != branch["tflop"]  # its classes were replaced
+    assert weight["side"] == "as a weight"
+    assert weight["tflop"] != branch["tflop"]  # its forward methods were replaced
 
 
 def test_what_has_no_such_peer_is_refused(measure, capsys):
@@ -131,3 +158,30 @@ def test_what_has_no_such_peer_is_refused(measure, capsys):
 def test_a_worker_that_ends_is_named(measure):
     with pytest.raises(ChildProcessError, match=r"worker of diffusers ended at \(36, 1\)"):
         measure("--what text --size 36 --runs 1")
+
+
+ASK = """
+import torch
+from benchmarks import ours
+from benchmarks.workers import Job, Worker
+
+if __name__ == "__main__":
+    job = Job("modules", None, 32, 1, torch.float32, "cpu", base="no-such-base")
+    try:
+        Worker("ours", ours.modules, job).ask("U-Net")
+    except ChildProcessError as error:
+        print(error)
+"""
+
+
+def test_workers_outside_the_tests_find_their_imports(tmp_path):
+    """They are fresh processes, which import their side by its name."""
+    (tmp_path / "ask.py").write_text(ASK)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "ask.py")],
+        env=os.environ | {"PYTHONPATH": str(inputs.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "no-such-base" in done.stderr and "ModuleNotFoundError" not in done.stderr
+    assert "the worker of ours ended at U-Net" in done.stdout

@@ -1,5 +1,4 @@
-"""models/clip.py agrees with `transformers`: the text encoder with CLIPTextModel, the tokenizer with CLIPTokenizer id
-for id."""
+"""CLIP's text encoder and tokenizer agree with `transformers`' CLIPTextModel and CLIPTokenizer."""
 
 import json
 import random
@@ -13,44 +12,70 @@ from conftest import parameters, randomise, relative
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from files.hub import ROOT
-from files.tokenizers import load_tokenizer
+from files.tokenizers import load_tokenizer, tokenizer_from_json, tokenizer_to_json
 from models.clip import TextConfig, TextEncoder, Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = dict(vocab_size=99, hidden_size=32, intermediate_size=56, num_attention_heads=4, max_position_embeddings=77)
-FULL = {
-    "CLIP ViT-L of SD 1.5": dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                                 num_attention_heads=12, hidden_act="quick_gelu"),
-    "OpenCLIP ViT-H of SD-Turbo": dict(vocab_size=49408, hidden_size=1024, intermediate_size=4096,
-                                       num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"),
-}
+TINY = dict(
+    vocab_size=99,
+    hidden_size=32,
+    intermediate_size=56,
+    num_attention_heads=4,
+    max_position_embeddings=77,
+)
+VIT_L = dict(
+    vocab_size=49408,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    hidden_act="quick_gelu",
+)
+VIT_H = dict(
+    vocab_size=49408,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act="gelu",
+)
+FULL = {"CLIP ViT-L of SD 1.5": VIT_L, "OpenCLIP ViT-H of SD-Turbo": VIT_H}
 
 
-# ------------------------------------------------------------------------------------------------------- text encoder
-
+# -------------------- text encoder
 
 def peer_encoder(sizes: dict, eos: int) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(**sizes, eos_token_id=eos, bos_token_id=0, pad_token_id=1)).eval()
+    config = CLIPTextConfig(**sizes, eos_token_id=eos, bos_token_id=0, pad_token_id=1)
+    return CLIPTextModel(config).eval()
 
 
 def ours_like(peer: CLIPTextModel, sizes: dict, eos: int) -> TextEncoder:
-    """Our network over the peer's own tensors. The files, and older versions of the peer, have the prefix
-    `text_model.` that transformers 5 leaves out."""
+    """Our network with the peer's tensors.
+
+    The files, and older versions of the peer, have the prefix `text_model.`; transformers 5 leaves
+    it out.
+    """
     with torch.device("meta"):
         encoder = TextEncoder(TextConfig(**sizes, eos_token_id=eos))
-    tensors = {"text_model." + name.removeprefix("text_model."): t for name, t in peer.state_dict().items()}
+    tensors = {}
+    for name, tensor in peer.state_dict().items():
+        tensors["text_model." + name.removeprefix("text_model.")] = tensor
     encoder.load_state_dict(tensors, strict=True, assign=True)
     return encoder
 
 
 def prompts(vocab: int, eos: int) -> torch.Tensor:
-    """Ids of 0, 1, 20 and 75 pieces, the end in its place, padded with the end and with another id."""
+    """Ids of 0, 1, 20 and 75 pieces and the end token, padded with the end and with another id."""
     rows = []
     for pad in (eos, 0):
         for i, n in enumerate((0, 1, 20, 75)):
-            pieces = torch.randint(3, vocab - 2, (n,), generator=torch.Generator().manual_seed(i))
-            rows.append(torch.cat([torch.tensor([vocab - 2]), pieces, torch.tensor([eos] + [pad] * (75 - n))]))
+            pieces = torch.randint(
+                3, vocab - 2, (n,), generator=torch.Generator().manual_seed(i)
+            )
+            start = torch.tensor([vocab - 2])
+            rest = torch.tensor([eos] + [pad] * (75 - n))
+            rows.append(torch.cat([start, pieces, rest]))
     return torch.stack(rows)
 
 
@@ -61,18 +86,21 @@ def prompts(vocab: int, eos: int) -> torch.Tensor:
 def test_context_is_the_peers(act, layers, eps):
     sizes = dict(TINY, hidden_act=act, num_hidden_layers=layers, layer_norm_eps=eps)
     peer = randomise(peer_encoder(sizes, 98).double())
-    encoder, ids = ours_like(peer, sizes, 98), prompts(99, 98)
+    encoder = ours_like(peer, sizes, 98)
+    ids = prompts(99, 98)
     assert relative(encoder(ids), peer(ids).last_hidden_state) < 1e-9
-    assert relative(encoder(ids[:, :9]), peer(ids[:, :9]).last_hidden_state) < 1e-9  # fewer positions than it has
+    short = ids[:, :9]  # fewer positions than the encoder has
+    assert relative(encoder(short), peer(short).last_hidden_state) < 1e-9
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("eos", [2, 98, 50])
 def test_pooled_is_the_context_at_the_first_end_of_text(eos):
-    """eos_token_id 2 in a configuration means the highest id; any other means itself, though it be not the highest."""
+    """eos_token_id 2 in a configuration means the highest id; any other value means itself."""
     sizes = dict(TINY, hidden_act="gelu", num_hidden_layers=2)
     peer = randomise(peer_encoder(sizes, eos).double())
-    encoder, ids = ours_like(peer, sizes, eos), prompts(99, 98 if eos == 2 else eos)
+    encoder = ours_like(peer, sizes, eos)
+    ids = prompts(99, 98 if eos == 2 else eos)
     assert relative(encoder.pooled(ids), peer(ids).pooler_output) < 1e-9
     if eos != 50:
         ends = torch.tensor([1, 2, 21, 76, 1, 2, 21, 76])
@@ -86,7 +114,8 @@ def test_later_words_do_not_change_earlier_ones():
     ids = prompts(99, 98)[3:4]
     other = ids.clone()
     other[:, 40:] = 5
-    a, b = encoder(ids), encoder(other)
+    a = encoder(ids)
+    b = encoder(other)
     assert relative(a[:, :40], b[:, :40]) < 1e-12
     assert relative(a[:, 40:], b[:, 40:]) > 1e-3
 
@@ -101,62 +130,86 @@ def test_unknown_activations_are_refused_by_name():
 @pytest.mark.parametrize("sizes", FULL.values(), ids=FULL.keys())
 def test_full_size_text_encoder_agrees_in_float32(sizes):
     peer = randomise(peer_encoder(sizes, 2))
-    encoder, ids = ours_like(peer, sizes, 2), prompts(49408, 49407)
-    if sizes is FULL["OpenCLIP ViT-H of SD-Turbo"]:
+    encoder = ours_like(peer, sizes, 2)
+    ids = prompts(49408, 49407)
+    if sizes is VIT_H:
         assert round(parameters(encoder) / 1e6, 1) == 340.4
     theirs = peer(ids)
     assert relative(encoder(ids), theirs.last_hidden_state) < 1e-4
     assert relative(encoder.pooled(ids), theirs.pooler_output) < 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------- tokenizer
+# -------------------- tokenizer
 
 FRAGMENTS = [
-    "a photo of a cat", "Violet Circle", "with ORANGE background", "driving in the night", "isn't", "it's", "we've",
-    "I'LL", "he'd", "they're", "I'm", "'s 't 're", "' s", "’s", "rock'n'roll", "don''t", "!", "!!!", "wow!", "a!b",
-    "! !", "?!?!", "...", "…", "--", "—", "/\\", "#tag", "@user", "$3.50", "50%", "1", "12", "1234567890", "3.14",
-    "2nd", "x2", "½", "²", "Ⅳ", "٣", "１２", "①", "<b>bold</b>", "&amp; &lt;", "<br/>", "<a href='x'>y</a>",
-    "<|endoftext|>",
-    "<|startoftext|>", "<|EndOfText|>", "<|endoftext|", "a<|endoftext|>b", "<|endoftext|><|endoftext|>", "</w>",
-    "a</w>", "é", "e\u0301", "ñandú", "n\u0303", "Å", "A\u030a", "ｆｕｌｌ", "ﬁ", "ß", "ẞ", "İstanbul", "ǅ", "Σίσυφος",
-    "ΟΔΟΣ", "Привет", "ЁЛКА", "猫の写真", "日本語",
+    "a photo of a cat", "Violet Circle", "with ORANGE background", "driving in the night",
+    "isn't", "it's", "we've", "I'LL", "he'd", "they're", "I'm", "'s 't 're", "' s", "’s",
+    "rock'n'roll", "don''t", "!", "!!!", "wow!", "a!b", "! !", "?!?!", "...", "…", "--", "—",
+    "/\\", "#tag", "@user", "$3.50", "50%", "1", "12", "1234567890", "3.14", "2nd", "x2", "½",
+    "²", "Ⅳ", "٣", "１２", "①", "<b>bold</b>", "&amp; &lt;", "<br/>", "<a href='x'>y</a>",
+    "<|endoftext|>", "<|startoftext|>", "<|EndOfText|>", "<|endoftext|", "a<|endoftext|>b",
+    "<|endoftext|><|endoftext|>", "</w>", "a</w>", "é", "e\u0301", "ñandú", "n\u0303", "Å",
+    "A\u030a", "ｆｕｌｌ", "ﬁ", "ß", "ẞ", "İstanbul", "ǅ", "Σίσυφος", "ΟΔΟΣ", "Привет", "ЁЛКА",
+    "猫の写真", "日本語",
     "한국어", "한국", "中文字符", "ไทย", "हिन्दी", "العربية", "עברית", "ⵣ",
     "𝔘𝔫𝔦", "🙂", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇫🇷", "❤️", "\u200d", "\u200b",
     "\ufeff", "\u00ad", "\x00", "\x01", "\x1b[0m", "\x7f",
-    "\x85", "\u2028", "\ud7ff", "\ue000", "\ufffd", "\U0010ffff", "\t", "\n", "\r\n", "\u00a0", "\u3000", "   ", "_",
-    "__init__", "snake_case", "C++", "e.g.", "http://example.com/?q=1&r=2", "mail@example.com",
-    "(((masterpiece:1.3)))", "[a|b]", "{}", "~", "`code`", "supercalifragilisticexpialidocious", "a" * 32,
-    "zzzzqqqqxxxx", "ＡＢＣ", "\u0300", "\u1160",
+    "\x85", "\u2028", "\ud7ff", "\ue000", "\ufffd", "\U0010ffff",
+    "\t", "\n", "\r\n", "\u00a0", "\u3000", "   ", "_", "__init__", "snake_case", "C++", "e.g.",
+    "http://example.com/?q=1&r=2", "mail@example.com", "(((masterpiece:1.3)))", "[a|b]", "{}", "~",
+    "`code`", "supercalifragilisticexpialidocious", "a" * 32, "zzzzqqqqxxxx", "ＡＢＣ", "\u0300",
+    "\u1160",
 ]
 
 
 def odd_strings(n: int = 1000) -> list[str]:
-    """Every fragment alone, long and empty texts, then fragments and letters of all planes at random, in both normal
-    forms."""
-    texts = ["", " ", "\n", "\t \n", "!", "!" * 100, "a " * 100, "a" * 300, "🙂" * 40, "1" * 90, " padded ", *FRAGMENTS,
-             " ".join(FRAGMENTS), "".join(FRAGMENTS)]
+    """Texts that are hard to tokenize.
+
+    Every fragment alone, long and empty texts, then random mixtures of fragments and letters of
+    all Unicode planes, in several normal forms.
+    """
+    texts = ["", " ", "\n", "\t \n", "!", "!" * 100, "a " * 100, "a" * 300, "🙂" * 40, "1" * 90]
+    texts += [" padded ", *FRAGMENTS, " ".join(FRAGMENTS), "".join(FRAGMENTS)]
     draw = random.Random(0)
     while len(texts) < n:
         parts = draw.choices(FRAGMENTS, k=draw.choice([1, 2, 3, 5, 8, 30]))
         if draw.random() < 0.5:
-            codes = [draw.choice([draw.randrange(0x20, 0x7f), draw.randrange(0x250), draw.randrange(0xd800),
-                                  draw.randrange(0xe000, 0x110000)]) for _ in range(draw.randrange(1, 12))]
-            parts.insert(draw.randrange(len(parts) + 1), "".join(map(chr, codes)))
+            letters = [random_letter(draw) for _ in range(draw.randrange(1, 12))]
+            parts.insert(draw.randrange(len(parts) + 1), "".join(letters))
         text = draw.choice(["", " ", " ", "  ", ", "]).join(parts)
-        case, form = draw.choice([str, str, str.upper, str.title]), draw.choice(["", "", "NFC", "NFD", "NFKD"])
+        case = draw.choice([str, str, str.upper, str.title])
+        form = draw.choice(["", "", "NFC", "NFD", "NFKD"])
         text = case(text)
-        texts.append(unicodedata.normalize(form, text) if form else text)
+        if form:
+            text = unicodedata.normalize(form, text)
+        texts.append(text)
     return texts
 
 
+def random_letter(draw: random.Random) -> str:
+    """A character of ASCII, of the Latin alphabets, or of any plane but the surrogates."""
+    codes = [
+        draw.randrange(0x20, 0x7F),
+        draw.randrange(0x250),
+        draw.randrange(0xD800),
+        draw.randrange(0xE000, 0x110000),
+    ]
+    return chr(draw.choice(codes))
+
+
 def clip_folder(vocabulary: Path, base: Path, pad: str) -> Path:
-    """The tokenizer of a base folder, as published for SD 1.x (padding <|endoftext|>) and 2.x (padding !)."""
+    """Writes a base's tokenizer as it is published: SD 1.x pads with <|endoftext|>, 2.x with !."""
     folder = base / "tokenizer"
     folder.mkdir()
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(vocabulary / name, folder)
     config = dict(tokenizer_class="CLIPTokenizer", model_max_length=77)
-    tokens = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token=pad)
+    tokens = dict(
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token=pad,
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
     return folder
@@ -169,7 +222,8 @@ def ids_of(peer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 def assert_same_ids(ours: Tokenizer, peer: CLIPTokenizer, length: int = 77) -> None:
     texts = odd_strings()
     assert len(texts) == 1000
-    mine, theirs = ours(texts), ids_of(peer, texts)
+    mine = ours(texts)
+    theirs = ids_of(peer, texts)
     assert mine.shape == (1000, length) and mine.dtype == torch.long
     wrong = [text for text, a, b in zip(texts, mine, theirs) if not torch.equal(a, b)]
     assert not wrong, f"{len(wrong)} texts differ, the first {wrong[0]!r}"
@@ -184,7 +238,8 @@ def test_a_thousand_odd_texts_have_the_peers_ids(shared, tmp_path, pad):
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
 def test_a_tokenizer_json_written_by_the_peer_gives_the_same_ids(shared, tmp_path, pad):
     (tmp_path / "files").mkdir()
-    peer = CLIPTokenizer.from_pretrained(clip_folder(shared / "tokenizers" / "clip", tmp_path / "files", pad))
+    folder = clip_folder(shared / "tokenizers" / "clip", tmp_path / "files", pad)
+    peer = CLIPTokenizer.from_pretrained(folder)
     peer.save_pretrained(tmp_path / "tokenizer")
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "tokenizer" / name).unlink(missing_ok=True)
@@ -200,7 +255,7 @@ def test_the_tiny_bases_tokenizer_is_the_peers_on_the_same_files():
 
 def test_a_tokenizer_saved_in_a_checkpoint_comes_back_the_same():
     tokenizer = load_tokenizer("tiny")
-    again = Tokenizer.from_json(tokenizer.to_json())
+    again = tokenizer_from_json(tokenizer_to_json(tokenizer))
     assert torch.equal(again(odd_strings()), tokenizer(odd_strings()))
     assert [again.length, again.pad, again.end] == [tokenizer.length, tokenizer.pad, tokenizer.end]
 

@@ -1,4 +1,4 @@
-"""models/clip.py's image encoder agrees with `transformers`' CLIP: embeddings, inner maps, likeness to captions."""
+"""CLIP's image encoder agrees with `transformers`: embeddings, inner maps, caption similarity."""
 
 import pytest
 import torch
@@ -7,16 +7,50 @@ from conftest import normal, parameters, randomise, relative
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from models.clip import CLIP, TEXT_B32, VISION_B32, TextConfig, VisionConfig, from_state_dict, normalise, prepare
+from models.clip import (
+    CLIP,
+    TEXT_B32,
+    VISION_B32,
+    TextConfig,
+    VisionConfig,
+    from_state_dict,
+    normalise,
+    prepare,
+)
 
-SIDES = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4)
-VISION = dict(**SIDES, image_size=48, patch_size=16)
-TEXT = dict(SIDES, hidden_size=24, vocab_size=99, max_position_embeddings=77, hidden_act="quick_gelu")
+SIZES = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4)
+VISION = dict(**SIZES, image_size=48, patch_size=16)
+TEXT = dict(
+    SIZES,
+    hidden_size=24,
+    vocab_size=99,
+    max_position_embeddings=77,
+    hidden_act="quick_gelu",
+)
+
+VISION_OF_B32 = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=224,
+    patch_size=32,
+)
+TEXT_OF_B32 = dict(
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    vocab_size=49408,
+)
 
 
-def peer_clip(vision: dict, text: dict, dimensions: int) -> CLIPModel:
+def peer_clip(vision: dict, text: dict, projection_dim: int) -> CLIPModel:
     ids = dict(eos_token_id=text["vocab_size"] - 1, bos_token_id=0, pad_token_id=1)
-    peer = CLIPModel(CLIPConfig(vision_config=vision, text_config=text | ids, projection_dim=dimensions)).eval()
+    config = CLIPConfig(
+        vision_config=vision, text_config=text | ids, projection_dim=projection_dim
+    )
+    peer = CLIPModel(config).eval()
     for part in peer.children():  # all but the temperature
         randomise(part)
     return peer
@@ -24,11 +58,13 @@ def peer_clip(vision: dict, text: dict, dimensions: int) -> CLIPModel:
 
 def tiny() -> tuple[CLIP, CLIPModel]:
     peer = peer_clip(VISION, TEXT, 20).double()
-    return from_state_dict(peer.state_dict(), VisionConfig(**VISION, projection_dim=20),
-                           TextConfig(**TEXT, eos_token_id=98)), peer
+    vision = VisionConfig(**VISION, projection_dim=20)
+    text = TextConfig(**TEXT, eos_token_id=98)
+    return from_state_dict(peer.state_dict(), vision, text), peer
 
 
 def captions(n: int, vocab: int) -> Tensor:
+    """Ids of n captions of 5, 14, 23, ... tokens."""
     ids = torch.randint(2, vocab - 1, (n, 77), generator=torch.Generator().manual_seed(1))
     for i in range(n):
         ids[i, 5 + 9 * i:] = vocab - 1
@@ -44,7 +80,8 @@ def test_embeddings_and_inner_maps_are_the_peers():
     first, second, embedding = clip.image.levels(pixels, (1, 2))
     for ours, tokens in ((first, theirs[1]), (second, theirs[2])):
         assert ours.shape == (3, 32, 3, 3)
-        assert relative(ours[:, :, 1, 2], tokens[:, 1 + 1 * 3 + 2]) < 1e-9  # row 1, column 2, behind the class token
+        # Row 1, column 2, after the class token.
+        assert relative(ours[:, :, 1, 2], tokens[:, 1 + 1 * 3 + 2]) < 1e-9
         assert relative(ours.flatten(2).mT, tokens[:, 1:]) < 1e-9
     assert torch.equal(embedding, clip.image(pixels))
 
@@ -52,7 +89,8 @@ def test_embeddings_and_inner_maps_are_the_peers():
 @torch.no_grad()
 def test_each_picture_is_compared_with_its_own_caption_as_the_peer_does():
     clip, peer = tiny()
-    x, ids = normal(3, 3, 60, 40), captions(3, 99)
+    x = normal(3, 3, 60, 40)
+    ids = captions(3, 99)
     theirs = peer(input_ids=ids, pixel_values=prepare(x, 48))
     assert relative(clip.embed_captions(ids), peer.get_text_features(ids).pooler_output) < 1e-9
     cosines = theirs.logits_per_image.diagonal() / peer.logit_scale.exp()
@@ -61,23 +99,33 @@ def test_each_picture_is_compared_with_its_own_caption_as_the_peer_does():
 
 def test_the_similaritys_gradient_is_the_peers():
     clip, peer = tiny()
-    x, ids = normal(2, 3, 60, 40).requires_grad_(), captions(2, 99)
-    (ours,) = torch.autograd.grad((1 - clip.similarity(x, clip.embed_captions(ids))).sum(), x)
+    x = normal(2, 3, 60, 40).requires_grad_()
+    ids = captions(2, 99)
+    loss = (1 - clip.similarity(x, clip.embed_captions(ids))).sum()
+    (ours,) = torch.autograd.grad(loss, x)
     mean = torch.tensor([[[0.48145466]], [[0.4578275]], [[0.40821073]]], dtype=torch.float64)
     std = torch.tensor([[[0.26862954]], [[0.26130258]], [[0.27577711]]], dtype=torch.float64)
     pixels = F.interpolate(((x + 1) / 2 - mean) / std, (48, 48), mode="bilinear")
-    a, b = peer.get_image_features(pixels).pooler_output, peer.get_text_features(ids).pooler_output
-    (theirs,) = torch.autograd.grad((1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).sum(), x)
+    a = peer.get_image_features(pixels).pooler_output
+    b = peer.get_text_features(ids).pooler_output
+    cosines = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    (theirs,) = torch.autograd.grad((1 - cosines).sum(), x)
     assert relative(ours, theirs) < 1e-9
     assert all(not p.requires_grad for p in clip.parameters())
 
 
 def test_the_loss_prepares_without_antialiasing():
     x = normal(2, 3, 64, 64)
-    blocks = normalise(x).unflatten(3, (16, 4)).unflatten(2, (16, 4))  # shrunk to a quarter, the samples fall between
-    assert relative(prepare(x, 16), blocks[:, :, :, 1:3, :, 1:3].mean((3, 5))) < 1e-12  # the middle four of sixteen
+    # Shrunk to a quarter, each sample falls between the middle four pixels of a block of 4 x 4.
+    blocks = normalise(x).unflatten(3, (16, 4)).unflatten(2, (16, 4))
+    middle = blocks[:, :, :, 1:3, :, 1:3]
+    assert relative(prepare(x, 16), middle.mean((3, 5))) < 1e-12
     white = normalise(torch.ones(1, 3, 1, 1, dtype=torch.float64)).flatten()
-    expected = [(1 - 0.48145466) / 0.26862954, (1 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
+    expected = [
+        (1 - 0.48145466) / 0.26862954,
+        (1 - 0.4578275) / 0.26130258,
+        (1 - 0.40821073) / 0.27577711,
+    ]
     assert relative(white, torch.tensor(expected, dtype=torch.float64)) < 1e-12
 
 
@@ -88,36 +136,37 @@ def test_other_pixel_sizes_are_refused():
 
 def test_files_that_do_not_fit_are_refused_by_the_tensors_name():
     clip, peer = tiny()
-    sizes = clip.image.config, clip.text.config
-    tensors = peer.state_dict() | {"vision_model.embeddings.position_ids": torch.arange(10)[None],
-                                   "text_model.embeddings.position_ids": torch.arange(77)[None]}  # in older files
+    configs = (clip.image.config, clip.text.config)
+    tensors = peer.state_dict() | {  # older files also hold these
+        "vision_model.embeddings.position_ids": torch.arange(10)[None],
+        "text_model.embeddings.position_ids": torch.arange(77)[None],
+    }
     assert "logit_scale" in tensors
-    from_state_dict(tensors, *sizes)
-    lacking = {name: t for name, t in tensors.items() if name != "vision_model.post_layernorm.bias"}
+    from_state_dict(tensors, *configs)
+    lacking = dict(tensors)
+    del lacking["vision_model.post_layernorm.bias"]
     with pytest.raises(RuntimeError, match=r"Missing.*vision_model\.post_layernorm\.bias"):
-        from_state_dict(lacking, *sizes)
+        from_state_dict(lacking, *configs)
     with pytest.raises(RuntimeError, match=r"Unexpected.*text_projection\.bias"):
-        from_state_dict(tensors | {"text_projection.bias": torch.zeros(20)}, *sizes)
+        from_state_dict(tensors | {"text_projection.bias": torch.zeros(20)}, *configs)
     with pytest.raises(RuntimeError, match=r"size mismatch for .*visual_projection\.weight"):
-        from_state_dict(tensors | {"visual_projection.weight": torch.zeros(8, 8)}, *sizes)
+        from_state_dict(tensors | {"visual_projection.weight": torch.zeros(8, 8)}, *configs)
 
 
 def test_sizes_of_vit_b32():
     with torch.device("meta"):
         clip = CLIP(VISION_B32, TEXT_B32)
-    assert parameters(clip) == 151_277_312  # OpenAI's 151,277,313 less the temperature
+    assert parameters(clip) == 151_277_312  # OpenAI's 151,277,313 without the temperature
     assert parameters(clip.image) == 87_849_216
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_vit_b32_in_float32_is_the_peers():
-    vision = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                  image_size=224, patch_size=32)
-    text = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=49408)
-    peer = peer_clip(vision, text, 512)
+    peer = peer_clip(VISION_OF_B32, TEXT_OF_B32, 512)
     clip = from_state_dict(peer.state_dict())
-    x, ids = normal(2, 3, 300, 260, dtype=torch.float32), captions(2, 49408)
+    x = normal(2, 3, 300, 260, dtype=torch.float32)
+    ids = captions(2, 49408)
     theirs = peer(input_ids=ids, pixel_values=prepare(x))
     hidden = peer.vision_model(prepare(x), output_hidden_states=True).hidden_states
     fourth, eighth, embedding = clip.image.levels(prepare(x), (4, 8))

@@ -1,9 +1,12 @@
-"""models/cyclegan_turbo.py agrees in both directions with the official assembly, made here of `diffusers` and `peft`;
-its two VAEs are one in memory but for what is trained; official `.pkl` files and our own checkpoints give the pictures
-of the networks that they were written from."""
+"""CycleGAN-Turbo agrees with the official generator, rebuilt here from `diffusers` and `peft`.
+
+It does in both directions. Its two VAEs share all frozen weights in memory. Official `.pkl` files
+and our own checkpoints give the pictures of the networks that they were written from.
+"""
 
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,15 @@ import torch
 from conftest import gradients, normal, parameters, relative
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
-from test_pix2pix_turbo import SIZES, SKIPS, draw
-from test_weights import SCHEDULE, TEXTS, UNET, tiny_pipeline
-from torch import Tensor, nn
+from pipelines import SCHEDULE, TEXTS, UNET, tiny_pipeline
+from test_pix2pix_turbo import (
+    SIZES,
+    SKIPS,
+    add_official_skip_convs,
+    draw,
+    encode_with_skips,
+)
+from torch import Tensor
 
 from files import bases, checkpoints
 from files.tensors import assign, cast_frozen
@@ -29,19 +38,48 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DIRECTIONS = ["a2b", "b2a"]
 RANK = 6  # of the U-Net; the VAE's is the official 4
 SD_TURBO = dict(
-    block_out_channels=(320, 640, 1280, 1280), attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024,
-    use_linear_projection=True, sample_size=64)
-VAE_LORA = [*SKIPS, "conv_in", "conv_out", "conv_shortcut", "conv", "conv1", "conv2", "to_q", "to_k", "to_v",
-            "to_out.0"]
+    block_out_channels=(320, 640, 1280, 1280),
+    attention_head_dim=(5, 10, 20, 20),
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+    sample_size=64,
+)
+VAE_LORA = [
+    *SKIPS,
+    "conv_in",
+    "conv_out",
+    "conv_shortcut",
+    "conv",
+    "conv1",
+    "conv2",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+]
+UNET_LORA = [
+    "to_k",
+    "to_q",
+    "to_v",
+    "to_out.0",
+    "conv",
+    "conv1",
+    "conv2",
+    "conv_in",
+    "conv_shortcut",
+    "conv_out",
+    "proj_out",
+    "proj_in",
+    "ff.net.2",
+    "ff.net.0.proj",
+]
 
 
 def official_groups(unet: UNet2DConditionModel) -> dict[str, list[str]]:
-    """img2img-turbo's rule for the three adapters, which reads the names of the peer's parameters."""
-    wanted = "to_k to_q to_v to_out.0 conv conv1 conv2 conv_in conv_shortcut conv_out proj_out proj_in ff.net.2" \
-             " ff.net.0.proj"
+    """The layers of the three adapters, by img2img-turbo's rule for the peer's parameter names."""
     groups = dict(encoder=[], decoder=[], others=[])
     for name, _ in unet.named_parameters():
-        if "bias" in name or "norm" in name or not any(part in name for part in wanted.split()):
+        if "bias" in name or "norm" in name or not any(part in name for part in UNET_LORA):
             continue
         if "down_blocks" in name or "conv_in" in name:
             group = "encoder"
@@ -54,69 +92,109 @@ def official_groups(unet: UNet2DConditionModel) -> dict[str, list[str]]:
 
 
 class Official:
-    """img2img-turbo's generator over the peers' own networks, in float64, all LoRA and skip convolutions drawn. Its
-    scheduler's table is made again in float64 (its step still adds noise of deviation 1e-10, which is what the pictures
-    differ by), and the latent is the encoder's mean unless a seed draws it."""
+    """img2img-turbo's generator with the peers' networks, in float64, LoRA and skips random.
+
+    The scheduler's table is recomputed in float64. Its step still adds noise with a standard
+    deviation of 1e-10, by which the pictures differ. The latent is the encoder's mean, or a sample
+    with a seed.
+    """
 
     def __init__(self, folder: Path):
-        self.base, self.pkl = folder / "base", folder / "model.pkl"
-        self.scheduler = DDPMScheduler(**SCHEDULE, timestep_spacing="trailing", clip_sample=False)
+        self.base = folder / "base"
+        self.pkl = folder / "model.pkl"
+        self.scheduler = DDPMScheduler(
+            **SCHEDULE, timestep_spacing="trailing", clip_sample=False
+        )
         self.scheduler.set_timesteps(1)
-        pipe = tiny_pipeline(dict(UNET, use_linear_projection=True), SIZES, self.scheduler).to(torch.float64)
+        unet = dict(UNET, use_linear_projection=True)
+        pipe = tiny_pipeline(unet, SIZES, self.scheduler).to(torch.float64)
         pipe.save_pretrained(self.base)
-        roots = torch.linspace(SCHEDULE["beta_start"] ** 0.5, SCHEDULE["beta_end"] ** 0.5, 1000, dtype=torch.float64)
-        self.scheduler.alphas_cumprod = (1 - roots ** 2).cumprod(0)
+        first = SCHEDULE["beta_start"] ** 0.5
+        last = SCHEDULE["beta_end"] ** 0.5
+        roots = torch.linspace(first, last, 1000, dtype=torch.float64)
+        self.scheduler.alphas_cumprod = (1 - roots**2).cumprod(0)
 
-        self.unet, vae = pipe.unet.requires_grad_(False), pipe.vae.requires_grad_(False)
+        self.unet = pipe.unet.requires_grad_(False)
         self.groups = official_groups(self.unet)
         for group, names in self.groups.items():
-            self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian",
-                                             target_modules=names), adapter_name=f"default_{group}")
+            lora = LoraConfig(
+                r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=names
+            )
+            self.unet.add_adapter(lora, adapter_name=f"default_{group}")
         self.unet.set_adapters([f"default_{group}" for group in self.groups])
-        widths = SIZES["block_out_channels"]
-        for name, c_in, c_out in zip(SKIPS, [*widths[-2::-1], widths[0]], [widths[-1], *widths[:0:-1]]):
-            setattr(vae.decoder, name, nn.Conv2d(c_in, c_out, 1, bias=False))
-        vae.add_adapter(LoraConfig(r=4, init_lora_weights="gaussian", target_modules=VAE_LORA), adapter_name="vae_skip")
+
+        vae = pipe.vae.requires_grad_(False)
+        add_official_skip_convs(vae.decoder)
+        lora = LoraConfig(r=4, init_lora_weights="gaussian", target_modules=VAE_LORA)
+        vae.add_adapter(lora, adapter_name="vae_skip")
         self.vaes = dict(a2b=vae, b2a=copy.deepcopy(vae))
+
         for seed, network in enumerate([self.unet, *self.vaes.values()]):
             network.double()
             for i, (name, p) in enumerate(network.named_parameters()):
-                if trained := "lora" in name or "skip_conv" in name:
+                trained = "lora" in name or "skip_conv" in name
+                if trained:
                     p.data = draw(p, 1000 * seed + i)
                 p.requires_grad_(trained)
         self.unet.conv_in.base_layer.requires_grad_(True)
 
-    def __call__(self, x: Tensor, context: Tensor, direction: str, gamma: float | None = 1.0,
-                 seed: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        context: Tensor,
+        direction: str,
+        gamma: float | None = 1.0,
+        seed: int | None = None,
+    ) -> Tensor:
         """`gamma` None is the official code's `ignore_skip`."""
-        vae, skips = self.vaes[direction], []
-        hooks = [block.register_forward_pre_hook(lambda _, inputs: skips.insert(0, inputs[0]))
-                 for block in vae.encoder.down_blocks]
-        latents = vae.encode(x).latent_dist
-        for hook in hooks:
-            hook.remove()
-        z = latents.mean if seed is None else latents.sample(torch.Generator().manual_seed(seed))
+        vae = self.vaes[direction]
+        latents, skips = encode_with_skips(vae, x)
+        z = latents.mean
+        if seed is not None:
+            z = latents.sample(torch.Generator().manual_seed(seed))
         z = z * vae.config.scaling_factor
-        prediction = self.unet(z, torch.tensor([999] * len(x)), encoder_hidden_states=context).sample
-        z = torch.stack([self.scheduler.step(one, torch.tensor(999), latent, return_dict=True).prev_sample
-                         for one, latent in zip(prediction, z)])
+
+        t = torch.tensor([999] * len(x))
+        predictions = self.unet(z, t, encoder_hidden_states=context).sample
+        clean = []
+        for prediction, latent in zip(predictions, z):
+            step = self.scheduler.step(prediction, torch.tensor(999), latent, return_dict=True)
+            clean.append(step.prev_sample)
+        z = torch.stack(clean)
+
         decoder = vae.decoder
-        h = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(z / vae.config.scaling_factor)))
-        for name, skip, block in zip(SKIPS, skips, decoder.up_blocks):
-            h = block(h if gamma is None else h + getattr(decoder, name)(skip * gamma))
+        h = decoder.conv_in(vae.post_quant_conv(z / vae.config.scaling_factor))
+        h = decoder.mid_block(h)
+        for name, skip, block in zip(SKIPS, reversed(skips), decoder.up_blocks):
+            if gamma is not None:
+                h = h + getattr(decoder, name)(skip * gamma)
+            h = block(h)
         return decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(h))).clamp(-1, 1)
 
-    def saved(self, of=lambda p: p.detach()) -> dict:
-        """What the official trainer puts into its file, of the parameters or of their gradients."""
-        unet, a2b, b2a = [{name: of(p) for name, p in network.named_parameters()}
-                          for network in (self.unet, *self.vaes.values())]
-        vaes = {f"vae.{name}": t for name, t in a2b.items()} | {f"vae_b2a.{name}": t for name, t in b2a.items()}
-        adapters = {group: get_peft_model_state_dict(self.unet, unet, f"default_{group}") for group in self.groups}
+    def saved(self, value: Callable[[Tensor], Tensor] = torch.Tensor.detach) -> dict:
+        """The contents of the official file, with the parameters or with a value of each."""
+        unet = {name: value(p) for name, p in self.unet.named_parameters()}
+        vaes = {}
+        for part, direction in [("vae", "a2b"), ("vae_b2a", "b2a")]:
+            for name, p in self.vaes[direction].named_parameters():
+                vaes[f"{part}.{name}"] = value(p)
+
+        def adapter(group: str) -> dict[str, Tensor]:
+            return get_peft_model_state_dict(self.unet, unet, f"default_{group}")
+
         return dict(
-            l_target_modules_encoder=self.groups["encoder"], l_target_modules_decoder=self.groups["decoder"],
-            l_modules_others=self.groups["others"], rank_unet=RANK, sd_encoder=adapters["encoder"],
-            sd_decoder=adapters["decoder"], sd_other=adapters["others"], rank_vae=4, vae_lora_target_modules=VAE_LORA,
-            sd_vae_enc=vaes, sd_vae_dec=dict(vaes))
+            l_target_modules_encoder=self.groups["encoder"],
+            l_target_modules_decoder=self.groups["decoder"],
+            l_modules_others=self.groups["others"],
+            rank_unet=RANK,
+            sd_encoder=adapter("encoder"),
+            sd_decoder=adapter("decoder"),
+            sd_other=adapter("others"),
+            rank_vae=4,
+            vae_lora_target_modules=VAE_LORA,
+            sd_vae_enc=vaes,
+            sd_vae_dec=dict(vaes),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -127,47 +205,60 @@ def official(tmp_path_factory) -> Official:
 
 
 def load(official: Official, **options) -> CycleGANTurbo:
-    return checkpoints.load_generator(str(official.pkl), base=str(official.base), dtype=torch.float64, **options).generator
+    loaded = checkpoints.load_generator(
+        str(official.pkl), base=str(official.base), dtype=torch.float64, **options
+    )
+    return loaded.generator
 
 
 @pytest.fixture(scope="module")
 def generator(official) -> CycleGANTurbo:
-    """Ours of the official file, adapters not merged."""
+    """Our generator, loaded from the official file with unmerged adapters."""
     return load(official, merged=False)
 
 
-def fresh(official: Official, seed: int | None = None, **options) -> tuple[CycleGANTurbo, bases.Base]:
-    """A generator on the official model's base: untrained, or with all trained weights drawn."""
+def fresh(
+    official: Official, seed: int | None = None, **options
+) -> tuple[CycleGANTurbo, bases.Base]:
+    """An untrained generator on the official model's base; with a seed, trained weights random."""
     base = bases.load_base(str(official.base))
-    options = dict(lora_rank_unet=RANK) | options
-    generator = CycleGANTurbo(base.vae, base.unet, base.schedule, CycleGANTurboConfig(**options),
-                              torch.Generator().manual_seed(0))
-    for i, p in enumerate(p for p in generator.parameters() if p.requires_grad and seed is not None):
-        p.data = draw(p, seed + i)
+    config = CycleGANTurboConfig(**(dict(lora_rank_unet=RANK) | options))
+    lora_rng = torch.Generator().manual_seed(0)
+    generator = CycleGANTurbo(base.vae, base.unet, base.schedule, config, lora_rng)
+    if seed is not None:
+        trained = [p for p in generator.parameters() if p.requires_grad]
+        for i, p in enumerate(trained):
+            p.data = draw(p, seed + i)
     return generator, base
 
 
 def as_official(official: Official, **options) -> CycleGANTurbo:
-    """The official file's weights, to be trained further."""
+    """A generator with the official file's weights, ready for training."""
     generator, _ = fresh(official, **options)
-    tensors = {name: p.detach() for name, p in generator.named_parameters() if p.requires_grad}  # conv_in, if anything
-    found = from_official(torch.load(official.pkl), official.pkl)[1]
-    tensors |= {name: t for name, t in found.items() if generator.config.skips or "skip_conv" not in name}
+    # The file does not hold conv_in.
+    tensors = {name: p.detach() for name, p in generator.named_parameters() if p.requires_grad}
+    _, found = from_official(torch.load(official.pkl), official.pkl)
+    for name, tensor in found.items():
+        if generator.config.skips or "skip_conv" not in name:
+            tensors[name] = tensor
     assign(generator, tensors, official.pkl)
     return generator
 
 
 def inputs(height: int = 32, width: int = 32) -> tuple[Tensor, Tensor]:
     """Picture in [-1, 1], context."""
-    return normal(2, 3, height, width).tanh(), normal(2, 7, UNET["cross_attention_dim"], seed=1)
+    x = normal(2, 3, height, width).tanh()
+    context = normal(2, 7, UNET["cross_attention_dim"], seed=1)
+    return x, context
 
 
-def there_and_back(generator: CycleGANTurbo | Official, x: Tensor, context: Tensor) -> Tensor:
+def there_and_back(
+    generator: CycleGANTurbo | Official, x: Tensor, context: Tensor
+) -> Tensor:
     return generator(generator(x, context, "a2b"), context.flip(0), "b2a")
 
 
-# ---------------------------------------------------------------------------------------------------- the forward pass
-
+# -------------------- the forward pass
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(32, 32), (16, 48), (8, 8), (56, 72)], ids=str)
@@ -189,12 +280,12 @@ def test_merged_adapters_give_the_official_pictures(official):
 
 
 @torch.no_grad()
-def test_directions_and_captions_are_told_apart(generator):
+def test_direction_and_caption_make_a_difference_and_other_pictures_do_not(generator):
     x, context = inputs()
     y = generator(x, context, "a2b")
     assert relative(generator(x, context, "b2a"), y) > 0.1
     assert relative(generator(x, context.flip(0), "a2b"), y) > 1e-3
-    assert relative(generator(x[1:], context[1:], "a2b"), y[1:]) < 1e-12  # pictures do not touch each other
+    assert relative(generator(x[1:], context[1:], "a2b"), y[1:]) < 1e-12
 
 
 @torch.no_grad()
@@ -216,7 +307,9 @@ def test_without_skips_there_are_no_skip_convolutions(official, direction):
 
 @torch.no_grad()
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_latent_noise_is_the_official_draw_of_the_latent(official, generator, direction):
+def test_latent_noise_samples_the_latent_as_the_official_code_does(
+    official, generator, direction
+):
     args = *inputs(), direction
     y = generator(*args, latent_noise=normal(2, 4, 4, 4, seed=7))
     assert relative(y, official(*args, seed=7)) < 1e-9
@@ -225,11 +318,12 @@ def test_latent_noise_is_the_official_draw_of_the_latent(official, generator, di
 
 @torch.no_grad()
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_an_untrained_generator_is_the_base_but_for_nearly_nothing(official, direction):
+def test_an_untrained_generator_is_almost_the_base(official, direction):
     base = bases.load_base(str(official.base), ("vae", "unet", "schedule"))
     x, context = inputs()
     z = base.vae.encode(x)[0] * base.vae.config.scaling_factor
-    z = (z - base.schedule.sigma[999] * base.unet(z, 999, context)) / base.schedule.alpha[999]
+    alpha, sigma = base.schedule.alpha[999], base.schedule.sigma[999]
+    z = (z - sigma * base.unet(z, 999, context)) / alpha
     expected = base.vae.decode(z / base.vae.config.scaling_factor).clamp(-1, 1)
     generator, _ = fresh(official)
     assert relative(generator(x, context, direction, skip_scale=0.0), expected) < 1e-9
@@ -243,58 +337,89 @@ def test_an_unknown_direction_is_named(generator, direction):
     assert str(error.value) == f"the direction is {direction!r}; expected a2b or b2a"
 
 
-# --------------------------------------------------------------------------------------------------- what carries LoRA
-
+# -------------------- layers with LoRA
 
 def test_full_size_groups_are_those_of_the_official_rule():
     with torch.device("meta"):
-        unet, peer, vae = UNet(UNetConfig(**SD_TURBO)), UNet2DConditionModel(**SD_TURBO), VAE(VAEConfig())
+        unet = UNet(UNetConfig(**SD_TURBO))
+        peer = UNet2DConditionModel(**SD_TURBO)
+        vae = VAE(VAEConfig())
     assert parameters(unet) == parameters(peer) == 865_910_724
-    theirs = official_groups(peer)
-    assert {group: len(names) for group, names in theirs.items()} == dict(encoder=94, decoder=147, others=17)
+    groups = official_groups(peer)
+    sizes = {group: len(names) for group, names in groups.items()}
+    assert sizes == dict(encoder=94, decoder=147, others=17)
+
     generator = CycleGANTurbo(vae, unet, None, CycleGANTurboConfig())
-    adapted = {name: layer for name, layer in generator.named_modules() if isinstance(layer, ADAPTERS)}
-    assert {name for name in adapted if name.startswith("unet.")} == {f"unet.{n}" for g in theirs.values() for n in g}
-    for name, layer in adapted.items():
-        rank, scale = (128, 1.0) if name.startswith("unet.") else (4, 2.0)
-        assert (layer.lora_A.weight.shape[0], layer.scale, layer.full_scale) == (rank, scale, scale), name
+    names = []
+    for name, layer in generator.named_modules():
+        if not isinstance(layer, ADAPTERS):
+            continue
+        rank, scale = 4, 2.0
+        if name.startswith("unet."):
+            names.append(name.removeprefix("unet."))
+            rank, scale = 128, 1.0
+        assert layer.lora_A.weight.shape[0] == rank, name
+        assert layer.scale == layer.full_scale == scale, name
+    assert set(names) == {*groups["encoder"], *groups["decoder"], *groups["others"]}
     for part in (generator.vae_a2b, generator.vae_b2a):
-        widths = [(conv.in_channels, conv.out_channels) for conv in map(part.decoder.get_submodule, SKIPS)]
+        convs = [part.decoder.get_submodule(name) for name in SKIPS]
+        widths = [(conv.in_channels, conv.out_channels) for conv in convs]
         assert widths == [(512, 512), (256, 512), (128, 512), (128, 256)]
 
 
-@pytest.mark.parametrize("options, unet, vae", [({}, 1.0, 2.0), (dict(lora_rank_unet=16, lora_rank_vae=8), 1.0, 1.0),
-                                                (dict(lora_alpha_unet=3.0, lora_alpha_vae=2.0), 0.5, 0.5)], ids=str)
-def test_scales_are_alpha_over_rank_and_alpha_is_the_rank_or_eight(official, options, unet, vae):
+@pytest.mark.parametrize(
+    "options, unet, vae",
+    [
+        ({}, 1.0, 2.0),
+        (dict(lora_rank_unet=16, lora_rank_vae=8), 1.0, 1.0),
+        (dict(lora_alpha_unet=3.0, lora_alpha_vae=2.0), 0.5, 0.5),
+    ],
+    ids=str,
+)
+def test_scale_is_alpha_over_rank_and_alpha_is_the_rank_or_8(official, options, unet, vae):
     generator, _ = fresh(official, **options)
-    for part, scale in ((generator.unet, unet), (generator.vae_a2b, vae), (generator.vae_b2a, vae)):
-        assert {layer.scale for layer in part.modules() if isinstance(layer, ADAPTERS)} == {scale}
+    for part, scale in [
+        (generator.unet, unet),
+        (generator.vae_a2b, vae),
+        (generator.vae_b2a, vae),
+    ]:
+        adapters = [layer for layer in part.modules() if isinstance(layer, ADAPTERS)]
+        assert {layer.scale for layer in adapters} == {scale}
 
 
-# ------------------------------------------------------------------------------------------------ one VAE, two adapters
-
+# -------------------- one frozen VAE, two sets of trained weights
 
 def assert_one_frozen_vae(generator: CycleGANTurbo) -> None:
-    a2b, b2a = [dict(vae.named_parameters()) for vae in (generator.vae_a2b, generator.vae_b2a)]
+    """Frozen parameters are the same objects in both VAEs; trained ones have their own memory."""
+    a2b = dict(generator.vae_a2b.named_parameters())
+    b2a = dict(generator.vae_b2a.named_parameters())
     assert a2b.keys() == b2a.keys()
     for name, p in a2b.items():
-        if own := "lora" in name or "skip_conv" in name:
+        if "lora" in name or "skip_conv" in name:
+            assert p is not b2a[name], name
             assert p.data_ptr() != b2a[name].data_ptr(), name
-        assert (p is b2a[name]) != own, name
+        else:
+            assert p is b2a[name], name
 
 
 def test_the_two_vaes_share_every_frozen_parameter_and_no_trained_one(official, generator):
-    untrained, base = fresh(official)
+    untrained, _ = fresh(official)
     plain = bases.load_base(str(official.base), ("vae",)).vae
     assert_one_frozen_vae(untrained)
-    assert all(p.requires_grad == ("lora" in name or "skip_conv" in name or name.startswith("unet.conv_in."))
-               for name, p in untrained.named_parameters())
-    own = sum(p.numel() for name, p in untrained.vae_a2b.named_parameters() if p.requires_grad)
+    for name, p in untrained.named_parameters():
+        trained = "lora" in name or "skip_conv" in name or name.startswith("unet.conv_in.")
+        assert p.requires_grad == trained, name
+    own = sum(p.numel() for p in untrained.vae_a2b.parameters() if p.requires_grad)
     assert parameters(untrained) == parameters(plain) + 2 * own + parameters(untrained.unet)
-    a = [layer.lora_A.weight for layer in untrained.vae_b2a.modules() if isinstance(layer, ADAPTERS)]
-    b = [layer.lora_A.weight for layer in untrained.vae_a2b.modules() if isinstance(layer, ADAPTERS)]
-    assert a and not any(torch.equal(one, other) for one, other in zip(a, b))
-    # and it stays so: loaded, and in another type
+
+    # The two VAEs' LoRA begins with different random weights.
+    a2b = dict(untrained.vae_a2b.named_parameters())
+    b2a = dict(untrained.vae_b2a.named_parameters())
+    lora_A = [name for name in a2b if "lora_A" in name]
+    assert lora_A
+    assert not any(torch.equal(a2b[name], b2a[name]) for name in lora_A)
+
+    # It stays one VAE when it is loaded and in another dtype.
     assert_one_frozen_vae(generator)
     assert_one_frozen_vae(untrained.to(torch.bfloat16))
     cast_frozen(untrained.float(), torch.bfloat16)
@@ -312,31 +437,35 @@ def test_one_directions_backward_leaves_the_others_adapters_alone(official, dire
             assert p.grad.any(), name
 
 
-def test_training_changes_its_own_tensors_and_no_other(official):
+def test_training_changes_its_own_tensors_and_no_others(official):
     generator, _ = fresh(official)
     before = {name: t.clone() for name, t in generator.state_dict().items()}
     trained = {name for name, p in generator.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in generator.parameters() if p.requires_grad], lr=1e-3)
-    for _ in range(2):  # A has no gradient before B has left 0
+    for _ in range(2):  # while B is 0, A has no gradient
         optimizer.zero_grad()
         there_and_back(generator, *inputs(16, 24)).square().sum().backward()
         optimizer.step()
-    assert {name for name, t in generator.state_dict().items() if not torch.equal(t, before[name])} == trained
-    assert {name for name in trained if "lora" not in name} == {"unet.conv_in.weight", "unet.conv_in.bias"} | {
-        f"vae_{direction}.decoder.{name}.weight" for name in SKIPS for direction in DIRECTIONS}
+    state = generator.state_dict()
+    changed = {name for name, t in state.items() if not torch.equal(t, before[name])}
+    assert changed == trained
+    in_full = {"unet.conv_in.weight", "unet.conv_in.bias"}
+    for direction in DIRECTIONS:
+        in_full |= {f"vae_{direction}.decoder.{name}.weight" for name in SKIPS}
+    assert {name for name in trained if "lora" not in name} == in_full
     assert_one_frozen_vae(generator)
 
 
-def test_everything_is_trained_with_all_in_two_vaes(official):
+def test_with_all_every_weight_of_both_vaes_is_trained(official):
     generator, _ = fresh(official, train="all")
     found = gradients(generator, there_and_back(generator, *inputs(16, 24)).square().sum())
     names = {name for name, _ in generator.named_parameters()}
-    assert not any("lora" in name for name in names) and names == generator.state_dict().keys()
-    assert found.keys() == names and {name for name, g in found.items() if not g.any()} == set()
+    assert not any("lora" in name for name in names)
+    assert found.keys() == names == generator.state_dict().keys()
+    assert all(g.any() for g in found.values())
 
 
-# ----------------------------------------------------------------------------------------------------------- gradients
-
+# -------------------- gradients
 
 def test_gradients_of_a_cycle_are_the_official_ones_of_the_official_parameters(official):
     x, context = inputs(16, 24)
@@ -344,8 +473,10 @@ def test_gradients_of_a_cycle_are_the_official_ones_of_the_official_parameters(o
     for network in (official.unet, *official.vaes.values()):
         network.zero_grad()
     (there_and_back(official, x, context) * weight).sum().backward()
-    conv_in = {f"unet.conv_in.{name}": p.grad for name, p in official.unet.conv_in.base_layer.named_parameters()}
-    theirs = from_official(official.saved(lambda p: p.grad), "")[1] | conv_in
+    # from_official renames gradients as it does parameters.
+    _, theirs = from_official(official.saved(lambda p: p.grad), "")
+    for name, p in official.unet.conv_in.base_layer.named_parameters():
+        theirs[f"unet.conv_in.{name}"] = p.grad
 
     generator = as_official(official)
     ours = gradients(generator, (there_and_back(generator, x, context) * weight).sum())
@@ -353,14 +484,19 @@ def test_gradients_of_a_cycle_are_the_official_ones_of_the_official_parameters(o
     largest = max(t.abs().max() for t in theirs.values())
     for name, gradient in ours.items():
         assert gradient.any(), name
-        assert (gradient - theirs[name]).abs().max() <= 1e-9 * max(theirs[name].abs().max(), 1e-3 * largest), name
+        scale = max(theirs[name].abs().max(), 1e-3 * largest)
+        assert (gradient - theirs[name]).abs().max() <= 1e-9 * scale, name
 
 
 @pytest.mark.parametrize("train", ["lora", "all"])
 def test_checkpointed_blocks_give_the_same_gradients(official, train):
     generator, _ = fresh(official, seed=3, train=train)
-    calls, blocks = [], [*generator.unet.down_blocks, *generator.vae_a2b.encoder.down_blocks,
-                         *generator.vae_b2a.decoder.up_blocks]
+    calls = []
+    blocks = [
+        *generator.unet.down_blocks,
+        *generator.vae_a2b.encoder.down_blocks,
+        *generator.vae_b2a.decoder.up_blocks,
+    ]
     for block in blocks:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     found = []
@@ -369,31 +505,47 @@ def test_checkpointed_blocks_give_the_same_gradients(official, train):
             if hasattr(network, "checkpointing"):
                 network.checkpointing = checkpointing
         calls.clear()
-        found.append(gradients(generator, there_and_back(generator, *inputs(16, 24)).square().sum()))
-        expected = len(blocks) + len(generator.unet.down_blocks)  # the U-Net runs twice in a cycle
-        assert len(calls) == expected * (1 + checkpointing)
+        loss = there_and_back(generator, *inputs(16, 24)).square().sum()
+        found.append(gradients(generator, loss))
+        once = len(blocks) + len(generator.unet.down_blocks)  # the U-Net runs twice in a cycle
+        assert len(calls) == (2 * once if checkpointing else once)
     for name, gradient in found[0].items():
         assert (gradient - found[1][name]).abs().max() <= 1e-12 * gradient.abs().max(), name
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
+# -------------------- checkpoints
 
 @torch.no_grad()
-@pytest.mark.parametrize("train, options", [("lora", {}), ("all", {}), ("lora", dict(skips=False, conv_in=False))],
-                         ids=str)
+@pytest.mark.parametrize(
+    "train, options",
+    [("lora", {}), ("all", {}), ("lora", dict(skips=False, conv_in=False))],
+    ids=str,
+)
 def test_what_is_saved_is_what_is_loaded(official, tmp_path, train, options):
-    """A checkpoint of LoRA opens its base; one of everything needs no other file. The trained `conv_in` is kept."""
+    """A LoRA checkpoint opens its base. One of all weights needs no other file.
+
+    The trained `conv_in` is in it too.
+    """
     generator, base = fresh(official, seed=7, train=train, **options)
     if generator.config.conv_in:
         generator.unet.conv_in.weight *= 3
         generator.unet.conv_in.bias += 1
-    base.text_encoder.text_model.final_layer_norm.bias += train == "all"  # trained too
-    folder, path = tmp_path / "base", tmp_path / "run" / "model.safetensors"
+    if train == "all":  # the text encoder is trained too
+        base.text_encoder.text_model.final_layer_norm.bias += 1
+    folder = tmp_path / "base"
+    path = tmp_path / "run" / "model.safetensors"
     shutil.copytree(official.base, folder)
     path.parent.mkdir()
     prompts = ["a picture of a", "a picture of b"]
-    checkpoints.save_generator(path, generator, "cyclegan_turbo", str(folder), prompts, base.text_encoder, base.tokenizer)
+    checkpoints.save_generator(
+        path,
+        generator,
+        "cyclegan_turbo",
+        str(folder),
+        prompts,
+        base.text_encoder,
+        base.tokenizer,
+    )
     if train == "all":
         shutil.rmtree(folder)
     with safetensors.safe_open(path, "pt") as file:
@@ -405,8 +557,11 @@ def test_what_is_saved_is_what_is_loaded(official, tmp_path, train, options):
     for merged in (False, True):
         loaded = checkpoints.load_generator(str(path.parent), dtype=torch.float64, merged=merged)
         for direction in DIRECTIONS:
-            assert relative(loaded.generator(*inputs(), direction), generator(*inputs(), direction)) < 1e-9
-        assert (loaded.kind, loaded.base, loaded.prompts) == ("cyclegan_turbo", str(folder), prompts)
+            args = *inputs(), direction
+            assert relative(loaded.generator(*args), generator(*args)) < 1e-9
+        assert loaded.kind == "cyclegan_turbo"
+        assert loaded.base == str(folder)
+        assert loaded.prompts == prompts
         assert loaded.generator.config == generator.config
         assert not any(p.requires_grad or p.is_meta for p in loaded.generator.parameters())
     ids = base.tokenizer(TEXTS)
@@ -415,7 +570,7 @@ def test_what_is_saved_is_what_is_loaded(official, tmp_path, train, options):
 
 
 @torch.no_grad()
-def test_strength_leads_from_the_base_to_the_trained_model(official):
+def test_strength_interpolates_from_the_base_to_the_trained_model(official):
     partly = copy.deepcopy(official)
     for network in (partly.unet, *partly.vaes.values()):
         for name, p in network.named_parameters():
@@ -426,30 +581,52 @@ def test_strength_leads_from_the_base_to_the_trained_model(official):
     for merged in (False, True):
         generator = load(official, strength=0.4, merged=merged)
         for direction in DIRECTIONS:
-            assert relative(generator(*inputs(), direction), partly(*inputs(), direction)) < 1e-9
+            args = *inputs(), direction
+            assert relative(generator(*args), partly(*args)) < 1e-9
 
 
-def test_files_of_another_kind_are_refused_in_one_line(official, tmp_path):
-    paired = dict(unet_lora_target_modules=["conv"], vae_lora_target_modules=["conv"], rank_unet=8, rank_vae=4,
-                  state_dict_unet={}, state_dict_vae={})
-    cycle = official.saved()
+def test_files_of_another_kind_are_refused_in_one_line(official):
+    paired = dict(
+        unet_lora_target_modules=["conv"],
+        vae_lora_target_modules=["conv"],
+        rank_unet=8,
+        rank_vae=4,
+        state_dict_unet={},
+        state_dict_vae={},
+    )
     with pytest.raises(ValueError) as error:
         from_official(paired, "edges.pkl")
-    assert str(error.value).startswith("edges.pkl holds unet_lora_target_modules, vae_lora_target_modules, rank_unet,")
-    assert "expected a CycleGAN-Turbo file with rank_unet, rank_vae, sd_decoder, sd_enc" in str(error.value)
-    assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="^day.pkl holds l_target_modules_encoder.*; expected a pix2pix-Turbo file"):
-        pix2pix_turbo.from_official(cycle, "day.pkl")
-    with pytest.raises(ValueError, match="^list.pkl holds list; expected a CycleGAN-Turbo file"):
-        from_official([cycle], "list.pkl")
+    message = str(error.value)
+    found = "unet_lora_target_modules, vae_lora_target_modules, rank_unet,"
+    assert message.startswith(f"edges.pkl holds {found}")
+    expected = "rank_unet, rank_vae, sd_decoder, sd_enc"
+    assert f"expected a CycleGAN-Turbo file with {expected}" in message
+    assert "\n" not in message
 
-    for damage, text in [(lambda saved: saved.pop("sd_other"), "holds .*; expected a .*with"),
-                         (lambda saved: saved["sd_other"].pop("conv_out.lora_A.weight"),
-                          r"lacks unet.conv_out.lora_A.weight \[6, 16, 3, 3\]"),
-                         (lambda saved: saved["sd_encoder"].update(other=torch.zeros(1)), "holds unet.other"),
-                         (lambda saved: saved.update(rank_unet=5), r"lora_A.weight is float64 \[6,.*expected .* \[5,")]:
-        damaged, path = official.saved(), tmp_path / "damaged.pkl"
-        damage(damaged)
+    unpaired = official.saved()
+    found = "^day.pkl holds l_target_modules_encoder.*"
+    with pytest.raises(ValueError, match=f"{found}; expected a pix2pix-Turbo file"):
+        pix2pix_turbo.from_official(unpaired, "day.pkl")
+    with pytest.raises(ValueError, match="^list.pkl holds list; expected a CycleGAN-Turbo file"):
+        from_official([unpaired], "list.pkl")
+
+
+def test_damaged_official_files_are_refused_in_one_line(official, tmp_path):
+    lacking_a_part = official.saved()
+    del lacking_a_part["sd_other"]
+    lacking_a_tensor = official.saved()
+    del lacking_a_tensor["sd_other"]["conv_out.lora_A.weight"]
+    with_another_tensor = official.saved()
+    with_another_tensor["sd_encoder"]["other"] = torch.zeros(1)
+    of_another_rank = official.saved() | dict(rank_unet=5)
+
+    path = tmp_path / "damaged.pkl"
+    for damaged, text in [
+        (lacking_a_part, "holds .*; expected a .*with"),
+        (lacking_a_tensor, r"lacks unet.conv_out.lora_A.weight \[6, 16, 3, 3\]"),
+        (with_another_tensor, "holds unet.other"),
+        (of_another_rank, r"lora_A.weight is float64 \[6,.*expected .* \[5,"),
+    ]:
         torch.save(damaged, path)
         with pytest.raises(ValueError, match=text) as error:
             checkpoints.load_generator(str(path), base=str(official.base))

@@ -1,12 +1,14 @@
-"""models/discriminator.py: power iteration only when asked, the vision-aided heads on a frozen CLIP, augmentation from
-given numbers, the losses. What the official package computes is written out here by hand."""
+"""The discriminators: spectral norms, heads on a frozen CLIP, augmentation, losses.
+
+What the official packages compute is written out here by hand.
+"""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import normal, randomise, relative
+from conftest import normal, parameters, randomise, relative
 from torch import Tensor, nn
 
 from models.clip import ImageEncoder, VisionConfig
@@ -22,11 +24,18 @@ from models.discriminator import (
     spectral_step,
 )
 from models.unet import UNet, UNetConfig, timestep_embedding
-from train_pix2pix_turbo import generator_gan_loss
+from train_pix2pix_turbo import cross_entropy
 
-# Widths small, the grid of tokens 7 x 7 as in ViT-B/32.
-VISION = VisionConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=56,
-                      patch_size=8, projection_dim=20)
+# Small widths, and a grid of 7 x 7 tokens as in ViT-B/32.
+VISION = VisionConfig(
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    image_size=56,
+    patch_size=8,
+    projection_dim=20,
+)
 LOGITS = [(2, 1, 3, 3), (2, 1, 3, 3), (2, 1)]
 
 
@@ -39,33 +48,44 @@ def spectral_layers(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if hasattr(module, "parametrizations")]
 
 
-# ------------------------------------------------------------------------------------------------------ spectral norms
+# -------------------- spectral norms
+
+def patch() -> PatchDiscriminator:
+    return PatchDiscriminator(4).double()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make", [lambda: PatchDiscriminator(4).double(), tiny], ids=["patch", "vision-aided"])
-def test_the_largest_singular_value_of_every_weight_becomes_one_by_steps_and_never_by_a_forward_pass(make):
-    discriminator, x = randomise(make(), seed=1), normal(2, 3, 40, 40)
+@pytest.mark.parametrize("make", [patch, tiny], ids=["patch", "vision-aided"])
+def test_spectral_steps_bring_the_largest_singular_values_to_one_and_forward_passes_do_not(make):
+    discriminator = randomise(make(), seed=1)
+    x = normal(2, 3, 40, 40)
     layers = spectral_layers(discriminator)
-    weighted = [module for module in discriminator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    weighted = [m for m in discriminator.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(layers) == len(weighted)
+
     before = {name: t.clone() for name, t in discriminator.state_dict().items()}
+
+    def changed() -> list[str]:
+        state = discriminator.state_dict()
+        return [name for name, t in state.items() if not torch.equal(t, before[name])]
+
     discriminator.train()
     assert not any(module.training for module in discriminator.modules())
     discriminator(x)
-    assert all(torch.equal(t, before[name]) for name, t in discriminator.state_dict().items())
+    assert changed() == []
+
     spectral_step(discriminator)
-    changed = [name for name, t in discriminator.state_dict().items() if not torch.equal(t, before[name])]
-    assert sum(name.endswith("_v") for name in changed) == len(layers)  # _u of a weight of one row is always 1
-    assert all(name.endswith(("_u", "_v")) for name in changed)
+    # Each layer has two vectors _u and _v. The _u of a weight of one row is always 1.
+    assert sum(name.endswith("_v") for name in changed()) == len(layers)
+    assert all(name.endswith(("_u", "_v")) for name in changed())
     for _ in range(300):
         spectral_step(discriminator)
-    largest = [torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() for layer in layers]
-    assert max(abs(value - 1) for value in largest) < 1e-6
+    for layer in layers:
+        largest = torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item()
+        assert abs(largest - 1) < 1e-6
 
 
-# -------------------------------------------------------------------------------------------------- patch discriminator
-
+# -------------------- patch discriminator
 
 def test_a_patch_logit_sees_70_pixels():
     discriminator = randomise(PatchDiscriminator(4).double())
@@ -79,16 +99,16 @@ def test_a_patch_logit_sees_70_pixels():
         discriminator(torch.zeros(1, 3, 64, 23).double())
 
 
-# ------------------------------------------------------------------------------------------------------- vision-aided
+# -------------------- vision-aided discriminator
 
-
-def test_blur_is_1_3_3_1_both_ways_with_zeros_around():
+def test_blur_is_1_3_3_1_both_ways_with_zero_padding():
     x = torch.zeros(1, 2, 7, 7, dtype=torch.float64)
-    x[0, 1, 3, 3], x[0, 0, 0, 6] = 64, 64
+    x[0, 1, 3, 3] = 64
+    x[0, 0, 0, 6] = 64
     line = torch.tensor([1.0, 3, 3, 1], dtype=torch.float64)
     expected = torch.zeros(1, 2, 6, 6, dtype=torch.float64)
     expected[0, 1, 1:5, 1:5] = line[:, None] * line
-    expected[0, 0, :2, 4:] = torch.tensor([[3.0, 9], [1, 3]])  # what of the kernel lies inside
+    expected[0, 0, :2, 4:] = torch.tensor([[3.0, 9], [1, 3]])  # the part of the kernel inside
     assert torch.equal(blur(x), expected)
 
 
@@ -98,10 +118,12 @@ def test_logits_of_the_three_levels_are_the_heads_written_out():
     for _ in range(300):
         spectral_step(discriminator)
     x = normal(2, 3, 80, 47).clamp(-1, 1)
-    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None]
-                 for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
-    pixels = (F.adaptive_avg_pool2d(x * 0.5 + 0.5, 56) - mean) / std
-    *maps, embedding = discriminator.vision[0].levels(pixels, (1, 2))  # after a third and two thirds
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)
+    pixels = F.adaptive_avg_pool2d(x * 0.5 + 0.5, 56)
+    pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+    # After a third and two thirds of the three layers.
+    *maps, embedding = discriminator.vision[0].levels(pixels, (1, 2))
 
     def divided(layer: nn.Module) -> tuple[Tensor, Tensor]:
         weight = layer.parametrizations.weight.original
@@ -111,10 +133,12 @@ def test_logits_of_the_three_levels_are_the_heads_written_out():
     for head, m in zip(discriminator.maps, maps):
         weight, bias = divided(head.conv)
         m = F.leaky_relu(F.conv2d(m, weight, bias, padding=1), 0.2)  # [2, 16, 7, 7]
-        blurred = torch.stack([torch.stack([blur(channel[None, None])[0, 0] for channel in picture]) for picture in m])
+        blurred = torch.stack([blur(channel[None])[0] for channel in m.flatten(0, 1)[:, None]])
+        blurred = blurred.view(2, 16, 6, 6)
         weight, bias = divided(head.last)
         expected.append((blurred[:, :, ::2, ::2] * weight).sum(1, keepdim=True) + bias)
-    (w1, b1), (w2, b2) = divided(discriminator.vector[0]), divided(discriminator.vector[2])
+    w1, b1 = divided(discriminator.vector[0])
+    w2, b2 = divided(discriminator.vector[2])
     h = embedding @ w1.T + b1
     expected.append(torch.where(h > 0, h, 0.2 * h) @ w2.T + b2)
     logits = discriminator(x)
@@ -122,78 +146,122 @@ def test_logits_of_the_three_levels_are_the_heads_written_out():
     assert max(relative(a, b) for a, b in zip(logits, expected)) < 1e-6
 
 
-def test_the_frozen_clip_is_no_part_of_what_is_trained_saved_or_unfrozen():
+def test_the_frozen_clip_is_not_trained_saved_or_unfrozen():
     discriminator = tiny()
     vision = discriminator.vision[0]
     discriminator.requires_grad_(False).requires_grad_(True).train()
     assert not vision.training and not any(p.requires_grad for p in vision.parameters())
-    assert sum(p.numel() for p in discriminator.parameters()) == 2 * (16 * 24 * 9 + 16 + 16 + 1) + 16 * 20 + 16 + 16 + 1
+    map_head = 16 * 24 * 9 + 16 + 16 + 1
+    vector_head = 16 * 20 + 16 + 16 + 1
+    assert parameters(discriminator) == 2 * map_head + vector_head
     assert all(name.startswith(("maps.", "vector.")) for name in discriminator.state_dict())
 
 
 def test_gradients_reach_the_picture_and_the_heads_through_clip():
-    discriminator, draws = tiny(), draw_augmentation(1, torch.Generator().manual_seed(0))
+    discriminator = tiny()
+    draws = draw_augmentation(1, torch.Generator().manual_seed(0))
     x = normal(1, 3, 20, 24).requires_grad_()
-    loss = generator_gan_loss(discriminator(x, draws), 0.8)
+    loss = cross_entropy(discriminator(x, draws), 0.8)
     (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
     heads = torch.autograd.grad(loss, list(discriminator.parameters()))
     assert all(g.abs().sum() > 0 for g in heads)
-    direction, step = normal(1, 3, 20, 24, seed=1), 1e-6
+
+    direction = normal(1, 3, 20, 24, seed=1)
+    step = 1e-6
     with torch.no_grad():
-        change = [generator_gan_loss(discriminator(x + s * step * direction, draws), 0.8) for s in (1, -1)]
-    assert abs((gradient * direction).sum() / ((change[0] - change[1]) / (2 * step)) - 1) < 1e-6
+        after = cross_entropy(discriminator(x + step * direction, draws), 0.8)
+        before = cross_entropy(discriminator(x - step * direction, draws), 0.8)
+    slope = (after - before) / (2 * step)
+    assert abs((gradient * direction).sum() / slope - 1) < 1e-6
 
 
-# ------------------------------------------------------------------------------------------------------- augmentation
-
+# -------------------- augmentation
 
 def augmented(x: Tensor, u: dict[str, float]) -> Tensor:
-    """One picture [3, H, W], from `u` in [0, 1), pixel by pixel."""
+    """Augments one picture [3, H, W] pixel by pixel, with the numbers `u` in [0, 1)."""
     _, H, W = x.shape
     x = x + (u["brightness"] - 0.5)
     x = (x - x.mean(0)) * 2 * u["saturation"] + x.mean(0)
     x = (x - x.mean()) * (u["contrast"] + 0.5) + x.mean()
-    reach, cut = [int(n * 0.125 + 0.5) for n in (H, W)], [int(n * 0.5 + 0.5) for n in (H, W)]
-    dy, dx = (math.floor(u[f"shift_{a}"] * (2 * r + 1)) - r for a, r in zip("yx", reach))
-    top, left = (math.floor(u[f"cut_{a}"] * (n + 1 - c % 2)) - c // 2 for a, n, c in zip("yx", (H, W), cut))
+
+    dy = augmented_shift(u["shift_y"], H)
+    dx = augmented_shift(u["shift_x"], W)
+    top, bottom = augmented_cut(u["cut_y"], H)
+    left, right = augmented_cut(u["cut_x"], W)
     out = torch.zeros_like(x)
     for i in range(H):
         for j in range(W):
-            hole = top <= i < top + cut[0] and left <= j < left + cut[1]
+            hole = top <= i < bottom and left <= j < right
             if 0 <= i + dy < H and 0 <= j + dx < W and not hole:
                 out[:, i, j] = x[:, i + dy, j + dx]
     return out
 
 
+def augmented_shift(u: float, side: int) -> int:
+    """A shift of up to 1/8 of a side."""
+    reach = int(side * 0.125 + 0.5)
+    return math.floor(u * (2 * reach + 1)) - reach
+
+
+def augmented_cut(u: float, side: int) -> tuple[int, int]:
+    """Where a cutout of half of a side begins and ends."""
+    cut = int(side * 0.5 + 0.5)
+    start = math.floor(u * (side + 1 - cut % 2)) - cut // 2
+    return start, start + cut
+
+
 @pytest.mark.parametrize("size", [(16, 24), (13, 30), (9, 9)], ids=str)
 def test_augmentation_is_color_translation_cutout(size):
-    x, draws = normal(6, 3, *size), draw_augmentation(6, torch.Generator().manual_seed(0))
-    draws["shift_y"][0], draws["shift_x"][0], draws["cut_y"][1], draws["cut_x"][1] = 0.0, 0.0, 0.0, 0.0
-    last = 1 - 2 ** -24  # the largest that is drawn
-    draws["shift_y"][2], draws["shift_x"][2], draws["cut_y"][3], draws["cut_x"][3] = last, last, last, last
-    expected = torch.stack([augmented(x[i], {k: v[i].item() for k, v in draws.items()}) for i in range(6)])
-    assert relative(diff_augment(x, draws), expected) < 1e-12
+    x = normal(6, 3, *size)
+    draws = draw_augmentation(6, torch.Generator().manual_seed(0))
+    # The smallest and the largest number that can be drawn.
+    draws["shift_y"][0] = 0.0
+    draws["shift_x"][0] = 0.0
+    draws["cut_y"][1] = 0.0
+    draws["cut_x"][1] = 0.0
+    largest = 1 - 2**-24
+    draws["shift_y"][2] = largest
+    draws["shift_x"][2] = largest
+    draws["cut_y"][3] = largest
+    draws["cut_x"][3] = largest
+    expected = []
+    for i in range(6):
+        expected.append(augmented(x[i], {name: u[i].item() for name, u in draws.items()}))
+    assert relative(diff_augment(x, draws), torch.stack(expected)) < 1e-12
 
 
-def test_shifts_and_holes_are_as_large_as_they_should_be():
+def test_shifts_and_holes_have_the_sizes_of_the_policy():
     n = 400
     draws = draw_augmentation(n, torch.Generator().manual_seed(0))
-    assert all(u.shape == (n,) and 0 <= u.min() < 0.02 and 0.98 < u.max() < 1 for u in draws.values())
-    still = {name: torch.full_like(u, 0.5) for name, u in draws.items()}  # nothing but a hole in the middle
+    for u in draws.values():
+        assert u.shape == (n,)
+        assert 0 <= u.min() < 0.02 and 0.98 < u.max() < 1
     x = normal(n, 3, 32, 48).abs() + 1
-    assert relative(diff_augment(x, still | {"cut_y": draws["cut_y"]})[:, :, :, :12], x[:, :, :, :12]) < 1e-12
-    holes = (diff_augment(x, still | {k: draws[k] for k in ("cut_y", "cut_x")}) == 0).all(1)  # [n, 32, 48]
+    # With 0.5 everywhere nothing changes, except for a hole in the middle.
+    still = {name: torch.full_like(u, 0.5) for name, u in draws.items()}
+    left = diff_augment(x, still | {"cut_y": draws["cut_y"]})[:, :, :, :12]
+    assert relative(left, x[:, :, :, :12]) < 1e-12
+
+    cuts = {"cut_y": draws["cut_y"], "cut_x": draws["cut_x"]}
+    holes = (diff_augment(x, still | cuts) == 0).all(1)  # [n, 32, 48]
     assert holes.any(2).sum(1).unique().tolist() == list(range(8, 17))
     assert holes.any(1).sum(1).unique().tolist() == list(range(12, 25))
-    outside = {k: draws[k] for k in ("shift_y", "shift_x")}
-    empty = (diff_augment(x, still | outside | {"cut_y": torch.zeros(n), "cut_x": torch.zeros(n)}) == 0).all(1)
-    assert empty[:, 20].all(1).sum() == 0 and empty[:, 8:, :].all(2).sum(1).unique().tolist() == [0, 1, 2, 3, 4]
+
+    shifts = {"shift_y": draws["shift_y"], "shift_x": draws["shift_x"]}
+    corner = {"cut_y": torch.zeros(n), "cut_x": torch.zeros(n)}
+    empty = (diff_augment(x, still | shifts | corner) == 0).all(1)
+    assert empty[:, 20].all(1).sum() == 0
+    assert empty[:, 8:, :].all(2).sum(1).unique().tolist() == [0, 1, 2, 3, 4]
     assert empty[:, :, 12:].all(1).sum(1).unique().tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_a_pictures_augmentation_is_its_row_of_the_global_batch():
-    x, draws = normal(6, 3, 16, 16), draw_augmentation(6, torch.Generator().manual_seed(0))
-    slices = [diff_augment(x[i:i + 2], {name: u[i:i + 2] for name, u in draws.items()}) for i in (0, 2, 4)]
+    x = normal(6, 3, 16, 16)
+    draws = draw_augmentation(6, torch.Generator().manual_seed(0))
+    slices = []
+    for i in (0, 2, 4):
+        own = {name: u[i:i + 2] for name, u in draws.items()}
+        slices.append(diff_augment(x[i:i + 2], own))
     assert torch.equal(torch.cat(slices), diff_augment(x, draws))
     again = draw_augmentation(6, torch.Generator().manual_seed(0))
     assert all(torch.equal(again[name], draws[name]) for name in draws)
@@ -201,11 +269,11 @@ def test_a_pictures_augmentation_is_its_row_of_the_global_batch():
 
 def test_augmentation_lets_gradients_through():
     draws = draw_augmentation(2, torch.Generator().manual_seed(1))
-    assert torch.autograd.gradcheck(lambda x: diff_augment(x, draws), normal(2, 3, 6, 8).requires_grad_())
+    x = normal(2, 3, 6, 8).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: diff_augment(x, draws), x)
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
-
+# -------------------- losses
 
 @pytest.mark.parametrize("target", [0.0, 0.8, 1.0])
 def test_multilevel_loss_is_the_cross_entropy_summed_over_levels(target):
@@ -214,17 +282,23 @@ def test_multilevel_loss_is_the_cross_entropy_summed_over_levels(target):
     for level in logits:
         p = [1 / (1 + math.exp(-z)) for z in level.flatten().tolist()]
         expected += sum(-target * math.log(q) - (1 - target) * math.log(1 - q) for q in p) / len(p)
-    assert generator_gan_loss(logits, target).item() == pytest.approx(expected, rel=1e-12)
+    assert cross_entropy(logits, target).item() == pytest.approx(expected, rel=1e-12)
     zeros = [torch.zeros(shape) for shape in LOGITS]
-    assert generator_gan_loss(zeros, target).item() == pytest.approx(3 * math.log(2))
+    assert cross_entropy(zeros, target).item() == pytest.approx(3 * math.log(2))
 
 
-# ------------------------------------------------------------------------------------------------------------- latents
+# -------------------- latents
 
-
-UNET = UNetConfig(block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, cross_attention_dim=12,
-                  norm_num_groups=4, sample_size=12, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+UNET = UNetConfig(
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=12,
+    norm_num_groups=4,
+    sample_size=12,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
 
 
 def latent() -> tuple[UNet, LatentDiscriminator]:
@@ -236,42 +310,55 @@ def latent() -> tuple[UNet, LatentDiscriminator]:
 @pytest.mark.parametrize("size", [(12, 12), (8, 14)], ids=str)
 def test_the_latent_logit_is_the_head_written_out_on_the_middle_block(size):
     network, discriminator = latent()
-    x, t, context = normal(2, 4, *size), torch.tensor([3, 700]), normal(2, 5, 12)
+    x = normal(2, 4, *size)
+    t = torch.tensor([3, 700])
+    context = normal(2, 5, 12)
     network.load_state_dict(discriminator.unet.state_dict(), strict=False)
     h = network.features(x, t, context)
     assert h.shape[1:] == (32, size[0] // 2, size[1] // 2)
+
+    # Group norm, then SiLU.
     h = h.view(2, 4, -1)
     h = (h - h.mean(2, keepdim=True)) / (h.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    h = h.view(2, 32, -1) * discriminator.norm.weight[:, None] + discriminator.norm.bias[:, None]
-    h = h / (1 + (-h).exp())  # SiLU; [2, 32, places]
-    pool, positions = discriminator.pool, discriminator.pool.positions
+    norm = discriminator.norm
+    h = h.view(2, 32, -1) * norm.weight[:, None] + norm.bias[:, None]
+    h = h / (1 + (-h).exp())  # [2, 32, places]
+
+    pool = discriminator.pool
+    positions = pool.positions
     if size != (12, 12):
         positions = F.interpolate(positions, (size[0] // 2, size[1] // 2), mode="bicubic")
-    tokens = torch.cat([h.mean(2, keepdim=True) + pool.position_mean, h + positions[0].flatten(1)], dim=2)
+    mean = h.mean(2, keepdim=True) + pool.position_mean
+    tokens = torch.cat([mean, h + positions[0].flatten(1)], dim=2)
     seen = []
     for head in range(2):  # of 16 channels
         rows = slice(16 * head, 16 * head + 16)
-        q, k, v = (layer.weight[rows] @ tokens + layer.bias[rows, None] for layer in (pool.to_q, pool.to_k, pool.to_v))
-        share = (k * q[:, :, :1]).sum(1).div(4).softmax(1)  # the mean's look at every token
-        seen.append((v * share[:, None]).sum(2))
+        q = pool.to_q.weight[rows] @ tokens + pool.to_q.bias[rows, None]
+        k = pool.to_k.weight[rows] @ tokens + pool.to_k.bias[rows, None]
+        v = pool.to_v.weight[rows] @ tokens + pool.to_v.bias[rows, None]
+        attention = (k * q[:, :, :1]).sum(1).div(4).softmax(1)  # of the mean to every token
+        seen.append((v * attention[:, None]).sum(2))
     y = torch.cat(seen, dim=1) @ pool.to_out.weight.T + pool.to_out.bias
     assert y.shape == (2, 512)
     expected = y / (1 + (-y).exp()) @ discriminator.last.weight.T + discriminator.last.bias
     logits = discriminator(x, t, context)
     assert logits.shape == (2, 1) and relative(logits, expected) < 1e-12
-    for changed in (discriminator(x, t + 1, context), discriminator(x, t, context.flip(0))):
-        assert not torch.allclose(logits, changed)  # it knows the noise level and the caption
+    # Timestep and caption make a difference.
+    assert not torch.allclose(logits, discriminator(x, t + 1, context))
+    assert not torch.allclose(logits, discriminator(x, t, context.flip(0)))
 
 
-def test_the_lower_half_starts_as_the_networks_own_and_is_a_copy_unless_shared():
+def test_the_lower_half_begins_as_the_networks_own_and_is_a_copy_unless_shared():
     network = UNet(UNET).double()
-    x, context = normal(1, 4, 12, 12), normal(1, 5, 12)
+    x = normal(1, 4, 12, 12)
+    context = normal(1, 5, 12)
     for share in (False, True):
         half = lower_half(network, share)
         assert torch.equal(half.features(x, 7, context), network.features(x, 7, context))
         own = dict(network.named_parameters())
         assert all((p is own[name]) == share for name, p in half.named_parameters())
-        assert all(not name.startswith(("up_blocks", "conv_norm_out", "conv_out")) for name in half.state_dict())
+        for name in half.state_dict():
+            assert not name.startswith(("up_blocks", "conv_norm_out", "conv_out"))
     assert len(network.up_blocks) == 2 and network(x, 7, context).shape == x.shape
 
 
@@ -280,33 +367,39 @@ def test_every_weight_of_the_latent_discriminator_trains_and_none_of_the_base():
     discriminator.requires_grad_(True)
     x = normal(2, 4, 12, 12).requires_grad_()
     loss = F.softplus(-discriminator(x, torch.tensor([3, 700]), normal(2, 5, 12))).mean()
-    gradients = torch.autograd.grad(loss, [x, *discriminator.parameters()])
-    # a constant added to all keys changes no attention
-    dead = {"pool.to_k.bias"} & {name for name, _ in discriminator.named_parameters()}
-    for (name, _), g in zip([("x", x), *discriminator.named_parameters()], gradients):
-        assert (g.abs().max() > 1e-12) != (name in dead), name
+    tensors = {"x": x, **dict(discriminator.named_parameters())}
+    gradients = torch.autograd.grad(loss, list(tensors.values()))
+    assert "pool.to_k.bias" in tensors
+    for name, g in zip(tensors, gradients):
+        # Adding a constant to all keys does not change attention.
+        is_zero = name == "pool.to_k.bias"
+        assert (g.abs().max() <= 1e-12) == is_zero, name
     assert not any(p.requires_grad for p in network.parameters())
 
 
-# -------------------- Of small pictures
-
+# -------------------- small pictures
 
 @torch.no_grad()
 @pytest.mark.parametrize(("side", "levels"), [(32, 3), (48, 3), (8, 1), (4, 0)])
 def test_the_pixel_logit_is_its_convolutions_and_a_product_with_the_caption(side, levels):
     discriminator = randomise(PixelDiscriminator(3, side, 12, width=8).double(), seed=1)
-    x, t, context = normal(2, 3, side, side), torch.tensor([3, 700]), normal(2, 5, 12)
+    x = normal(2, 3, side, side)
+    t = torch.tensor([3, 700])
+    context = normal(2, 5, 12)
     assert len(discriminator.down) == levels
     time = timestep_embedding(t, 8).double()
     h = F.conv2d(x, discriminator.conv_in.weight, discriminator.conv_in.bias, padding=1)
     for i in range(levels + 1):
-        h = h + (time @ discriminator.time[i].weight.T + discriminator.time[i].bias)[:, :, None, None]
+        added = time @ discriminator.time[i].weight.T + discriminator.time[i].bias
+        h = h + added[:, :, None, None]
         h = torch.where(h > 0, h, 0.2 * h)
         if i < levels:
-            h = F.conv2d(h, discriminator.down[i].weight, discriminator.down[i].bias, stride=2, padding=1)
+            down = discriminator.down[i]
+            h = F.conv2d(h, down.weight, down.bias, stride=2, padding=1)
     assert 4 <= h.shape[-1] < 8
     h = h.mean((2, 3))
     words = context.mean(1) @ discriminator.context.weight.T + discriminator.context.bias
-    expected = h @ discriminator.last.weight.T + discriminator.last.bias + (h * words).mean(1, keepdim=True)
+    expected = h @ discriminator.last.weight.T + discriminator.last.bias
+    expected = expected + (h * words).mean(1, keepdim=True)
     assert relative(discriminator(x, t, context), expected) < 1e-9
     assert relative(discriminator(x, 3, context)[:1], expected[:1]) < 1e-9

@@ -1,4 +1,4 @@
-"""What a latent model trains on: latents of pictures, of a cache, of a teacher; and contexts."""
+"""What YOSO trains on: latents of pictures, of a cache or of a teacher, and text contexts."""
 
 import contextlib
 from types import SimpleNamespace
@@ -12,82 +12,123 @@ import train_yoso
 from files import bases
 from files.tensors import fingerprint
 
+torch.set_num_threads(1)
 NO_AUTOCAST = contextlib.nullcontext()
 
 
-def base(factor: int = 4) -> SimpleNamespace:
-    return SimpleNamespace(vae=SimpleNamespace(factor=factor), denoiser=SimpleNamespace(
-        config=SimpleNamespace(in_channels=3)))
+def base_of_factor(factor: int) -> SimpleNamespace:
+    denoiser = SimpleNamespace(config=SimpleNamespace(in_channels=3))
+    return SimpleNamespace(vae=SimpleNamespace(factor=factor), denoiser=denoiser)
 
 
-def test_the_shape_of_a_latent_is_told_by_the_first_item_or_by_the_resolution():
-    assert train_yoso.latent_shape(base(), dict(mean=torch.zeros(4, 5, 6), target=torch.zeros(3, 9, 9)), 7) == (4, 5, 6)
-    assert train_yoso.latent_shape(base(), dict(target=torch.zeros(3, 8, 12)), 7) == (3, 2, 3)
-    assert train_yoso.latent_shape(base(), {}, 16) == (3, 4, 4)
-    assert train_yoso.latent_shape(base(1), dict(target=torch.zeros(3)), 7) == (3,)  # a point
+def test_the_first_item_or_the_resolution_gives_the_shape_of_a_latent():
+    shape, base = train_yoso.latent_shape, base_of_factor(4)
+    cached = dict(mean=torch.zeros(4, 5, 6), target=torch.zeros(3, 9, 9))
+    assert shape(base, cached, 7) == (4, 5, 6)
+    assert shape(base, dict(target=torch.zeros(3, 8, 12)), 7) == (3, 2, 3)
+    assert shape(base, {}, 16) == (3, 4, 4)
+    assert shape(base_of_factor(1), dict(target=torch.zeros(3, 8, 12)), 7) == (3, 8, 12)
     with pytest.raises(ValueError, match="12x10 pixels; expected sides that are multiples of 4"):
-        train_yoso.latent_shape(base(), dict(target=torch.zeros(3, 10, 12)), 8)
+        shape(base, dict(target=torch.zeros(3, 10, 12)), 8)
 
 
 def test_a_caption_is_encoded_once():
     asked = []
 
-    def encode(texts):
-        asked.extend(texts)
-        return tuple(torch.tensor([[len(text)] for text in texts]) for _ in range(2))
+    def encode(captions):
+        asked.extend(captions)
+        lengths = torch.tensor([[len(caption)] for caption in captions])
+        return lengths, 2 * lengths
 
-    remember = train_yoso.remembering(SimpleNamespace(encode=encode), NO_AUTOCAST)
+    cached = train_yoso.cached_encoder(SimpleNamespace(encode=encode), NO_AUTOCAST)
     for _ in range(2):
-        contexts = remember(["a", "bcd", "a"])
-        assert len(contexts) == 2 and contexts[1].tolist() == [[1], [3], [1]]
+        contexts = cached(["a", "bcd", "a"])
+        assert len(contexts) == 2
+        assert contexts[0].tolist() == [[1], [3], [1]]
+        assert contexts[1].tolist() == [[2], [6], [2]]
     assert asked == ["a", "bcd"]
 
 
 class Cache(list):
+    """A cache of one item, made with the networks of `base` unless `facts` say otherwise."""
+
     def __init__(self, base, **facts):
         super().__init__([dict(mean=0)])
-        self.facts = dict(base="another", dtype="float32", vae=fingerprint(base.vae),
-                          text_encoder=fingerprint(base.text_encoder)) | facts
+        own = dict(
+            base="another",
+            dtype="float32",
+            vae=fingerprint(base.vae),
+            text_encoder=fingerprint(base.text_encoder),
+        )
+        self.facts = own | facts
 
 
 def test_data_that_a_base_cannot_train_on_are_refused():
-    networks = SimpleNamespace(vae=nn.Linear(2, 2), text_encoder=nn.Linear(2, 3))
+    base = SimpleNamespace(vae=nn.Linear(2, 2), text_encoder=nn.Linear(2, 3))
 
-    def check(items, teacher=None, other_captions=False):
-        train_yoso.check_data(items, "the place", networks, "mine", teacher, other_captions)
+    def check(items, **settings):
+        cfg = train_yoso.Config(dataset_folder="the place", base="mine", **settings)
+        train_yoso.check_data(items, base, cfg)
 
-    check([dict(target=0)])
-    check([{}], "sd-turbo")
-    check(Cache(networks))
-    check(Cache(networks, text_encoder="cast", dtype="bfloat16"))  # nothing can be said of an encoder that was cast
-    for words, arguments in {"captions alone": [[{}]], "leave --teacher out": [[dict(target=0)], "sd-turbo"],
-                             "encoded already": [Cache(networks), None, "a cat"],
-                             "whose vae is not that of mine": [Cache(networks, vae="x", dtype="bfloat16")],
-                             "whose text_encoder is not": [Cache(networks, text_encoder="x")]}.items():
+    pictures, captions = [dict(target=0)], [{}]
+    check(pictures)
+    check(pictures, unconditional=True, validation_prompts="a cat")
+    check(captions, teacher="sd-turbo")
+    check(Cache(base))
+    # Nothing can be said of a text encoder that was cast.
+    check(Cache(base, text_encoder="cast", dtype="bfloat16"))
+    other_vae = Cache(base, vae="x", dtype="bfloat16")
+    other_encoder = Cache(base, text_encoder="x")
+    bad = [
+        ("captions alone", captions, {}),
+        ("leave --teacher out", pictures, dict(teacher="sd-turbo")),
+        ("encoded already", Cache(base), dict(validation_prompts="a cat")),
+        ("encoded already", Cache(base), dict(unconditional=True)),
+        ("whose vae is not that of mine", other_vae, {}),
+        ("whose text_encoder is not", other_encoder, {}),
+    ]
+    for words, items, settings in bad:
         with pytest.raises(ValueError, match=f"the place .*{words}"):
-            check(*arguments)
+            check(items, **settings)
 
 
-def test_latents_are_placed_by_the_noise_and_a_teacher_hears_what_others_do_not():
+@torch.no_grad()
+def test_noise_samples_the_latents_and_a_teacher_gets_captions_that_others_do_not():
     own = bases.load_base("tiny", dtype=torch.float64)
     teacher = bases.load_base("tiny", dtype=torch.float64, seed=1)
-    noise, captions = normal(3, 4, 4, 4), ["a", "b", "c"]
-    pictures, rows = normal(3, 3, 16, 16, seed=1).tanh(), slice(1, 3)
-    batch = dict(caption=captions, target=pictures, name=captions)
+    noise, captions = normal(2, 4, 4, 4), ["b", "c"]
+    pictures = normal(2, 3, 16, 16, seed=1).tanh()
+    piece = dict(caption=captions, target=pictures, name=captions)
 
-    def read(batch, teacher=None, unconditional=False):
-        return train_yoso.Reader(own, own, teacher, (4, 4, 4), unconditional, NO_AUTOCAST)(batch, rows, noise[rows])
+    def read(piece, teacher=None, unconditional=False, critic=own):
+        reader = train_yoso.Reader(own, critic, teacher, (4, 4, 4), unconditional, NO_AUTOCAST)
+        return reader(piece, noise)
 
-    x0, contexts, seen = read(batch)
-    mean, logvar, _ = own.vae.encode(pictures[rows])
-    mean, std = (z * own.vae.config.scaling_factor for z in (mean, (logvar / 2).exp()))
-    assert relative(x0, mean + std * noise[rows]) < 1e-12
-    assert relative(seen, own.encode(["b", "c"])[0]) < 1e-9 and seen is contexts[0]
-    cached = dict(caption=captions, mean=torch.cat([mean[:1], mean]), std=torch.cat([std[:1], std]),
-                  context_0=own.encode(captions)[0])
-    assert relative(read(cached)[0], x0) < 1e-12 and relative(read(cached)[2], seen) < 1e-9
-    drawn, _, unheard = read(dict(caption=captions), teacher, unconditional=True)
-    assert torch.equal(drawn, train_yoso.one_step(teacher, ["b", "c"], noise[rows]))
-    assert relative(unheard, own.encode(["", ""])[0]) < 1e-9
+    # Pictures: noise samples the VAE's latent.
+    x0, contexts, disc_context = read(piece)
+    mean, logvar, _ = own.vae.encode(pictures)
+    scaling = own.vae.config.scaling_factor
+    mean, std = mean * scaling, (logvar / 2).exp() * scaling
+    assert relative(x0, mean + std * noise) < 1e-12
+    assert relative(disc_context, own.encode(captions)[0]) < 1e-9
+    assert disc_context is contexts[0]
+
+    # Another critic encodes captions for itself.
+    _, contexts, disc_context = read(piece, critic=teacher)
+    assert relative(contexts[0], own.encode(captions)[0]) < 1e-9
+    assert relative(disc_context, teacher.encode(captions)[0]) < 1e-9
+
+    # A cache: the same, without networks.
+    context = own.encode(captions)[0]
+    cached = dict(caption=captions, mean=mean, std=std, context_0=context)
+    x0_cached, contexts, disc_context = read(cached)
+    assert relative(x0_cached, x0) < 1e-12
+    assert torch.equal(disc_context, context) and torch.equal(contexts[0], context)
+
+    # Captions alone: the teacher draws from the noise, and hears captions that are left out.
+    drawn, contexts, disc_context = read(dict(caption=captions), teacher, unconditional=True)
+    assert torch.equal(drawn, train_yoso.one_step(teacher, captions, noise))
+    assert relative(disc_context, own.encode(["", ""])[0]) < 1e-9
+
     with pytest.raises(ValueError, match="'b' is not of the size of the first"):
-        read(batch | dict(target=pictures[:, :, :12]))
+        read(piece | dict(target=pictures[:, :, :12]))

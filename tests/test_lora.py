@@ -1,5 +1,5 @@
-"""models/lora.py agrees with `peft`: which layers, their outputs, their merged weights; and the twin convolution is
-its definition."""
+"""models/lora.py agrees with its peer, `peft`: in which layers it takes, in their outputs, and in
+their merged weights. The twin convolution is checked against its formula."""
 
 import copy
 
@@ -19,24 +19,35 @@ from models.vae import VAE, VAEConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-UNET = dict(block_out_channels=(16, 24, 32), layers_per_block=2, norm_num_groups=8, cross_attention_dim=20,
-            attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"))
-VAE_SIZES = dict(block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4,
-                 down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+UNET = dict(
+    block_out_channels=(16, 24, 32),
+    layers_per_block=2,
+    norm_num_groups=8,
+    cross_attention_dim=20,
+    attention_head_dim=4,
+    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+)
+VAE_SIZES = dict(
+    block_out_channels=(8, 16, 16),
+    layers_per_block=2,
+    norm_num_groups=4,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+)
 SKIP_CONVS = ("skip_conv_1", "skip_conv_2", "skip_conv_3")
-# In the last list `v` and `onv1` end the names of layers, but are no dotted part: they take none.
+# Some layers' names end in `v` or `onv1`, but not after a dot, so these two select nothing.
+MIXED = ("conv_in", "down_blocks.0.resnets.1.conv1", "resnets.0.conv2", "v", "onv1", "ff.net.2")
 LISTS = {
     "unet, convolutions": ("unet", dict(UNET), UNET_TARGETS),
     "unet, linear projections": ("unet", dict(UNET, use_linear_projection=True), UNET_TARGETS),
     "vae": ("vae", VAE_SIZES, (*VAE_TARGETS, *SKIP_CONVS)),
-    "unet, whole names and parts of words": (
-        "unet", dict(UNET), ("conv_in", "down_blocks.0.resnets.1.conv1", "resnets.0.conv2", "v", "onv1", "ff.net.2")),
+    "unet, whole names and parts of words": ("unet", dict(UNET), MIXED),
 }
 
 
 class Bare(nn.Module):
-    """Every kind of layer that takes a LoRA, in a row."""
+    """Every kind of layer that can have a LoRA, one after the other."""
 
     def __init__(self):
         super().__init__()
@@ -48,24 +59,36 @@ class Bare(nn.Module):
         self.down = nn.Linear(12, 4, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.point(F.silu(self.oblong(F.silu(self.strided(F.silu(self.same(x)))))))
-        return self.down(F.silu(self.up(x.flatten(2).transpose(1, 2))))
+        x = F.silu(self.same(x))
+        x = F.silu(self.strided(x))
+        x = F.silu(self.oblong(x))
+        x = self.point(x).flatten(2).transpose(1, 2)
+        x = F.silu(self.up(x))
+        return self.down(x)
 
 
 LAYERS = ("same", "strided", "oblong", "point", "up", "down")
+LORA_NAMES = {f"{name}.lora_{part}.weight" for name in LAYERS for part in "AB"}
 
 
 def config(targets: tuple[str, ...], rank: int, alpha: float) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        init_lora_weights="gaussian",
+    )
 
 
 def copy_adapters(ours: nn.Module, peer: nn.Module) -> None:
-    """The peer's A and B, drawn at random, for both."""
+    """Draws the peer's A and B at random, and copies them to ours."""
     for name, layer in peer.named_modules():
         if isinstance(layer, LoraLayer):
-            A, B = randomise(layer.lora_A["default"], seed=1), randomise(layer.lora_B["default"], seed=2)
+            A = randomise(layer.lora_A["default"], seed=1)
+            B = randomise(layer.lora_B["default"], seed=2)
             mine = ours.get_submodule(name)
-            mine.lora_A.weight.data, mine.lora_B.weight.data = A.weight.data.clone(), B.weight.data.clone()
+            mine.lora_A.weight.data = A.weight.data.clone()
+            mine.lora_B.weight.data = B.weight.data.clone()
 
 
 def adapted_pair(rank: int, alpha: float) -> tuple[nn.Module, nn.Module]:
@@ -83,15 +106,18 @@ def adapters(network: nn.Module, kind: type | tuple[type, ...]) -> dict[str, nn.
 @pytest.mark.parametrize("part, sizes, targets", LISTS.values(), ids=LISTS.keys())
 def test_the_layers_are_those_that_peft_takes(part, sizes, targets):
     if part == "unet":
-        ours, peer = UNet(UNetConfig(**sizes)), UNet2DConditionModel(**sizes)
+        ours = UNet(UNetConfig(**sizes))
+        peer = UNet2DConditionModel(**sizes)
     else:
-        ours, peer = VAE(VAEConfig(**sizes)), AutoencoderKL(latent_channels=4, **sizes)
+        ours = VAE(VAEConfig(**sizes))
+        peer = AutoencoderKL(latent_channels=4, **sizes)
         for network in (ours, peer):
             for name in SKIP_CONVS:
                 setattr(network.decoder, name, nn.Conv2d(16, 16, 1, bias=False))
     add_lora(ours, targets, 4, 8)
     inject_adapter_in_model(config(targets, 4, 8), peer)
-    mine, theirs = adapters(ours, (LoRALinear, LoRAConv2d)), adapters(peer, LoraLayer)
+    mine = adapters(ours, (LoRALinear, LoRAConv2d))
+    theirs = adapters(peer, LoraLayer)
     assert mine.keys() == theirs.keys()
     assert not any("quant_conv" in name for name in mine)
     for name, layer in mine.items():
@@ -100,14 +126,23 @@ def test_the_layers_are_those_that_peft_takes(part, sizes, targets):
 
 
 def test_the_official_lists_take_these_layers_and_no_others():
-    unet, vae = UNet(UNetConfig(**UNET)), VAE(VAEConfig(**VAE_SIZES))
+    unet = UNet(UNetConfig(**UNET))
+    vae = VAE(VAEConfig(**VAE_SIZES))
     add_lora(unet, UNET_TARGETS, 4, 8)
     add_lora(vae, VAE_TARGETS, 4, 8)
-    plain = {name for network in (unet, vae) for name, layer in network.named_modules()
-             if isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, LoRALinear | LoRAConv2d)}
-    plain = {name for name in plain if ".lora_" not in name}
-    assert {name for name in plain if "time_emb_proj" not in name} == {
-        "conv_in", "time_embedding.linear_1", "time_embedding.linear_2", "quant_conv", "post_quant_conv"}
+
+    plain = set()
+    for network in (unet, vae):
+        layers = adapters(network, (nn.Linear, nn.Conv2d))
+        plain |= layers.keys() - adapters(network, (LoRALinear, LoRAConv2d)).keys()
+    plain = {name for name in plain if ".lora_" not in name and "time_emb_proj" not in name}
+    assert plain == {
+        "conv_in",
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+        "quant_conv",
+        "post_quant_conv",
+    }
 
 
 @torch.no_grad()
@@ -122,7 +157,7 @@ def test_outputs_are_pefts(rank, alpha):
 @pytest.mark.parametrize("r", [0.0, 0.4, 1.0, 1.7])
 def test_set_scale_is_a_share_of_the_full_strength_as_in_peft(r):
     ours, peer = adapted_pair(4, 8)
-    set_scale(ours, 0.1)  # not a factor upon the one before
+    set_scale(ours, 0.1)  # the second call does not multiply the first
     set_scale(ours, r)
     for layer in adapters(peer, LoraLayer).values():
         layer.set_scale("default", r)
@@ -134,9 +169,10 @@ def test_set_scale_is_a_share_of_the_full_strength_as_in_peft(r):
 @pytest.mark.parametrize("rank, alpha", [(4, 8), (8, 3)])
 def test_merged_weights_are_pefts(rank, alpha):
     ours, peer = adapted_pair(rank, alpha)
-    changes = {name: layer.get_delta_weight("default") for name, layer in adapters(peer, LoraLayer).items()}
     before = {name: ours.get_submodule(name).weight.clone() for name in LAYERS}
-    for layer in adapters(peer, LoraLayer).values():
+    changes = {}
+    for name, layer in adapters(peer, LoraLayer).items():
+        changes[name] = layer.get_delta_weight("default")
         layer.merge()
     merge(ours)
     assert not adapters(ours, (LoRALinear, LoRAConv2d, TwinConv2d))
@@ -155,13 +191,16 @@ def test_a_merged_unet_is_what_peft_merges_and_unloads():
     peer = get_peft_model(peer, config(UNET_TARGETS, 8, 8)).double()
     add_lora(ours, UNET_TARGETS, 8, 8)
     copy_adapters(ours, peer.base_model.model)
-    x, context = normal(1, 4, 8, 12), normal(1, 7, 20)
+    x = normal(1, 4, 8, 12)
+    context = normal(1, 7, 20)
     adapted = peer(x, 999, context).sample
     assert relative(ours(x, 999, context), adapted) < 1e-9
     merge(ours)
     theirs = peer.merge_and_unload()
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert max(relative(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items()) < 1e-9
+    mine = ours.state_dict()
+    assert mine.keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert relative(mine[name], tensor) < 1e-9, name
     assert relative(ours(x, 999, context), adapted) < 1e-9
 
 
@@ -184,15 +223,20 @@ def test_merging_into_half_precision_rounds_once(stored):
     add_lora(network, ("0", "1"), 4, 8)
     for layer in network:
         assert layer.lora_A.weight.dtype == layer.lora_B.weight.dtype == torch.float32
-        randomise(layer.lora_A.to(stored), seed=1), randomise(layer.lora_B.to(stored), seed=2)
+        randomise(layer.lora_A.to(stored), seed=1)
+        randomise(layer.lora_B.to(stored), seed=2)
+
     expected = []
     for layer in network:
-        A, B = layer.lora_A.weight.double().flatten(1), layer.lora_B.weight.double().flatten(1)
+        A = layer.lora_A.weight.double().flatten(1)
+        B = layer.lora_B.weight.double().flatten(1)
         expected.append(layer.weight.double() + 2 * (B @ A).view_as(layer.weight))
     merge(network)
+
     for layer, exact in zip(network, expected):
         assert layer.weight.dtype == torch.bfloat16
-        # float32 sums may fall on the other side of a tie here and there; a product rounded to bfloat16 differs in 10%
+        # A few float32 sums round to the other side of a tie. If the product were rounded to
+        # bfloat16 too, 10% of the values would differ.
         assert (layer.weight != exact.to(torch.bfloat16)).float().mean() < 1e-3
 
 
@@ -202,7 +246,7 @@ def test_replaced_layers_keep_the_very_same_parameters():
     add_lora(network, LAYERS, 4, 8)
     after = dict(network.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
-    assert after.keys() - before.keys() == {f"{name}.lora_{part}.weight" for name in LAYERS for part in "AB"}
+    assert after.keys() - before.keys() == LORA_NAMES
 
 
 def test_two_networks_may_share_frozen_weights_under_adapters_of_their_own():
@@ -215,11 +259,11 @@ def test_two_networks_may_share_frozen_weights_under_adapters_of_their_own():
         add_lora(network, LAYERS, 4, 8, torch.Generator().manual_seed(i))
     assert first.up.weight is second.up.weight
     assert not torch.equal(first.up.lora_A.weight, second.up.lora_A.weight)
-    assert {name for name, p in first.named_parameters() if p.requires_grad} == {
-        f"{name}.lora_{part}.weight" for name in LAYERS for part in "AB"}
+    trained = {name for name, p in first.named_parameters() if p.requires_grad}
+    assert trained == LORA_NAMES
 
 
-def test_a_is_drawn_with_deviation_one_over_rank_and_b_is_zero():
+def test_a_is_drawn_with_standard_deviation_one_over_rank_and_b_is_zero():
     for rank in (4, 16):
         network = nn.Sequential(nn.Linear(3000, 10), nn.Conv2d(300, 10, 3))
         x = normal(1, 3000, dtype=torch.float32)
@@ -248,11 +292,11 @@ def test_a_network_without_such_layers_is_refused():
         add_lora(Bare(), ("to_q", "to_k"), 4, 8)
 
 
-# ---------------------------------------------------------------------------------------------------- twin convolution
+# ----------------------------------------------------------------------------- twin convolution
 
 
 def twin() -> tuple[TwinConv2d, nn.Conv2d]:
-    """A twin whose trained half has moved away, and the original."""
+    """A twin whose trained half differs from the original, and the original."""
     layer = randomise(nn.Conv2d(4, 6, 3, stride=2, padding=1).double())
     original = copy.deepcopy(layer).requires_grad_(False)
     return randomise(TwinConv2d(layer), seed=7), original
@@ -260,10 +304,10 @@ def twin() -> tuple[TwinConv2d, nn.Conv2d]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("r", [0.0, 0.4, 1.0])
-def test_twin_leads_from_the_original_to_the_trained(r):
+def test_a_twin_blends_the_original_into_the_trained(r):
     layer, original = twin()
     trained = copy.deepcopy(original)
-    trained.load_state_dict(layer.state_dict())  # the trained half alone is saved
+    trained.load_state_dict(layer.state_dict())  # holds only the trained half
     set_scale(layer, r)
     x = normal(2, 4, 9, 7)
     assert relative(layer(x), (1 - r) * original(x) + r * trained(x)) < 1e-12
@@ -276,23 +320,27 @@ def test_no_gradient_goes_through_the_twins_original(r):
     x = normal(2, 4, 9, 7).requires_grad_()
     weight = normal(2, 6, 5, 4, seed=1)
     found = gradients(layer, (layer(x) * weight).sum())
-    (found_x,) = torch.autograd.grad((layer(x) * weight).sum(), x)
+    (found["x"],) = torch.autograd.grad((layer(x) * weight).sum(), x)
+
     trained = nn.Conv2d(4, 6, 3, stride=2, padding=1).double()
     trained.load_state_dict(layer.state_dict())
     expected = gradients(trained, r * (trained(x) * weight).sum())
-    (expected_x,) = torch.autograd.grad(r * (trained(x) * weight).sum(), x)
+    (expected["x"],) = torch.autograd.grad(r * (trained(x) * weight).sum(), x)
+
     assert found.keys() == expected.keys()
-    for ours, theirs in [*((found[name], expected[name]) for name in found), (found_x, expected_x)]:
+    for name, gradient in found.items():
         if r == 0:
-            assert not ours.any()
+            assert not gradient.any()
         else:
-            assert relative(ours, theirs) < 1e-12
+            assert relative(gradient, expected[name]) < 1e-12
 
 
 def test_a_twin_of_a_half_precision_layer_merges_in_the_trained_precision():
     layer = TwinConv2d(randomise(nn.Conv2d(4, 6, 3)).to(torch.bfloat16))
-    weight, bias = normal(6, 4, 3, 3, dtype=torch.float32), normal(6, dtype=torch.float32)
-    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)  # as a checkpoint puts them in
+    weight = normal(6, 4, 3, 3, dtype=torch.float32)
+    bias = normal(6, dtype=torch.float32)
+    layer.weight = nn.Parameter(weight)  # float32, as loading a checkpoint leaves them
+    layer.bias = nn.Parameter(bias)
     set_scale(layer, 0.25)
     merged = layer.merged()
     assert merged.weight.dtype == merged.bias.dtype == torch.float32

@@ -1,4 +1,6 @@
-"""The trainer of one-step models: its losses against the formulas, and run as users run it, on points and latents."""
+"""The trainer of one-step models: its losses, and runs on small folders as users start them."""
+
+# ruff: noqa: F811  (a fixture is imported, and arguments have its name)
 
 import functools
 import json
@@ -7,51 +9,121 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import normal, relative
+import torch.nn.functional as F
+import trainer_helpers as helpers
+from conftest import normal, randomise, relative
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_bases import dit, sd  # noqa: F401 (fixtures)
-from test_train_pix2pix_turbo import ENV, ROOT, assert_same_bits, from_nothing, pairs  # noqa: F401
+from torch import Tensor
+from trainer_helpers import pairs  # noqa: F401  (a fixture)
 
 import sample
 import train_yoso as trainer
 import training
+from dataset.cache import write_cache
+from dataset.folders import Captioned, open_paired
+from dataset.loader import batches
+from dataset.pictures import open_picture, to_tensor
 from files import bases, checkpoints, tokenizers
 from models import clip, diffusion, pixart, t5, unet, vae
-from models.diffusion import Schedule, zero_terminal_snr
+from models.diffusion import Schedule, add_noise, zero_terminal_snr
 
-torch.set_num_threads(1)
-SCHEDULE = Schedule.from_config(dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                                     prediction_type="v_prediction"))
-POINTS = ["--base", "gaussians", "--train_batch_size", "8", "--prior_pictures", "50", "--num_samples_eval", "200",
-          "--device", "cpu"]
-SMALL = ["--train_batch_size", "2", "--prior_pictures", "3", "--num_samples_eval", "2", "--viz_freq", "1000",
-         "--resolution", "24", "--device", "cpu"]
-
-
-def command(*argv, processes=1):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return [sys.executable, *torchrun, str(ROOT / "train_yoso.py"), *from_nothing(argv)]
+SCHEDULE = Schedule.from_config(
+    dict(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+    )
+)
+QUIET = ["--viz_freq", "1000", "--device", "cpu"]
+SMALL = [*QUIET, "--prior_pictures", "3", "--validation_num_images", "2"]
+TWO = [*SMALL, "--train_batch_size", "2"]
+SMALL_PICTURES = [*TWO, "--resolution", "24"]
+CENTRED = ["--train_image_prep", "resized_crop_24"]
 
 
 def train(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["train_yoso.py", *from_nothing(argv)])
-    monkeypatch.setattr(training, "catch_stop", lambda: lambda: False)
-    training.run(trainer.main)
+    helpers.train(monkeypatch, trainer, *argv)
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+def text_file(folder: Path) -> Path:
+    captions = ["a cat", "a dog by a lake", "rain", "a boat", "fog"]
+    captions += ["snow", "a car", "a tree", "night", "day"]
+    (folder / "captions.txt").write_text("\n".join(captions))
+    return folder / "captions.txt"
 
 
-def tables(t):
-    """alpha_t and sigma_t of the list t, computed anew."""
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory) -> Path:
+    """A small Stable Diffusion in a folder."""
+    folder = tmp_path_factory.mktemp("sd")
+    bases.save_folder(folder, bases.load_base("tiny", seed=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory) -> Path:
+    """A small PixArt in a folder, which predicts epsilon."""
+    folder = tmp_path_factory.mktemp("dit")
+    config = pixart.PixArtConfig(
+        num_attention_heads=3,
+        attention_head_dim=8,
+        num_layers=2,
+        cross_attention_dim=24,
+        caption_channels=24,
+        sample_size=8,
+    )
+    pieces = letters("abcdefghiklnorstuwy")
+    text_config = t5.T5Config(
+        vocab_size=pieces.get_vocab_size(),
+        d_model=24,
+        d_kv=8,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+    )
+    base = bases.Base(
+        "",
+        vae=bases.load_base("tiny").vae,
+        transformer=randomise(pixart.PixArt(config)),
+        text_encoder=randomise(t5.T5Encoder(text_config)),
+        tokenizer=t5.T5Tokenizer(pieces),
+        schedule=Schedule.from_config(
+            dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+        ),
+    )
+    bases.save_folder(folder, base)
+    return folder
+
+
+def letters(alphabet: str) -> tokenizers.Pieces:
+    """T5's word pieces, each a single letter."""
+    pieces = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁", -2.0]]
+    pieces += [[letter, -3.0] for letter in alphabet]
+    model = dict(type="Unigram", vocab=pieces, unk_id=2)
+    return tokenizers.pieces_from_json(json.dumps(dict(model=model)))
+
+
+# ----------------------------------------------------------------------------------- losses
+
+def tables(t: list[int]) -> tuple[list[float], list[float]]:
+    """alpha_t and sigma_t, computed anew."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = [math.prod((1 - betas[:u + 1]).tolist()) for u in t]
     return [a**0.5 for a in alpha_bar], [(1 - a) ** 0.5 for a in alpha_bar]
+
+
+def columns(t: Tensor) -> list[Tensor]:
+    """alpha_t and sigma_t as tensors [B, 1, 1, 1]."""
+    values = tables(t.tolist())
+    return [torch.tensor(value, dtype=torch.float64).view(-1, 1, 1, 1) for value in values]
 
 
 T = torch.tensor([0, 3, 260, 700, 999])
@@ -60,26 +132,32 @@ GAMMA = 5.0
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("shape", [(5, 2), (5, 4, 3, 3)], ids=str)
-def test_the_generator_keeps_what_has_no_noise_and_is_x0_elsewhere(kind, shape):
+def test_the_generator_keeps_what_has_no_noise_and_predicts_x0_elsewhere(kind, shape):
     schedule = Schedule.from_config(SCHEDULE.config | dict(prediction_type=kind))
     prediction, x = normal(*shape, seed=1).requires_grad_(), normal(*shape)
     G = trainer.generated(prediction, x, T, schedule)
     G.sum().backward()
     for i, (t, alpha, sigma) in enumerate(zip(T.tolist(), *tables(T.tolist()))):
-        c_skip, c_out = 0.25 / ((10 * t) ** 2 + 0.25), 10 * t / math.sqrt((10 * t) ** 2 + 0.25)
-        x0 = (x[i] - sigma * prediction[i]) / alpha if kind == "epsilon" else alpha * x[i] - sigma * prediction[i]
+        c_skip = 0.25 / ((10 * t) ** 2 + 0.25)
+        c_out = 10 * t / math.sqrt((10 * t) ** 2 + 0.25)
+        if kind == "epsilon":
+            x0 = (x[i] - sigma * prediction[i]) / alpha
+            slope = -c_out * sigma / alpha
+        else:
+            x0 = alpha * x[i] - sigma * prediction[i]
+            slope = -c_out * sigma
         assert relative(G[i], c_skip * x[i] + c_out * x0) < 1e-9
-        slope = -c_out * sigma * (1 / alpha if kind == "epsilon" else 1)
         assert torch.allclose(prediction.grad[i], torch.full_like(x[i], slope), rtol=1e-9)
     assert torch.equal(G[0], x[0])
 
 
-def test_adversarial_losses_are_softplus_of_each_sample_and_so_are_their_gradients():
+def test_adversarial_losses_are_softplus_per_sample_and_so_are_their_gradients():
     real, fake = normal(6, 1).requires_grad_(), normal(6, 1, seed=1).requires_grad_()
     loss = trainer.discriminator_loss(real, fake)
     loss.backward()
-    expected = sum(math.log1p(math.exp(-r)) + math.log1p(math.exp(f))
-                   for r, f in zip(real.flatten().tolist(), fake.flatten().tolist())) / 6
+    expected = 0.0
+    for r, f in zip(real.flatten().tolist(), fake.flatten().tolist()):
+        expected += (math.log1p(math.exp(-r)) + math.log1p(math.exp(f))) / 6
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     assert relative(real.grad, -1 / (1 + real.detach().exp()) / 6) < 1e-12
     assert relative(fake.grad, 1 / (1 + (-fake.detach()).exp()) / 6) < 1e-12
@@ -95,493 +173,802 @@ def test_kl_is_the_square_weighted_by_snr_between_floor_and_gamma(floor):
     loss.backward()
     w = [min(max((a / s) ** 2, floor), GAMMA) for a, s in zip(*tables(T.tolist()))]
     assert w[0] == GAMMA and floor <= w[-1] < floor + 0.005
-    expected = sum(wi * ((f - x) ** 2).sum().item() / 36 for wi, f, x in zip(w, fake, x0)) / 5
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
     w = torch.tensor(w, dtype=torch.float64).view(-1, 1, 1, 1)
-    assert relative(fake.grad, 2 * w * (fake.detach() - x0) / 180) < 1e-9
+    difference = fake.detach() - x0
+    expected = (w * difference**2).sum().item() / 180
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert relative(fake.grad, 2 * w * difference / 180) < 1e-9
 
 
 def test_consistency_pulls_the_noisier_side_only_and_with_the_weight_of_the_paper():
-    seen, goal = normal(5, 7).requires_grad_(), normal(5, 7, seed=1).requires_grad_()
-    s = trainer.earlier(T, 25)
+    here, goal = normal(5, 7).requires_grad_(), normal(5, 7, seed=1).requires_grad_()
+    s = diffusion.less_noisy(T, 25)
     assert s.tolist() == [0, 0, 235, 675, 974]
-    loss = trainer.consistency_loss(seen, goal, T, s, SCHEDULE, GAMMA)
+    loss = trainer.consistency_loss(here, goal, T, s, SCHEDULE, GAMMA)
     loss.backward()
-    here, there = ([a / b for a, b in zip(*tables(u.tolist()))] for u in (T, s))  # snr, not squared
-    w = [min(1 / (1 / h - 1 / e), GAMMA) if h != e else GAMMA for h, e in zip(here, there)]
+    w = []
+    for (a_t, s_t), (a_s, s_s) in zip(zip(*tables(T.tolist())), zip(*tables(s.tolist()))):
+        difference = s_t / a_t - s_s / a_s
+        w.append(min(1 / difference, GAMMA) if difference else GAMMA)
     assert GAMMA in w[1:] and w[-1] < 1  # both sides of the minimum
-    expected = sum(wi * ((a - b) ** 2).mean().item() for wi, a, b in zip(w, seen, goal)) / 5
-    assert loss.item() == pytest.approx(expected, rel=1e-9)
     w = torch.tensor(w, dtype=torch.float64)[:, None]
-    assert relative(seen.grad, 2 * w * (seen - goal).detach() / 35) < 1e-9 and goal.grad is None
-    end = trainer.consistency_loss(seen, goal, torch.tensor([999] * 5), torch.tensor([974] * 5),
-                                   zero_terminal_snr(SCHEDULE), GAMMA)
-    assert end.item() == 0  # pure noise: the weight vanishes, and is a number
+    difference = (here - goal).detach()
+    assert loss.item() == pytest.approx((w * difference**2).sum().item() / 35, rel=1e-9)
+    assert relative(here.grad, 2 * w * difference / 35) < 1e-9 and goal.grad is None
+    # In pure noise the weight vanishes, and is a number.
+    t, s = torch.full((5,), 999), torch.full((5,), 974)
+    end = trainer.consistency_loss(here, goal, t, s, zero_terminal_snr(SCHEDULE), GAMMA)
+    assert end.item() == 0
 
 
-def test_the_v_adaptation_asks_for_the_v_of_the_teachers_epsilon():
-    v, eps, x = normal(5, 4, 2, 2).requires_grad_(), normal(5, 4, 2, 2, seed=1), normal(5, 4, 2, 2, seed=2)
+def test_the_v_adaption_asks_for_the_v_of_the_teachers_epsilon():
+    v, eps, x = [normal(5, 4, 2, 2, seed=i) for i in range(3)]
+    v.requires_grad_()
     old = Schedule.from_config(SCHEDULE.config | dict(prediction_type="epsilon"))
     loss = trainer.adapt_loss(v, eps, x, x, T, old, SCHEDULE)
     loss.backward()
-    alpha, sigma = (torch.tensor(u, dtype=torch.float64).view(-1, 1, 1, 1) for u in tables(T.tolist()))
+    alpha, sigma = columns(T)
     target = alpha * eps - sigma * (x - sigma * eps) / alpha
     assert loss.item() == pytest.approx(((v - target) ** 2).mean().item(), rel=1e-9)
     assert relative(v.grad, 2 * (v.detach() - target) / v.numel()) < 1e-9
 
 
-def test_the_zero_snr_adaptation_asks_for_the_teachers_picture_on_the_new_schedule():
-    v, told, x0, eps = (normal(5, 4, 2, 2, seed=i) for i in range(4))
+def test_the_zero_snr_adaption_asks_for_the_teachers_picture_on_the_new_schedule():
+    v, teacher_prediction, x0, eps = [normal(5, 4, 2, 2, seed=i) for i in range(4)]
     v.requires_grad_()
     new = zero_terminal_snr(SCHEDULE)
-    x, x_new = (diffusion.add_noise(x0, eps, T, schedule) for schedule in (SCHEDULE, new))
-    loss = trainer.adapt_loss(v, told, x, x_new, T, SCHEDULE, new)
+    x, x_new = add_noise(x0, eps, T, SCHEDULE), add_noise(x0, eps, T, new)
+    loss = trainer.adapt_loss(v, teacher_prediction, x, x_new, T, SCHEDULE, new)
     loss.backward()
-    alpha, sigma = (torch.tensor(u, dtype=torch.float64).view(-1, 1, 1, 1) for u in tables(T.tolist()))
+    alpha, sigma = columns(T)
     first, last = tables([0, 999])[0]
     alpha_new = (alpha - last) * first / (first - last)
-    seen = alpha * x - sigma * told
-    target = (alpha_new * x_new - seen) / (1 - alpha_new**2).sqrt()
-    assert relative(target[-1], -seen[-1]) < 1e-9 and relative(x_new[-1], eps[-1]) < 1e-9  # at T: -x0, from noise
+    predicted = alpha * x - sigma * teacher_prediction
+    target = (alpha_new * x_new - predicted) / (1 - alpha_new**2).sqrt()
+    # At the last timestep x is the noise, and the target -x0.
+    assert relative(target[-1], -predicted[-1]) < 1e-9 and relative(x_new[-1], eps[-1]) < 1e-9
+    # Near t = 0, 1 - alpha^2 loses digits.
     assert loss.item() == pytest.approx(((v - target) ** 2).mean().item(), rel=1e-7)
-    assert relative(v.grad, 2 * (v.detach() - target) / v.numel()) < 1e-7  # near t = 0 1 - alpha^2 loses digits
+    assert relative(v.grad, 2 * (v.detach() - target) / v.numel()) < 1e-7
 
 
-# --------------------------------------------------------------------------------------------------------- who learns
+# ----------------------------------------------------- the losses of a micro-batch, with toys
+
+def toy_generator(x, t, context):
+    return torch.tanh(2 * x + t.to(x).view(-1, 1, 1, 1) / 1000 + context)
 
 
-@pytest.mark.parametrize("flags", [["--train", "lora"], ["--train", "lora", "--adversarial", "noisy", "--consistency",
-                                   "mse"], ["--adversarial", "data"], ["--disc_random"]],
-                         ids=["lora", "noisy", "all, data", "random"])
-def test_generator_and_discriminator_take_turns_and_nothing_else_changes(monkeypatch, tmp_path, pairs, flags):  # noqa: F811
-    made, average, calls, first = {}, training.average_gradients, [], []
-    load, build, half = trainer.weights.load_base, trainer.LatentDiscriminator, trainer.lower_half
+def toy_discriminator(x, t, context):
+    return x.mean((1, 2, 3))[:, None] + t.to(x)[:, None] / 1000 + context
+
+
+def toy_features(x, context):
+    return x.square() + context
+
+
+def test_yoso_losses_are_the_weighted_terms_of_the_paper():
+    cfg = trainer.Config(lambda_gan=2, lambda_kl=3, lambda_con=5, snr_floor=0.7)
+    x0, eps, s = normal(5, 4, 3, 3), normal(5, 4, 3, 3, seed=1), diffusion.less_noisy(T, 25)
+    networks = toy_generator, toy_discriminator, toy_features
+    terms, fake, real = trainer.yoso_losses(*networks, x0, 0.1, 0.2, T, eps, SCHEDULE, cfg)
+    G = [toy_generator(add_noise(x0, eps, u, SCHEDULE), u, 0.1) for u in (T, s)]
+    gan, distance = F.softplus(-toy_discriminator(G[0], T, 0.2)).mean(), [g**2 + 0.2 for g in G]
+    kl = trainer.kl_loss(G[0], x0, T, SCHEDULE, GAMMA, floor=0.7)
+    con = trainer.consistency_loss(*distance, T, s, SCHEDULE, GAMMA)
+    assert torch.equal(fake, G[0]) and list(terms) == ["gan", "kl", "con"]
+    for name, wanted in dict(gan=2 * gan, kl=3 * kl, con=5 * con).items():
+        assert relative(terms[name], wanted) < 1e-12, name
+
+
+@pytest.mark.parametrize("kind", ["coop", "data", "noisy", "no discriminator"])
+def test_yoso_losses_show_the_discriminator_what_adversarial_says(kind):
+    seen, D = [], None
+    cfg = trainer.Config(lambda_con=0)
+    if kind != "no discriminator":
+        cfg.adversarial = kind
+
+        def D(x, t, context):
+            seen.append((x.detach(), t, context))
+            return toy_discriminator(x, t, context)
+
+    x0, eps, noise, other = [normal(5, 4, 3, 3, seed=i) for i in range(4)]
+    terms, fake, real = trainer.yoso_losses(
+        toy_generator, D, None, x0, 0.1, 0.2, T, eps, SCHEDULE, cfg, noise
+    )
+    k = diffusion.less_noisy(T, 250)
+    assert k.tolist() == [0, 0, 10, 450, 749]
+    if kind == "coop":
+        assert torch.equal(real, toy_generator(add_noise(x0, eps, k, SCHEDULE), k, 0.1))
+    else:
+        assert torch.equal(real, x0)
+    if D is None:
+        assert list(terms) == ["kl"] and not fake.requires_grad
+        return
+
+    # The loop hands both sides to `discriminate`, each with noise of its own.
+    for side, again in [(real, other), (fake, noise)]:
+        trainer.discriminate(D, side, T, 0.2, SCHEDULE, cfg, again)
+    through, of_real, of_fake = seen
+    if kind == "noisy":
+        assert torch.equal(of_real[0], add_noise(x0, other, k, SCHEDULE))
+        assert torch.equal(of_fake[0], add_noise(fake, noise, k, SCHEDULE))
+    else:
+        assert torch.equal(of_real[0], real) and torch.equal(of_fake[0], fake)
+    assert torch.equal(through[0], of_fake[0]) and not real.requires_grad
+    for _, t, context in seen:
+        assert torch.equal(t, k if kind == "noisy" else T) and context == 0.2
+
+
+def test_gradients_of_yoso_losses_go_through_the_noisier_generator_alone():
+    weight, calls = torch.ones((), dtype=torch.float64, requires_grad=True), []
+
+    def G(x, t, context):
+        calls.append((t.tolist(), torch.is_grad_enabled()))
+        return weight * x
+
+    x0, eps, cfg = normal(5, 4, 3, 3), normal(5, 4, 3, 3, seed=1), trainer.Config()
+    terms, _, real = trainer.yoso_losses(
+        G, toy_discriminator, None, x0, None, 0.2, T, eps, SCHEDULE, cfg
+    )
+    coop, con = [diffusion.less_noisy(T, steps).tolist() for steps in (250, 25)]
+    # With gradient first: autocast would use weights again that were cast without one.
+    assert calls == [(T.tolist(), True), (coop, False), (con, False)]
+    x = add_noise(x0, eps, T, SCHEDULE)
+    x_con = add_noise(x0, eps, diffusion.less_noisy(T, 25), SCHEDULE)
+    other = weight.detach().clone().requires_grad_()
+    kl = trainer.kl_loss(other * x, x0, T, SCHEDULE, GAMMA)
+    wanted = torch.autograd.grad(cfg.lambda_kl * kl, other)[0]
+    assert relative(torch.autograd.grad(terms["kl"], weight, retain_graph=True)[0], wanted) < 1e-12
+    s = diffusion.less_noisy(T, 25)
+    goal_is_fixed = trainer.consistency_loss(other * x, x_con, T, s, SCHEDULE, GAMMA)
+    wanted = torch.autograd.grad(cfg.lambda_con * goal_is_fixed, other)[0]
+    assert relative(torch.autograd.grad(terms["con"], weight)[0], wanted) < 1e-12
+
+
+def test_adapt_losses_compare_student_and_teacher_on_their_own_schedules():
+    x0, eps, new = normal(5, 4, 3, 3), normal(5, 4, 3, 3, seed=1), zero_terminal_snr(SCHEDULE)
+    x_old, x_new = add_noise(x0, eps, T, SCHEDULE), add_noise(x0, eps, T, new)
+    terms, fake, real = trainer.adapt_losses(
+        toy_generator, lambda x, t, context: 3 * x, x0, [0.1], T, eps, SCHEDULE, new
+    )
+    v = toy_generator(x_new, T, 0.1)
+    wanted = trainer.adapt_loss(v, 3 * x_old, x_old, x_new, T, SCHEDULE, new)
+    assert list(terms) == ["adapt"] and relative(terms["adapt"], wanted) < 1e-12
+    alpha, sigma = new.at(T, x0)
+    assert relative(fake, alpha * x_new - sigma * v) < 1e-12 and real is x0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_the_last_noise_level_gets_its_share_of_the_batch(share):
+    run = SimpleNamespace(cfg=trainer.Config(last_share=share), global_batch=2000)
+    nets = SimpleNamespace(schedule=SCHEDULE, last_timestep=999)
+    t = trainer.draw_timesteps(nets, run, step=3)
+    assert abs((t == 999).float().mean() - share) < 0.04
+    assert abs(t[t < 999].float().mean() - 500) < 30
+    assert torch.equal(t, trainer.draw_timesteps(nets, run, step=3))
+    assert not torch.equal(t, trainer.draw_timesteps(nets, run, step=4))
+
+
+def test_the_floor_of_the_weights_reaches_the_loss():
+    x0, eps = normal(5, 4, 3, 3), normal(5, 4, 3, 3, seed=1)
+    found = []
+    for floor in (0.0, 0.7):
+        cfg = trainer.Config(snr_floor=floor, lambda_kl=1.0, lambda_con=0)
+        terms, fake, _ = trainer.yoso_losses(
+            toy_generator, None, None, x0, 0.1, 0.2, T, eps, SCHEDULE, cfg
+        )
+        wanted = trainer.kl_loss(fake, x0, T, SCHEDULE, GAMMA, floor)
+        assert relative(terms["kl"], wanted) < 1e-12
+        found.append(terms["kl"])
+    assert found[1] > found[0]
+
+
+# ------------------------------------------------------------------------------- who learns
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--train", "lora"],
+        ["--train", "lora", "--adversarial", "noisy", "--consistency", "mse"],
+        ["--adversarial", "data"],
+        ["--disc_random"],
+    ],
+    ids=["lora", "noisy", "all, data", "random"],
+)
+def test_generator_and_discriminator_take_turns_and_nothing_else_changes(
+    monkeypatch, tmp_path, pairs, flags
+):
+    made, before, average, calls, first = {}, {}, training.average_gradients, [], []
+    load_base, lower_half = bases.load_base, trainer.lower_half
+    build = trainer.LatentDiscriminator
 
     def keep(name, network):
-        made[name] = network, {k: v.detach().clone() for k, v in network.state_dict().items()}
+        made[name] = network
+        before[name] = {k: v.detach().clone() for k, v in network.state_dict().items()}
         return network
 
-    def load_base(*args, **kwargs):
-        base = load(*args, **kwargs)
+    def load_and_keep(*args, **kwargs):
+        base = load_base(*args, **kwargs)
         for part in ("unet", "vae", "text_encoder"):
             keep(part, getattr(base, part))
         return base
 
-    monkeypatch.setattr(trainer.weights, "load_base", load_base)
-    monkeypatch.setattr(trainer, "LatentDiscriminator", lambda *a: keep("discriminator", build(*a)))
-    monkeypatch.setattr(trainer, "lower_half", lambda *a, **k: keep("judge", half(*a, **k)))
+    def build_and_keep(network):
+        return keep("discriminator", build(network))
+
+    def halve_and_keep(*args, **kwargs):
+        return keep("feature network", lower_half(*args, **kwargs))
 
     def watch(parameters):
         parameters = list(parameters)
         calls.append(parameters)
-        first.append({k: v.clone() for k, v in made["discriminator"][0].unet.state_dict().items()})
-        idle = made["discriminator" if len(calls) % 2 else "unet"][0]
+        state = made["discriminator"].unet.state_dict()
+        first.append({k: v.clone() for k, v in state.items()})
+        idle = made["discriminator" if len(calls) % 2 else "unet"]
         assert all(p.grad is None for p in idle.parameters())
         assert all(p.grad is not None for p in parameters)
         average(parameters)
 
+    monkeypatch.setattr(bases, "load_base", load_and_keep)
+    monkeypatch.setattr(trainer, "LatentDiscriminator", build_and_keep)
+    monkeypatch.setattr(trainer, "lower_half", halve_and_keep)
     monkeypatch.setattr(training, "average_gradients", watch)
-    train(monkeypatch, "--train_data_dir", pairs, "--output_dir", tmp_path / "run", *SMALL, *flags,
-          "--max_train_steps", 3, "--learning_rate", 1e-3)
-    assert len(calls) == 6 and {id(p) for p in calls[1]} == {id(p) for p in made["discriminator"][0].parameters()}
+    more = ["--dataset_folder", pairs, *SMALL_PICTURES, "--max_train_steps", 3]
+    more += ["--learning_rate", 1e-3, "--output_dir", tmp_path / "run"]
+    train(monkeypatch, *flags, *more)
+
+    of_d = {id(p) for p in made["discriminator"].parameters()}
+    assert len(calls) == 6 and {id(p) for p in calls[1]} == of_d
+    # The discriminator's half begins as the base's own, unless it is to be random.
+    for k, v in first[0].items():
+        if v.ndim > 1:
+            assert torch.equal(v, before["unet"][k]) == ("--disc_random" not in flags)
     trained = {id(p) for p in calls[0] + calls[1]}
-    assert all(torch.equal(v, made["unet"][1][k]) == ("--disc_random" not in flags) for k, v in first[0].items()
-               if v.ndim > 1)  # the discriminator's half begins as the base's own
-    for name, (network, before) in made.items():
+    for name, network in made.items():
         for k, p in network.named_parameters():
-            if k in before:
-                assert torch.equal(p, before[k]) != (id(p) in trained), (name, k)
-    lora = [k for k, p in made["unet"][0].named_parameters() if id(p) in trained]
-    assert ("lora" in flags) == all(".lora_" in k for k in lora)
+            if k in before[name]:
+                assert torch.equal(p, before[name][k]) != (id(p) in trained), (name, k)
+    names = [k for k, p in made["unet"].named_parameters() if id(p) in trained]
+    assert ("lora" in flags) == all(".lora_" in k for k in names)
     saved = load_file(tmp_path / "run" / "model.safetensors")
     if "lora" in flags:
-        assert saved.keys() == {f"unet.{k}" for k in lora} | {"prior.mean", "prior.std"}
+        assert saved.keys() == {f"unet.{k}" for k in names} | {"prior.mean", "prior.std"}
+
+
+class FirstStep:
+    """The tensors of the first step on `pairs`, computed anew, with --dtype float64."""
+
+    def __init__(self, folder: Path):
+        self.base = bases.load_base("tiny", dtype=torch.float64, seed=42)
+        items = open_paired(folder, "train", "resized_crop_24")
+        batch = next(batches(items, 2, 42))
+        assert batch["caption"] == ["noise"] * 2
+        mean, logvar, _ = self.base.vae.encode(batch["target"].double())
+        latents = mean + (logvar / 2).exp() * self.noise("latent")
+        self.x0 = latents * self.base.vae.config.scaling_factor
+        self.t = torch.randint(1000, (2,), generator=training.rng(42, 0, "t"))
+
+    def noise(self, purpose: str) -> Tensor:
+        return torch.randn(2, 4, 6, 6, generator=training.rng(42, 0, purpose)).double()
+
+    def add_noise(self, x: Tensor, purpose: str, t: Tensor) -> Tensor:
+        return add_noise(x, self.noise(purpose), t, self.base.schedule)
+
+    def G(self, t: Tensor, caption: str = "noise") -> Tensor:
+        x = self.add_noise(self.x0, "noise", t)
+        prediction = self.base.unet(x, t, *self.base.encode([caption] * 2))
+        return trainer.generated(prediction, x, t, self.base.schedule)
 
 
 @pytest.mark.parametrize("kind", ["coop", "data", "noisy"])
-def test_the_discriminators_real_side_is_what_the_flag_says(monkeypatch, tmp_path, kind):
-    """The first step written out: what D is shown as real and as fake, and at which noise levels."""
-    seen, network = [], trainer.gaussians.MLP
+@torch.no_grad()
+def test_a_step_shows_the_discriminator_what_the_flag_says(monkeypatch, tmp_path, pairs, kind):
+    """What D sees as real and as fake in the first step, and at which noise levels."""
+    seen, forward = [], trainer.LatentDiscriminator.forward
 
-    class Watched(network):
-        def forward(self, x, t, context=None):
-            seen.append((x.detach().clone(), t.clone()))
-            return super().forward(x, t, context)
+    def watched(D, x, t, context):
+        seen.append((x.detach().clone(), t.clone()))
+        return forward(D, x, t, context)
 
-    monkeypatch.setattr(trainer.gaussians, "MLP", lambda c: Watched(c) if c == 1 else network(c))
-    train(monkeypatch, *POINTS, "--adversarial", kind, "--dtype", "float64", "--max_train_steps", 1, "--output_dir",
-          tmp_path / "run")
+    monkeypatch.setattr(trainer.LatentDiscriminator, "forward", watched)
+    flags = ["--dataset_folder", pairs, *CENTRED, *SMALL_PICTURES, "--dtype", "float64"]
+    flags += ["--adversarial", kind, "--lambda_con", 0, "--max_train_steps", 1]
+    with torch.enable_grad():
+        train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+
     (through, _), (real, t_real), (fake, t_fake) = seen
-    base = trainer.gaussians.load_base(42, torch.float64, torch.device("cpu"))
-    batch = next(trainer.data.batches(trainer.gaussians.Points("train", 42), 8, 42))
-    x0 = batch["target"].double()
-
-    def draw(what):
-        return torch.randn(8, 2, generator=training.rng(42, 0, what)).double()
-
-    t = torch.randint(1000, (8,), generator=training.rng(42, 0, "t"))
-    s = (t - 250).clamp(min=0)
-
-    def G(u):
-        x = diffusion.add_noise(x0, draw("noise"), u, base.schedule)
-        return trainer.generated(base.denoiser(x, u), x, u, base.schedule)
-
-    wanted = G(s) if kind == "coop" else x0
+    step = FirstStep(pairs)
+    s = (step.t - 250).clamp(min=0)
+    wanted = dict(real=step.x0, fake=step.G(step.t), t=step.t)
+    if kind == "coop":
+        wanted["real"] = step.G(s)
     if kind == "noisy":
-        assert relative(real, diffusion.add_noise(x0, draw("again real"), s, base.schedule)) < 1e-12
-        assert relative(fake, diffusion.add_noise(G(t), draw("again fake"), s, base.schedule)) < 1e-12
-        assert torch.equal(t_real, s) and torch.equal(t_fake, s)
-    else:
-        assert relative(real, wanted) < 1e-12 and relative(fake, G(t)) < 1e-12
-        assert torch.equal(t_real, t) and torch.equal(t_fake, t)
+        wanted["real"] = step.add_noise(step.x0, "again real", s)
+        wanted["fake"] = step.add_noise(wanted["fake"], "again fake", s)
+        wanted["t"] = s
+    assert relative(real, wanted["real"]) < 1e-9 and relative(fake, wanted["fake"]) < 1e-9
+    assert torch.equal(t_real, wanted["t"]) and torch.equal(t_fake, wanted["t"])
     assert torch.equal(through, fake)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25])
-def test_the_last_noise_level_gets_its_share_of_the_batch(monkeypatch, tmp_path, share):
-    seen, kl_loss = [], trainer.kl_loss
-    monkeypatch.setattr(trainer, "kl_loss", lambda fake, x0, t, *rest: seen.append(t) or kl_loss(fake, x0, t, *rest))
-    train(monkeypatch, *POINTS, "--train_batch_size", 1000, "--max_train_steps", 1, "--last_share", share,
-          "--output_dir", tmp_path / "run")
-    t, = seen
-    assert abs((t == 999).float().mean() - share) < 0.05
-    assert abs(t[t < 999].float().mean() - 500) < 40
+@torch.no_grad()
+def test_captions_are_left_out_on_request(monkeypatch, tmp_path, pairs):
+    flags = ["--dataset_folder", pairs, *CENTRED, *SMALL_PICTURES, "--dtype", "float64"]
+    flags += ["--lambda_gan", 0, "--lambda_con", 0, "--max_train_steps", 1]
+    with torch.enable_grad():
+        train(monkeypatch, *flags, "--unconditional", "--output_dir", tmp_path / "run")
+    log = helpers.read_log(tmp_path / "run")[0]
+    step = FirstStep(pairs)
+    kl = []
+    for caption in ("", "noise"):
+        fake = step.G(step.t, caption)
+        loss = trainer.kl_loss(fake, step.x0, step.t, step.base.schedule, GAMMA)
+        kl.append(0.5 * loss.item())
+    assert log["kl"] == pytest.approx(kl[0], rel=1e-9)
+    assert log["kl"] != pytest.approx(kl[1], rel=1e-9)
 
 
-def test_the_floor_of_the_weights_reaches_the_loss(monkeypatch, tmp_path):
-    seen, kl_loss = [], trainer.kl_loss
-    monkeypatch.setattr(trainer, "kl_loss", lambda *args: seen.append(args[-1]) or kl_loss(*args))
-    train(monkeypatch, *POINTS, "--max_train_steps", 1, "--snr_floor", 0.7, "--output_dir", tmp_path / "run")
-    assert seen == [0.7]
-
-
-@pytest.mark.parametrize("flag, offset, text", [(["--noise_offset", 0.5], 0.5, "noise"),
-                                                (["--unconditional"], 0.0, "")], ids=["offset", "no captions"])
-def test_noise_is_offset_and_captions_are_left_out_on_request(monkeypatch, tmp_path, pairs, flag, offset, text):  # noqa: F811
-    """The first step written out, whose noise has one more value a channel, or whose captions are empty."""
-    train(monkeypatch, "--train_data_dir", pairs, *flag, "--dtype", "float64", "--train_batch_size", 2,
-          "--max_train_steps", 1, "--resolution", 24, "--center_crop", "--prior_pictures", 0, "--num_samples_eval", 1,
-          "--lambda_gan", 0, "--lambda_con", 0, "--device", "cpu", "--output_dir", tmp_path / "run")
-    log = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    base = bases.load_base("tiny", dtype=torch.float64, seed=42)
-    batch = next(trainer.data.batches(trainer.data.open_paired(pairs, "train", "resized_crop_24"), 2, 42))
-    assert batch["caption"] == ["noise"] * 2
-
-    def draw(what, *shape):
-        return torch.randn(2, 4, *shape, generator=training.rng(42, 0, what)).double()
-
-    mean, logvar, _ = base.vae.encode(batch["target"].double())
-    x0 = (mean + (logvar / 2).exp() * draw("latent", 6, 6)) * base.vae.config.scaling_factor
-    t = torch.randint(1000, (2,), generator=training.rng(42, 0, "t"))
-    x = diffusion.add_noise(x0, draw("noise", 6, 6) + offset * draw("offset", 1, 1), t, base.schedule)
-    kl = [trainer.kl_loss(trainer.generated(base.unet(x, t, *base.encode(texts)), x, t, base.schedule), x0, t,
-                          base.schedule, 5.0).item() / 2 for texts in ([text] * 2, ["another"] * 2)]
-    assert log["kl"] == pytest.approx(kl[0], rel=1e-9) and log["kl"] != pytest.approx(kl[1], rel=1e-9)
-
-
-def test_the_grid_shows_the_validation_prompts(monkeypatch, tmp_path, pairs):  # noqa: F811
-    seen = []
-    monkeypatch.setattr(training, "save_grid", lambda path, columns: seen.append(columns))
-    train(monkeypatch, "--train_data_dir", pairs, "--validation_prompts", "fog|rain", *SMALL, "--dtype", "float64",
-          "--max_train_steps", 1, "--output_dir", tmp_path / "run")
-    made, = (columns[0] for columns in seen if len(columns) == 1)  # no picture of the set has these captions
-    base, prior = checkpoints.load_yoso(tmp_path / "run" / "model.safetensors", dtype=torch.float64)
+@torch.no_grad()
+def test_the_grid_shows_the_validation_prompts(monkeypatch, tmp_path, pairs):
+    grids = []
+    monkeypatch.setattr(training, "save_grid", lambda path, columns: grids.append(columns))
+    flags = ["--dataset_folder", pairs, "--validation_prompts", "fog|rain", *SMALL_PICTURES]
+    flags += ["--dtype", "float64", "--max_train_steps", 1]
+    with torch.enable_grad():
+        train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+    # One column of samples: no picture of the data set has these captions.
+    ((made,),) = grids
+    path = tmp_path / "run" / "model.safetensors"
+    base, prior = checkpoints.load_yoso(path, dtype=torch.float64)
+    t = torch.tensor([len(base.schedule.alpha) - 1])
     assert len(made) == 2
     for i, (own, other) in enumerate([("fog", "rain"), ("rain", "fog")]):
-        (noise, again), T = training.draw_noise([i], (4, 6, 6)), len(base.schedule.alpha)
-        again = torch.randn(1, 4, 6, 6, generator=again[0])
-        x = diffusion.start_from_prior(noise.double(), again.double(), *prior, T - 1, base.schedule)
-        t = torch.tensor([T - 1])
-        expected = [base.vae.decode(trainer.generated(base.unet(x, t, *base.encode([text])), x, t, base.schedule)
-                                    / base.vae.config.scaling_factor)[0].float() for text in (own, other)]
+        noise, (generator,) = training.draw_noise([i], (4, 6, 6))
+        again = torch.randn(1, 4, 6, 6, generator=generator)
+        x = diffusion.start_from_prior(
+            noise.double(), again.double(), *prior, t.item(), base.schedule
+        )
+        expected = []
+        for caption in (own, other):
+            prediction = base.unet(x, t, *base.encode([caption]))
+            latents = trainer.generated(prediction, x, t, base.schedule)
+            picture = base.vae.decode(latents / base.vae.config.scaling_factor)
+            expected.append(picture[0].float())
         assert relative(made[i], expected[0]) < 1e-6 < relative(made[i], expected[1])
 
 
-# -------------------------------------------------------------------------------------------------- stages and files
+# ------------------------------------------------------------------------- stages and files
 
-
-def test_the_quick_adaption_leads_from_epsilon_to_v_to_pure_noise_and_each_result_is_a_base(monkeypatch, tmp_path):
-    epsilon = tmp_path / "tiny-epsilon"
+def test_the_quick_adaption_leads_from_epsilon_to_v_to_pure_noise_and_each_result_is_a_base(
+    monkeypatch, tmp_path
+):
     base = bases.load_base("tiny")
     base.schedule.config["prediction_type"] = "epsilon"
-    bases.save_folder(epsilon, base)
-    common = ["--train", "all", "--train_data_dir", "drawn:scenes", *SMALL, "--max_train_steps", 2]
-    flags = ["--learning_rate", 1e-4, *common]
-    train(monkeypatch, "--base", epsilon, "--stage", "adapt_v", "--output_dir", tmp_path / "one", *flags)
-    v = bases.load_base(str(tmp_path / "one" / "base"))
+    bases.save_folder(tmp_path / "tiny-epsilon", base)
+    flags = ["--train", "all", "--dataset_folder", "drawn:scenes", *SMALL_PICTURES]
+    flags += ["--max_train_steps", 2, "--learning_rate", 1e-4]
+    one, two, three = [tmp_path / name for name in ("one", "two", "three")]
+
+    start = ["--base", tmp_path / "tiny-epsilon", "--stage", "adapt_v"]
+    train(monkeypatch, *start, *flags, "--output_dir", one)
+    v = bases.load_base(str(one / "base"))
     assert v.schedule.prediction_type == "v_prediction" and v.schedule.alpha[-1] > 0
-    train(monkeypatch, "--base", tmp_path / "one" / "base", "--stage", "adapt_zsnr", "--output_dir", tmp_path / "two",
-          *flags)
-    pure = bases.load_base(str(tmp_path / "two" / "base"))
+
+    start = ["--base", one / "base", "--stage", "adapt_zsnr"]
+    train(monkeypatch, *start, *flags, "--output_dir", two)
+    pure = bases.load_base(str(two / "base"))
     assert pure.schedule.alpha[-1] == 0
     assert not torch.equal(pure.unet.conv_in.weight, v.unet.conv_in.weight)
     assert torch.equal(pure.vae.decoder.conv_in.weight, base.vae.decoder.conv_in.weight)
-    train(monkeypatch, "--base", tmp_path / "two" / "base", "--output_dir", tmp_path / "three", *flags)
-    logs = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[-1]) for run in ("one", "three")]
-    assert "adapt" in logs[0] and "gan" not in logs[0]
-    assert {"gan", "kl", "con", "disc", "logit_gap", "spread", "grad_norm", "disc_right_on_real", "val_spread"
-            } <= logs[1].keys() and all(math.isfinite(value) for value in logs[1].values())
+
+    train(monkeypatch, "--base", two / "base", *flags, "--output_dir", three)
+    adaption, last = helpers.read_log(one)[-1], helpers.read_log(three)[-1]
+    assert "adapt" in adaption and "gan" not in adaption
+    losses = {"gan", "kl", "con", "disc", "grad_norm"}
+    signals = {"logit_gap", "spread", "disc_right_on_real", "val_spread"}
+    assert losses | signals <= last.keys()
+    assert all(math.isfinite(value) for value in last.values())
 
 
-def test_the_checkpoint_is_the_mean_of_the_weights_and_carries_the_prior(monkeypatch, tmp_path, pairs):  # noqa: F811
-    train(monkeypatch, "--train", "lora", "--train_data_dir", pairs, "--output_dir", tmp_path / "run", *SMALL,
-          "--max_train_steps", 3, "--dtype", "float64", "--learning_rate", 1e-3)
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
-        config, saved = json.loads(file.metadata()["config"]), {k: file.get_tensor(k) for k in file.keys()}
-        assert (file.metadata()["kind"], file.metadata()["base"], config["lora_rank"]) == ("yoso", "tiny", 64)
-    name = next(k for k in state["trained"] if k.endswith("mid_block.resnets.0.conv1.lora_B.weight"))
-    assert torch.equal(saved[name], state["ema"][name]) and not torch.equal(saved[name], state["trained"][name])
+def test_the_checkpoint_is_the_ema_of_the_weights_and_carries_the_prior(
+    monkeypatch, tmp_path, pairs
+):
+    run = tmp_path / "run"
+    flags = ["--train", "lora", "--dataset_folder", pairs, *SMALL_PICTURES, "--dtype", "float64"]
+    flags += ["--max_train_steps", 3, "--learning_rate", 1e-3]
+    train(monkeypatch, *flags, "--output_dir", run)
+    state = helpers.read_state(run)
+    with safe_open(run / "model.safetensors", "pt") as file:
+        facts = file.metadata()
+    assert (facts["kind"], facts["base"]) == ("yoso", "tiny")
+    assert json.loads(facts["config"])["lora_rank"] == 64
+    saved = load_file(run / "model.safetensors")
+    name = "unet.mid_block.resnets.0.conv1.lora_B.weight"
+    assert torch.equal(saved[name], state["ema"][name])
+    assert not torch.equal(saved[name], state["trained"][name])
+
+    # The prior: mean and standard deviation over latents of randomly chosen pictures.
     base = bases.load_base("tiny", dtype=torch.float64)
-    pictures = trainer.data.open_paired(pairs, "train", "resized_crop_24")
+    pictures = open_paired(pairs, "train", "resized_crop_24")
     chosen = torch.randperm(6, generator=training.rng(42, 0, "prior"))[:3].tolist()
-    z = torch.stack([base.vae.encode(pictures[i]["target"][None].double())[0][0] for i in chosen])
-    assert relative(saved["prior.mean"], z.mean(0)) < 1e-9 and relative(saved["prior.std"], z.std(0, False)) < 1e-9
-    prior = bases.load_prior(tmp_path / "run" / "prior.safetensors", (4, 6, 6))
-    assert relative(prior[1].double(), saved["prior.std"]) < 1e-6
-    lora = load_file(tmp_path / "run" / "lora.safetensors")
-    assert relative(lora[name] * 8, saved[name]) < 1e-9  # times alpha / rank = 1 / 8
-    before = base.unet.mid_block.resnets[0].conv1.weight.clone()
-    bases.load_lora(str(tmp_path / "run"), base)
+    chosen = torch.stack([pictures[i]["target"] for i in chosen]).double()
+    with torch.no_grad():
+        latents, _, _ = base.vae.encode(chosen)
+    assert relative(saved["prior.mean"], latents.mean(0)) < 1e-9
+    assert relative(saved["prior.std"], latents.std(0, correction=0)) < 1e-9
+    _, std = bases.load_prior(run / "prior.safetensors", (4, 6, 6))
+    assert relative(std.double(), saved["prior.std"]) < 1e-6
+
+    # The LoRA in the formats of others: alpha is 8, so the scale alpha / rank is 1/8.
+    lora = load_file(run / "lora.safetensors")
+    assert relative(lora[name] * 8, saved[name]) < 1e-9
+    layer = base.unet.mid_block.resnets[0].conv1
+    before = layer.weight.detach().clone()
+    bases.load_lora(str(run), base)
     A = saved[name.replace("lora_B", "lora_A")].flatten(1)
-    change = base.unet.mid_block.resnets[0].conv1.weight - before
+    change = base.unet.mid_block.resnets[0].conv1.weight.detach() - before
     assert relative(change.flatten(1), saved[name].flatten(1) @ A / 8) < 1e-6
-    assert len(load_file(tmp_path / "run" / "lora_kohya.safetensors")) == 1.5 * len(lora)
+    assert len(load_file(run / "lora_kohya.safetensors")) == 1.5 * len(lora)
 
 
-def text_file(folder):
-    (folder / "captions.txt").write_text("a cat\na dog by a lake\nrain\na boat\nfog\nsnow\na car\na tree\nnight\nday")
-    return folder / "captions.txt"
-
-
-def test_pixart_goes_the_whole_way_and_the_critic_is_stable_diffusions(monkeypatch, tmp_path, pairs, dit, sd):  # noqa: F811
-    """Its bases hold the transformer alone, and take all else from where they began; then a LoRA of it."""
-    common = ["--disc_base", sd, "--train_data_dir", pairs, *SMALL[:-4], "--resolution", 32, "--device", "cpu",
-              "--max_train_steps", 2, "--learning_rate", 1e-4]
-    base = dit["512"]
+def test_pixart_goes_the_whole_way_beside_a_stable_diffusion_critic(
+    monkeypatch, tmp_path, pairs, dit, sd
+):
+    """Its bases hold the transformer alone, and take all else from the first; then a LoRA."""
+    flags = ["--dataset_folder", pairs, *TWO, "--resolution", 32]
+    flags += ["--max_train_steps", 2, "--learning_rate", 1e-4]
+    base = dit
     for stage in ("adapt_v", "adapt_zsnr", "yoso"):
-        train(monkeypatch, "--base", base, "--train", "all", "--stage", stage, "--output_dir", tmp_path / stage,
-              *common, *(["--disc_base", "/nowhere"] if stage != "yoso" else []))  # nothing looks through it
+        # The adaption stages have no critic.
+        critic = sd if stage == "yoso" else "/nowhere"
+        more = ["--base", base, "--disc_base", critic, "--train", "all", "--stage", stage]
+        train(monkeypatch, *flags, *more, "--output_dir", tmp_path / stage)
         base = tmp_path / stage / "base"
-        assert sorted(p.name for p in base.iterdir()) == ["model_index.json", "scheduler", "transformer"]
-    made, began = (bases.load_base(str(name), bases.PIXART) for name in (base, dit["512"]))
-    assert made.schedule.alpha[-1] == 0 and made.schedule.prediction_type == "v_prediction"
-    assert not torch.equal(made.transformer.proj_out.weight, began.transformer.proj_out.weight)
-    assert torch.equal(made.vae.decoder.conv_in.weight, began.vae.decoder.conv_in.weight)
-    train(monkeypatch, "--base", base, "--train", "lora", "--lora_rank", 4, "--output_dir", tmp_path / "lora", *common)
-    drawn, _ = checkpoints.load_yoso(tmp_path / "lora" / "model.safetensors")
-    bases.load_lora(str(tmp_path / "lora"), made)
-    for name, p in made.transformer.state_dict().items():
-        assert relative(p + 1, drawn.transformer.state_dict()[name] + 1) < 1e-6, name
+        names = sorted(path.name for path in base.iterdir())
+        assert names == ["model_index.json", "scheduler", "transformer"]
+
+    last, first = [bases.load_base(str(folder), bases.PIXART) for folder in (base, dit)]
+    assert last.schedule.alpha[-1] == 0 and last.schedule.prediction_type == "v_prediction"
+    assert not torch.equal(last.transformer.proj_out.weight, first.transformer.proj_out.weight)
+    assert torch.equal(last.vae.decoder.conv_in.weight, first.vae.decoder.conv_in.weight)
+
+    more = ["--base", base, "--disc_base", sd, "--train", "lora", "--lora_rank", 4]
+    train(monkeypatch, *flags, *more, "--output_dir", tmp_path / "lora")
+    trained, _ = checkpoints.load_yoso(tmp_path / "lora" / "model.safetensors")
+    bases.load_lora(str(tmp_path / "lora"), last)
+    for name, p in last.transformer.state_dict().items():
+        assert relative(p + 1, trained.transformer.state_dict()[name] + 1) < 1e-6, name
 
 
-def test_a_teacher_draws_the_pictures_of_captions_alone(monkeypatch, tmp_path, sd):  # noqa: F811
+@torch.no_grad()
+def test_a_teacher_draws_the_pictures_of_captions_alone(monkeypatch, tmp_path, sd):
     captions = text_file(tmp_path)
-    train(monkeypatch, "--train_data_dir", captions, "--teacher", sd, "--dtype", "float64", "--train_batch_size", 3,
-          "--max_train_steps", 1, "--resolution", 32, "--prior_pictures", 2, "--num_samples_eval", 1, "--lambda_gan", 0,
-          "--lambda_con", 0, "--device", "cpu", "--output_dir", tmp_path / "run")
-    log = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
-    teacher, base = (bases.load_base(str(name), dtype=torch.float64, seed=42) for name in (sd, "tiny"))
-    texts = next(trainer.data.batches(trainer.data.Captioned(captions, "train", "no_resize"), 3, 42))["caption"]
+    flags = ["--dataset_folder", captions, "--teacher", sd, "--dtype", "float64", *SMALL]
+    flags += ["--train_batch_size", 3, "--resolution", 32, "--max_train_steps", 1]
+    with torch.enable_grad():
+        more = ["--lambda_gan", 0, "--lambda_con", 0, "--output_dir", tmp_path / "run"]
+        train(monkeypatch, *flags, *more)
+    log = helpers.read_log(tmp_path / "run")[0]
 
-    def draw(what):
-        side = 32 // base.vae.factor
-        return torch.randn(3, 4, side, side, generator=training.rng(42, 0, what)).double()
+    teacher = bases.load_base(str(sd), dtype=torch.float64)
+    base = bases.load_base("tiny", dtype=torch.float64, seed=42)
+    texts = next(batches(Captioned(captions, "train", "no_resize"), 3, 42))["caption"]
 
-    x = diffusion.start(draw("latent"), 999, teacher.schedule)
-    x0 = diffusion.predict_x0(teacher.unet(x, 999, *teacher.encode(texts)), x, 999, teacher.schedule,
-                              teacher.schedule.prediction_type)
+    def noise(purpose):
+        return torch.randn(3, 4, 8, 8, generator=training.rng(42, 0, purpose)).double()
+
+    x = diffusion.start(noise("latent"), 999, teacher.schedule)
+    prediction = teacher.unet(x, 999, *teacher.encode(texts))
+    kind = teacher.schedule.prediction_type
+    x0 = diffusion.predict_x0(prediction, x, 999, teacher.schedule, kind)
     t = torch.randint(1000, (3,), generator=training.rng(42, 0, "t"))
-    x_t = diffusion.add_noise(x0, draw("noise"), t, base.schedule)
-    fake = trainer.generated(base.unet(x_t, t, *base.encode(texts)), x_t, t, base.schedule)
-    assert log["kl"] == pytest.approx(0.5 * trainer.kl_loss(fake, x0, t, base.schedule, 5.0).item(), rel=1e-9)
+    x_t = add_noise(x0, noise("noise"), t, base.schedule)
+    prediction = base.unet(x_t, t, *base.encode(texts))
+    fake = trainer.generated(prediction, x_t, t, base.schedule)
+    kl = trainer.kl_loss(fake, x0, t, base.schedule, GAMMA)
+    assert log["kl"] == pytest.approx(0.5 * kl.item(), rel=1e-9)
 
 
-def test_a_cache_trains_what_its_pictures_train(monkeypatch, tmp_path, pairs):  # noqa: F811
-    trainer.data.cache(str(pairs), "tiny", tmp_path / "cache", "resized_crop_24", 24, "text", 42, 4, "cpu", "float32",
-                       shard_items=4)
-    for name, *where in (("pictures", pairs, "--center_crop"), ("cached", tmp_path / "cache")):
-        train(monkeypatch, "--train", "lora", "--train_data_dir", *where, *SMALL, "--max_train_steps", 3,
-              "--output_dir", tmp_path / name)
-    a, b = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("pictures", "cached"))
+def make_cache(source: Path, folder: Path, base: str = "tiny", side: int = 24, shard: int = 256):
+    write_cache(
+        str(source),
+        base,
+        folder,
+        prep=f"resized_crop_{side}",
+        size=side,
+        column="text",
+        seed=42,
+        batch=4,
+        device="cpu",
+        dtype="float32",
+        shard_items=shard,
+    )
+
+
+def test_a_cache_trains_what_its_pictures_train(monkeypatch, tmp_path, pairs):
+    make_cache(pairs, tmp_path / "cache", shard=4)
+    flags = ["--train", "lora", *SMALL_PICTURES, "--max_train_steps", 3]
+    sources = {"pictures": [pairs, *CENTRED], "cached": [tmp_path / "cache"]}
+    for name, source in sources.items():
+        run = ["--dataset_folder", *source, "--output_dir", tmp_path / name]
+        train(monkeypatch, *flags, *run)
+    one, other = [helpers.read_state(tmp_path / name) for name in sources]
     for part in ("prior", "trained", "ema"):
-        assert_same(a[part], b[part], 1e-3)
-    train(monkeypatch, "--seed", 0, "--train_data_dir", tmp_path / "cache", *SMALL, "--max_train_steps", 1,
-          "--output_dir", tmp_path / "all")
-    assert checkpoints.load_yoso(tmp_path / "all" / "model.safetensors")[0].encode(["noise"])[0].isfinite().all()
+        assert_same(one[part], other[part], 1e-3)
+    # With --train all the checkpoint holds the text encoder, which a cache does without.
+    flags = ["--seed", 0, "--dataset_folder", tmp_path / "cache", *SMALL_PICTURES]
+    train(monkeypatch, *flags, "--max_train_steps", 1, "--output_dir", tmp_path / "all")
+    base, _ = checkpoints.load_yoso(tmp_path / "all" / "model.safetensors")
+    assert base.encode(["noise"])[0].isfinite().all()
 
 
-@pytest.mark.parametrize("flags", [["--center_crop"], ["--random_flip"], ["--train_image_prep", "resize_24"]])
-def test_a_cache_is_not_cropped_again(monkeypatch, capsys, tmp_path, pairs, flags):  # noqa: F811
-    trainer.data.cache(str(pairs), "tiny", tmp_path / "cache", "resized_crop_24", 24, "text", 42, 4, "cpu", "float32")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--train_image_prep", "resized_crop_24"],
+        ["--train_image_prep", "resize_24"],
+        ["--test_image_prep", "resized_crop_24"],
+    ],
+    ids=["cropped", "resized", "test"],
+)
+def test_a_cache_is_not_cropped_again(monkeypatch, capsys, tmp_path, pairs, flags):
+    make_cache(pairs, tmp_path / "cache")
+    run = ["--dataset_folder", tmp_path / "cache", *SMALL_PICTURES]
     with pytest.raises(SystemExit):
-        train(monkeypatch, "--train_data_dir", tmp_path / "cache", *flags, *SMALL, "--output_dir", tmp_path / "run")
-    assert "is a cache, whose pictures were cropped when it was made" in capsys.readouterr().err
+        train(monkeypatch, *run, *flags, "--output_dir", tmp_path / "run")
+    error = capsys.readouterr().err
+    assert "is a cache, whose pictures were cropped when it was made" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(monkeypatch, tmp_path):
+@torch.no_grad()
+def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(
+    monkeypatch, tmp_path
+):
+    labels = []
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        names = [f"00000/img{i:08d}.png" for i in range(20)]
-        for i, name in enumerate(names):
+        for i in range(20):
+            name = f"00000/img{i:08d}.png"
+            labels.append([name, i % 3])
             Image.new("RGB", (16, 16), (10 * i, 100, 0)).save(tmp_path / "one.png")
             archive.write(tmp_path / "one.png", name)
-        archive.writestr("dataset.json", json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]}))
-    train(monkeypatch, "--base", "pixels", "--train_data_dir", tmp_path / "set.zip", "--train_batch_size", 2,
-          "--resolution", 16, "--max_train_steps", 2, "--num_samples_eval", 2, "--device", "cpu", "--output_dir",
-          tmp_path / "run")
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    flags = ["--base", "pixels", "--dataset_folder", tmp_path / "set.zip", *QUIET]
+    flags += ["--train_batch_size", 2, "--validation_num_images", 2, "--resolution", 16]
+    with torch.enable_grad():
+        train(monkeypatch, *flags, "--max_train_steps", 2, "--output_dir", tmp_path / "run")
+
     base, prior = checkpoints.load_yoso(tmp_path / "run" / "model.safetensors")
     assert base.schedule.alpha[-1] == 0 and prior[0].shape == (3, 16, 16)
     made = sample.text_to_image(base, "class 2", [5], (16, 16), sampler="lcm")
-    noise, t = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5)), torch.tensor([999])
-    x0 = trainer.generated(base.unet(noise, t, *base.encode(["class 2"])), noise, t, base.schedule)
+    noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    t = torch.tensor([999])
+    prediction = base.unet(noise, t, *base.encode(["class 2"]))
+    x0 = trainer.generated(prediction, noise, t, base.schedule)
     assert relative(made, (x0 / 2).clamp(-1, 1)) < 1e-5
     other = sample.text_to_image(base, "class 1", [5], (16, 16), sampler="lcm")
-    assert not torch.equal(made, other)  # it hears its class
+    assert not torch.equal(made, other)  # the class matters
 
 
 @pytest.mark.parametrize("way", ["lora", "all"])
-def test_a_checkpoint_draws_what_the_grid_showed(monkeypatch, tmp_path, pairs, way):  # noqa: F811
-    """As large as it was trained, with nothing said; and a strength that has no meaning is refused."""
-    seen, save = [], training.save_grid
-    monkeypatch.setattr(training, "save_grid", lambda path, columns: (seen.append(columns), save(path, columns)))
-    train(monkeypatch, "--train", way, "--train_data_dir", pairs, *SMALL, "--max_train_steps", 2,
-          "--learning_rate", 1e-2, "--output_dir", tmp_path / "run")
-    argv = ["sample.py", "noise", "--checkpoint", str(tmp_path / "run"), "--seed", "0", "--output",
-            str(tmp_path / "out.png"), "--dtype", "float32"]
-    monkeypatch.setattr(sys, "argv", argv)
-    sample.main()
-    made = trainer.data.to_tensor(trainer.data.open_picture(tmp_path / "out.png")) * 2 - 1
-    assert (made - seen[-1][1][0].clamp(-1, 1)).abs().max() < 1.5 / 127.5
-    monkeypatch.setattr(sys, "argv", [*argv, "--save", str(tmp_path / "saved")])
-    sample.main()  # a folder that draws the same, with the prior beside
-    size = argv.copy()
-    size[2:4] = ["--base", str(tmp_path / "saved"), "--prior", str(tmp_path / "saved" / "prior.safetensors"), "--size",
-                 "x".join(str(side) for side in made.shape[:0:-1])]
-    monkeypatch.setattr(sys, "argv", size)
-    sample.main()
-    again = trainer.data.to_tensor(trainer.data.open_picture(tmp_path / "out.png")) * 2 - 1
+def test_a_checkpoint_draws_what_the_grid_showed(monkeypatch, tmp_path, pairs, way):
+    """At the size it was trained at, without --size; and senseless strengths are refused."""
+    grids, save_grid = [], training.save_grid
+
+    def save_and_keep(path, columns):
+        grids.append(columns)
+        save_grid(path, columns)
+
+    monkeypatch.setattr(training, "save_grid", save_and_keep)
+    run, out = tmp_path / "run", tmp_path / "out.png"
+    flags = ["--train", way, "--dataset_folder", pairs, *SMALL_PICTURES]
+    more = ["--max_train_steps", 2, "--learning_rate", 1e-2, "--output_dir", run]
+    train(monkeypatch, *flags, *more)
+    _, samples = grids[-1]
+
+    def draw(*argv):
+        how = ["--seed", "0", "--output", out, "--dtype", "float32"]
+        words = ["sample.py", "noise", *how, *argv]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+        sample.main()
+        return to_tensor(open_picture(out)) * 2 - 1
+
+    checkpoint = ["--checkpoint", run]
+    made = draw(*checkpoint)
+    assert (made - samples[0].clamp(-1, 1)).abs().max() < 1.5 / 127.5
+    # Saved as a folder, with the prior beside it, it draws the same.
+    saved = tmp_path / "saved"
+    draw(*checkpoint, "--save", saved)
+    _, height, width = made.shape
+    prior = ["--prior", saved / "prior.safetensors", "--size", f"{width}x{height}"]
+    again = draw("--base", saved, *prior)
     assert (again - made).abs().max() < 1.5 / 127.5
-    edit = ["--input", str(pairs / "test_B" / "0.png"), "--strength"]
-    refused = {"above 0": [*edit, "-1"]} | ({"holds every weight": ["--strength", "0.5"]} if way == "all" else {})
-    for words, flags in refused.items():
-        monkeypatch.setattr(sys, "argv", argv + flags)
-        with pytest.raises(ValueError, match=words):
-            sample.main()
-    monkeypatch.setattr(sys, "argv", [*argv, *edit, "0.5"])
-    sample.main()
-    assert Image.open(tmp_path / "out.png").text["checkpoint"] == str(tmp_path / "run")
+    # It edits a picture; --strength is then the noise level.
+    edit = ["--input", pairs / "test_B" / "0.png", "--strength"]
+    with pytest.raises(ValueError, match="above 0"):
+        draw(*checkpoint, *edit, "-1")
+    if way == "all":
+        with pytest.raises(ValueError, match="holds every weight"):
+            draw(*checkpoint, "--strength", "0.5")
+    draw(*checkpoint, *edit, "0.5")
+    assert Image.open(out).text["checkpoint"] == str(run)
 
 
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
-def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path, pairs, half):  # noqa: F811
-    """A pass without gradient must not leave its cast weights to one with; a gradient beyond float16 is a step left
-    out, not the end."""
+def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path, pairs, half):
+    """Weights that autocast cast without gradient must not be used again with one; and a
+    gradient beyond float16 leaves out a step, and does not end the run."""
     seen, average = [], training.average_gradients
-    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40, backoff_factor=2.0**-30)  # too large at first
+    # At first the scale is too large.
+    scaler = functools.partial(
+        torch.amp.GradScaler, init_scale=2.0**40, backoff_factor=2.0**-30
+    )
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    monkeypatch.setattr(training, "average_gradients", lambda ps: average(seen.append(ps := [*ps]) or [
-        p for p in ps if p.grad.abs().sum() >= 0]))
-    train(monkeypatch, "--train", "lora", "--mixed_precision", half, "--gradient_checkpointing", "--train_data_dir",
-          pairs, "--output_dir", tmp_path / "run", *SMALL, "--max_train_steps", 3, "--learning_rate", 1e-3)
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert len(seen) == 6 and all(t.dtype == torch.float32 for t in state["trained"].values())
-    moved = [k for k, t in state["trained"].items() if k.endswith("lora_B.weight") and t.abs().max() == 0]
-    assert not moved, moved
-    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+
+    def watch(parameters):
+        parameters = list(parameters)
+        assert all(p.grad is not None for p in parameters)
+        seen.append(parameters)
+        average(parameters)
+
+    monkeypatch.setattr(training, "average_gradients", watch)
+    flags = ["--train", "lora", "--mixed_precision", half, "--gradient_checkpointing"]
+    flags += ["--dataset_folder", pairs, *SMALL_PICTURES, "--max_train_steps", 3]
+    train(monkeypatch, *flags, "--learning_rate", 1e-3, "--output_dir", tmp_path / "run")
+    state = helpers.read_state(tmp_path / "run")
+    assert len(seen) == 6
+    assert all(tensor.dtype == torch.float32 for tensor in state["trained"].values())
+    for name, tensor in state["trained"].items():
+        if name.endswith("lora_B.weight"):
+            assert tensor.abs().max() > 0, name
+    first = helpers.read_log(tmp_path / "run")[0]
     assert math.isfinite(first["grad_norm"]) == (half == "bf16")
 
 
-def test_a_gradient_that_is_no_number_ends_the_run_before_it_reaches_the_weights(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("which, name", [(2, "grad_norm"), (3, "disc_grad_norm")])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
+    monkeypatch, capsys, tmp_path, pairs, which, name
+):
     calls = []
 
     def spoil(parameters):
         parameters = list(parameters)
         calls.append(parameters)
-        if len(calls) == 3:
+        if len(calls) == which + 1:
             parameters[0].grad[0] = math.nan
 
     monkeypatch.setattr(training, "average_gradients", spoil)
+    flags = ["--dataset_folder", pairs, *SMALL_PICTURES, "--lambda_con", 0]
+    flags += ["--max_train_steps", 3, "--checkpointing_steps", 1]
     with pytest.raises(SystemExit):
-        train(monkeypatch, *POINTS, "--lambda_gan", 0, "--max_train_steps", 5, "--checkpointing_steps", 1,
-              "--output_dir", tmp_path / "run")
-    assert "step 2: the loss became {'grad_norm': nan}" in capsys.readouterr().err
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert state["step"] == 2 and all(p.isfinite().all() for p in calls[0])
+        train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+    assert f"step 1: the loss became {{'{name}': nan}}" in capsys.readouterr().err
+    assert helpers.read_state(tmp_path / "run")["step"] == 1
+    assert all(p.isfinite().all() for p in calls[which])
 
 
-# ------------------------------------------------------------------------------------------------------- full size
+# -------------------------------------------------------------------------------- full size
+
+def peak_of(*argv) -> float:
+    """Peak memory of one run of the trainer, in GB."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        " print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *helpers.command(trainer, *argv)],
+        env={name: value for name, value in helpers.ENV.items() if "THREADS" not in name},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return int(done.stdout.split()[-1]) / 1e6
 
 
-def peak_of(*argv):
-    """Peak memory of one run of the trainer, in GB, and its log."""
-    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); " \
-           "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    threads = {k: v for k, v in ENV.items() if "THREADS" not in k}
-    out = subprocess.run([sys.executable, "-c", code, *command(*argv)], env=threads, check=True, capture_output=True,
-                         text=True).stdout
-    return int(out.split()[-1]) / 1e6
+def save_full_size_bases(sd15: Path, dit: Path) -> None:
+    """SD 1.5, and PixArt with all its 28 blocks, but with two layers of T5's 24: random weights,
+    in half precision."""
+    schedule = Schedule.from_config(
+        dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    )
+    clip_l = clip.TextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        hidden_act="quick_gelu",
+    )
+    base = bases.Base(
+        "",
+        vae.VAE(vae.VAEConfig()),
+        unet.UNet(unet.UNetConfig()),
+        text_encoder=clip.TextEncoder(clip_l),
+        tokenizer=clip.Tokenizer(tokenizers.load_tokenizer("tiny").pieces),
+        schedule=schedule,
+    )
+    bases.save_folder(sd15, base, torch.float16)
+    text_config = t5.T5Config(d_model=4096, d_ff=10240, num_heads=64, num_layers=2)
+    base = bases.Base(
+        "",
+        vae.VAE(vae.VAEConfig()),
+        transformer=pixart.PixArt(pixart.PixArtConfig(sample_size=64)),
+        text_encoder=t5.T5Encoder(text_config),
+        tokenizer=t5.T5Tokenizer(letters("abcdefghinopst")),
+        schedule=schedule,
+    )
+    bases.save_folder(dit, base, torch.float16)
 
 
 @pytest.mark.slow
-def test_a_step_at_full_size_runs_on_this_machine(tmp_path, pairs):  # noqa: F811
-    """A LoRA step on SD 1.5 in its published sizes at 256 px; and one on PixArt with all its 28 blocks, whose T5 is of
-    full width and of two layers of its 24, before the cache. Random weights; prints peak memory (pytest -s)."""
-    schedule = Schedule.from_config(dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012))
-    clip_l = clip.TextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                             hidden_act="quick_gelu")
-    words = clip.Tokenizer(tokenizers.load_tokenizer("tiny").pieces)
-    bases.save_folder(tmp_path / "sd15", bases.Base(
-        "", vae.VAE(vae.VAEConfig()), unet.UNet(unet.UNetConfig()), text_encoder=clip.TextEncoder(clip_l),
-        tokenizer=words, schedule=schedule), torch.float16)
-    one = ["--train_batch_size", 1, "--max_train_steps", 1, "--prior_pictures", 1, "--num_samples_eval", 1,
-           "--resolution", 256, "--gradient_checkpointing", "--device", "cpu"]
-    peak = peak_of("--base", tmp_path / "sd15", "--train_data_dir", pairs, *one, "--output_dir", tmp_path / "one")
+def test_a_step_at_full_size_runs_on_this_machine(tmp_path, pairs):
+    """A LoRA step at 256 px on SD 1.5, and one on PixArt with cached contexts.
+
+    Prints peak memory (pytest -s).
+    """
+    sd15, dit = tmp_path / "sd15", tmp_path / "dit"
+    save_full_size_bases(sd15, dit)
+    flags = ["--train_batch_size", 1, "--max_train_steps", 1, "--prior_pictures", 1]
+    flags += ["--validation_num_images", 1, "--resolution", 256, "--device", "cpu"]
+    flags += ["--gradient_checkpointing"]
+    run = ["--base", sd15, "--dataset_folder", pairs, "--output_dir", tmp_path / "one"]
+    peak = peak_of(*run, *flags)
     print(f"SD 1.5, LoRA of rank 64, 256 px, batch 1, float32: {peak:.1f} GB")
-    pieces = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁", -2.0], *([c, -3.0] for c in "abcdefghinopst")]
-    letters = tokenizers.pieces_from_json(json.dumps(dict(model=dict(type="Unigram", vocab=pieces, unk_id=2))))
-    bases.save_folder(tmp_path / "dit", bases.Base(
-        "", vae.VAE(vae.VAEConfig()), transformer=pixart.PixArt(pixart.PixArtConfig(sample_size=64)),
-        text_encoder=t5.T5Encoder(t5.T5Config(d_model=4096, d_ff=10240, num_heads=64, num_layers=2)),
-        tokenizer=t5.T5Tokenizer(letters), schedule=schedule), torch.float16)
-    trainer.data.cache(str(pairs), str(tmp_path / "dit"), tmp_path / "cache", "resized_crop_256", 256, "text", 42, 1,
-                       "cpu", "float32")
-    peak = peak_of("--base", tmp_path / "dit", "--disc_base", tmp_path / "sd15", "--train_data_dir", tmp_path / "cache",
-                   *one, "--output_dir", tmp_path / "two")
+    make_cache(pairs, tmp_path / "cache", str(dit), side=256)
+    run = ["--base", dit, "--disc_base", sd15, "--dataset_folder", tmp_path / "cache"]
+    peak = peak_of(*run, *flags, "--output_dir", tmp_path / "two")
     print(f"PixArt, LoRA of rank 64, 256 px, batch 1, float32, cached contexts: {peak:.1f} GB")
-    for run in ("one", "two"):
-        log = json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[0])
+    for name in ("one", "two"):
+        log = helpers.read_log(tmp_path / name)[0]
         assert all(math.isfinite(log[k]) for k in ("gan", "kl", "con", "disc", "grad_norm"))
 
 
-# ------------------------------------------------------------------------------------- the same computation, otherwise
+# ---------------------------------------------------------------- one computation, many ways
+
+def assert_same(a, b, bound: float) -> None:
+    """Of tensors the largest difference over the largest value; 0 asks for the same bits."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key], bound)
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for one, other in zip(a, b):
+            assert_same(one, other, bound)
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b) or (a - b).abs().max() <= bound * a.abs().max()
+    else:
+        assert a == b
 
 
-def test_killed_and_resumed_ends_in_the_same_bits(tmp_path):
-    """Generator, mean of the weights, discriminator, both optimizers, prior."""
-    flags = [*POINTS, "--max_train_steps", "90", "--checkpointing_steps", "20", "--eval_freq", "1000"]
-    subprocess.run(command(*flags, "--output_dir", tmp_path / "whole"), env=ENV, check=True, capture_output=True)
-    process = subprocess.Popen(command(*flags, "--output_dir", tmp_path / "cut"), env=ENV, stderr=subprocess.DEVNULL)
-    log = tmp_path / "cut" / "log.jsonl"
-    while not log.exists() or log.read_text().count("\n") < 30:
-        assert process.poll() is None, "the run ended before it could be killed"
-    process.kill()
-    process.wait()
-    subprocess.run(command("--resume", tmp_path / "cut"), env=ENV, check=True, capture_output=True)
-    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
-    assert_same(*(torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "cut")), 0)
+def test_killed_and_resumed_ends_in_the_same_bits(monkeypatch, tmp_path, pairs):
+    """Generator, EMA, discriminator, both optimizers, prior."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--dataset_folder", pairs, *SMALL_PICTURES, "--validation_steps", "1000"]
+    flags += ["--max_train_steps", "10", "--checkpointing_steps", "3"]
+    train(monkeypatch, *flags, "--output_dir", whole)
+    helpers.kill_at(5, cut, trainer, *flags, "--output_dir", cut)
+    train(monkeypatch, "--resume", cut)
+    helpers.assert_same_bits(whole, cut)
+    assert_same(helpers.read_state(whole), helpers.read_state(cut), 0)
+    assert [line["step"] for line in helpers.read_log(cut)] == list(range(1, 11))
 
 
 @pytest.mark.parametrize("flag", ["--base", "--teacher", "--disc_base"])
-def test_resuming_beside_other_frozen_weights_is_refused(monkeypatch, capsys, tmp_path, dit, sd, flag):  # noqa: F811
-    """The base, what draws the pictures, and what looks at latents."""
-    places = {"--base": dit["512"], "--teacher": sd, "--disc_base": sd}
-    shutil.copytree(places[flag], tmp_path / "other")
-    train(monkeypatch, *(word for pair in (places | {flag: tmp_path / "other"}).items() for word in pair),
-          "--train", "lora", "--lora_rank", 2, "--train_data_dir", text_file(tmp_path), *SMALL[:-4], "--resolution", 16,
-          "--prior_pictures", 0, "--lambda_con", 0, "--device", "cpu", "--max_train_steps", 1, "--output_dir",
-          tmp_path / "run")
-    path, = (tmp_path / "other" / ("transformer" if flag == "--base" else "unet")).glob("*.safetensors")
+def test_resuming_beside_other_frozen_weights_is_refused(
+    monkeypatch, capsys, tmp_path, dit, sd, flag
+):
+    """The base, the teacher and the critic."""
+    folders = {"--base": dit, "--teacher": sd, "--disc_base": sd}
+    shutil.copytree(folders[flag], tmp_path / "other")
+    folders[flag] = tmp_path / "other"
+    flags = ["--train", "lora", "--lora_rank", 2, "--dataset_folder", text_file(tmp_path)]
+    for name, folder in folders.items():
+        flags += [name, folder]
+    flags += [*TWO, "--resolution", 16, "--prior_pictures", 0, "--lambda_con", 0]
+    train(monkeypatch, *flags, "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+
+    part = "transformer" if flag == "--base" else "unet"
+    (path,) = (tmp_path / "other" / part).glob("*.safetensors")
     tensors = load_file(path)
     next(iter(tensors.values())).add_(1)
     save_file(tensors, path, dict(format="pt"))
@@ -590,108 +977,134 @@ def test_resuming_beside_other_frozen_weights_is_refused(monkeypatch, capsys, tm
     assert "fingerprint" in capsys.readouterr().err
 
 
-def test_a_last_save_that_failed_is_made_good_by_resuming(monkeypatch, tmp_path):
+def test_resuming_makes_good_a_last_save_that_failed(monkeypatch, tmp_path, pairs):
     save, calls = checkpoints.save_yoso, []
 
-    def full(path, *rest):
-        calls.append("model" in path.name)  # not the best
-        if calls[-1] and sum(calls) == 2:
+    def fail_the_second_time(path, *rest):
+        calls.append(path)
+        if len(calls) == 2:
             raise OSError("disk full")
         save(path, *rest)
 
-    flags = [*POINTS, "--max_train_steps", 2, "--checkpointing_steps", 1]
-    train(monkeypatch, *flags, "--output_dir", tmp_path / "whole")
-    monkeypatch.setattr(checkpoints, "save_yoso", full)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--dataset_folder", pairs, *SMALL_PICTURES]
+    flags += ["--max_train_steps", 2, "--checkpointing_steps", 1]
+    train(monkeypatch, *flags, "--output_dir", whole)
+    monkeypatch.setattr(checkpoints, "save_yoso", fail_the_second_time)
     with pytest.raises(SystemExit):
-        train(monkeypatch, *flags, "--output_dir", tmp_path / "cut")
-    train(monkeypatch, "--resume", tmp_path / "cut")
-    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+        train(monkeypatch, *flags, "--output_dir", cut)
+    assert helpers.read_state(cut)["step"] == 1
+    train(monkeypatch, "--resume", cut)
+    helpers.assert_same_bits(whole, cut)
 
 
-def test_an_epoch_sees_every_item(monkeypatch, tmp_path):
-    train(monkeypatch, *POINTS, "--train_batch_size", 40_000, "--num_train_epochs", 1, "--max_train_steps", 5,
-          "--output_dir", tmp_path / "run")
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2  # of 50,000 points
+def test_an_epoch_sees_every_item(monkeypatch, tmp_path, pairs):
+    flags = ["--dataset_folder", pairs, *SMALL, "--resolution", 16, "--lambda_gan", 0]
+    flags += ["--train_batch_size", 4, "--num_train_epochs", 1, "--max_train_steps", 5]
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+    assert len(helpers.read_log(tmp_path / "run")) == 2  # of six items
 
 
-def test_two_processes_and_accumulation_are_one_computation(tmp_path, pairs):  # noqa: F811
-    common = ["--train", "lora", "--train_data_dir", pairs, *SMALL[2:], "--dtype", "float64", "--max_train_steps", 5]
-    ways = {"one": (["--train_batch_size", 4], 1), "two": (["--train_batch_size", 2], 2),
-            "slices": (["--train_batch_size", 2, "--gradient_accumulation_steps", 2], 1)}
-    for name, (batch, processes) in ways.items():
-        subprocess.run(command(*common, *batch, "--output_dir", tmp_path / name, processes=processes), env=ENV,
-                       check=True, capture_output=True)
-    one, *others = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ways)
-    for other in others:
-        for part in ("trained", "ema", "discriminator", "prior"):
-            assert_same(one[part], other[part], 1e-10)
+def test_two_processes_and_accumulation_are_one_computation(monkeypatch, tmp_path, pairs):
+    flags = ["--train", "lora", "--dataset_folder", pairs, *SMALL, "--resolution", 24]
+    flags += ["--dtype", "float64", "--max_train_steps", 5]
+    folders = helpers.train_in_three_ways(monkeypatch, trainer, tmp_path, 4, *flags)
+    one, two, slices = [helpers.read_state(folder) for folder in folders.values()]
+    for part in ("trained", "ema", "discriminator", "prior"):
+        assert_same(one[part], two[part], 1e-10)
+        assert_same(one[part], slices[part], 1e-10)
 
 
-def assert_same(a, b, bound):
-    """Of tensors the largest difference over the largest value; 0 asks for the same bits."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key], bound)
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for pair in zip(a, b):
-            assert_same(*pair, bound)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b) or (a - b).abs().max() <= bound * a.abs().max()
-    else:
-        assert a == b
+def test_a_run_begun_under_older_names_of_settings_goes_on(monkeypatch, tmp_path, pairs):
+    run = tmp_path / "run"
+    flags = ["--train_data_dir", pairs, *SMALL_PICTURES, "--max_train_steps", 1]
+    old = ["--eval_freq", 1, "--num_samples_eval", 2, "--num_train_epochs", 3]
+    train(monkeypatch, *flags, *old, "--lambda_gan", 0, "--output_dir", run)
+    settings = helpers.read_settings(run)
+    assert settings["dataset_folder"] == str(pairs) and settings["validation_steps"] == 1
+    helpers.rename_settings(
+        run,
+        dataset_folder="train_data_dir",
+        validation_steps="eval_freq",
+        validation_num_images="num_samples_eval",
+        max_train_epochs="num_train_epochs",
+    )
+    train(monkeypatch, "--resume", run, "--max_train_steps", 2)
+    changed = dict(max_train_steps=2, resume=str(run))
+    assert helpers.read_settings(run) == settings | changed
+    assert ["val_spread" in line for line in helpers.read_log(run)] == [True, True]
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------- bad input
+
+def test_pictures_are_of_one_size_in_training_and_in_the_grid(
+    monkeypatch, capsys, tmp_path, pairs
+):
+    flags = ["--dataset_folder", pairs, *TWO, "--max_train_steps", 1]
+    train(monkeypatch, *flags, *CENTRED, "--output_dir", tmp_path / "one")
+    sizes = tmp_path / "sizes"
+    sizes.mkdir()
+    Image.new("RGB", (20, 24)).save(sizes / "00.png")
+    for i in range(1, 10):
+        Image.new("RGB", (24, 20)).save(sizes / f"{i:02d}.png")
+    of_test = [*CENTRED, "--test_image_prep", "resize_16"]
+    of_training = ["--train_image_prep", "no_resize", "--dataset_folder", sizes]
+    for i, preparation in enumerate((of_test, of_training)):
+        with pytest.raises(SystemExit):
+            train(monkeypatch, *flags, *preparation, "--output_dir", tmp_path / f"bad{i}")
+        error = capsys.readouterr().err
+        assert "expected one size" in error and "Traceback" not in error
+        if i == 0:
+            assert "'0.png' is not of the size" in error
 
 
-BAD = {  # what is wrong: the flags, words of the one line
+# What is wrong: the flags, and words of the one line.
+NO_LOSS = ["--lambda_gan", "0", "--lambda_kl", "0", "--lambda_con", "0"]
+NO_U_NET = ["--base", "pixels", "--consistency", "perceptual"]
+BAD = {
     "no such base": (["--base", "/nowhere"], ["/nowhere", "expected a folder"]),
-    "no such data": (["--train_data_dir", "/nowhere"], ["/nowhere", "a folder of pictures"]),
-    "no such drawing": (["--train_data_dir", "drawn:cats"], ["cats", "drawn:scenes"]),
-    "a stage that is over": (["--stage", "adapt_v"], ["adapt_v", "predicts v already"]),
-    "a stage too early": (["--stage", "adapt_zsnr", "--prediction_type", "epsilon"], ["--stage adapt_v first"]),
+    "points are no base": (["--base", "gaussians"], ["gaussians", "expected a folder"]),
+    "no such data": (["--dataset_folder", "/nowhere"], ["/nowhere", "a folder of pictures"]),
+    "no such drawing": (["--dataset_folder", "drawn:cats"], ["cats", "drawn:scenes"]),
+    "a stage that is done": (["--stage", "adapt_v"], ["adapt_v", "predicts v already"]),
+    "a stage too early": (
+        ["--stage", "adapt_zsnr", "--prediction_type", "epsilon"],
+        ["--stage adapt_v first"],
+    ),
     "no prediction": (["--prediction_type", "x0"], ["x0", "v_prediction"]),
-    "no U-Net to look through": (["--base", "gaussians", "--consistency", "perceptual"], ["--consistency mse"]),
-    "no layer for LoRA": (["--base", "gaussians", "--train", "lora"], ["--train all"]),
+    "no U-Net for features": (NO_U_NET, ["--train all", "--consistency mse"]),
+    "no base for a LoRA": (["--base", "pixels", "--train", "lora"], ["--train all"]),
     "unknown adversary": (["--adversarial", "teacher"], ["--adversarial", "coop"]),
     "no whole latents": (["--resolution", "30"], ["30x30", "multiples of 4"]),
-    "no loss": (["--lambda_gan", "0", "--lambda_kl", "0", "--lambda_con", "0"], ["--lambda_kl"]),
-    "captions and no teacher": (["--train_data_dir", "{captions}"], ["captions.txt", "--teacher"]),
-    "a teacher of pictures": (["--teacher", "tiny"], ["leave --teacher out"]),
-    "a zip that is none": (["--train_data_dir", "{taken}/a.zip"], ["a.zip", "dataset.json"]),
-    "pixels through a U-Net": (["--base", "pixels", "--consistency", "perceptual"], ["--consistency mse"]),
-    "no prior of fewer than none": (["--prior_pictures", "-1"], ["--prior_pictures", "0 or more"]),
+    "no loss": (NO_LOSS, ["--lambda_kl"]),
+    "captions and no teacher": (
+        ["--dataset_folder", "{captions}"],
+        ["captions.txt", "--teacher"],
+    ),
+    "a teacher and pictures": (["--teacher", "tiny"], ["leave --teacher out"]),
+    "not a zip": (["--dataset_folder", "{taken}/a.zip"], ["a.zip", "dataset.json"]),
+    "a prior of -1 pictures": (["--prior_pictures", "-1"], ["--prior_pictures", "0 or more"]),
     "the paired trainer's flag": (["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
+    "a flag that is gone": (["--center_crop"], ["--center_crop", "unknown"]),
     "run in the way": (["--output_dir", "{taken}"], ["holds a run already", "--resume"]),
 }
 
 
-def test_pictures_are_of_one_size_in_training_and_in_the_grid(monkeypatch, capsys, tmp_path, pairs):  # noqa: F811
-    flags = ["--train_data_dir", pairs, *SMALL[:-4], "--device", "cpu", "--max_train_steps", 1]
-    train(monkeypatch, *flags, "--train_image_prep", "resized_crop_24", "--output_dir", tmp_path / "one")
-    Image.new("RGB", (20, 24)).save(tmp_path / "00.png")
-    for i in range(1, 10):
-        Image.new("RGB", (24, 20)).save(tmp_path / f"{i:02d}.png")
-    for i, (preps, words) in enumerate({
-            ("--train_image_prep", "resized_crop_24", "--test_image_prep", "resize_16"): "'0.png' is not of the size",
-            ("--train_image_prep", "no_resize", "--train_data_dir", str(tmp_path)): "expected one size"}.items()):
-        with pytest.raises(SystemExit):
-            train(monkeypatch, *flags, *preps, "--output_dir", tmp_path / f"bad{i}")
-        err = capsys.readouterr().err
-        assert words in err and " size" in err and "Traceback" not in err
-
-
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing_half_written(monkeypatch, capsys, tmp_path, case):
+def test_bad_input_is_one_line_and_leaves_nothing_half_written(
+    monkeypatch, capsys, tmp_path, case
+):
     flags, words = BAD[case]
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "state.pt").write_text("{}")
-    (tmp_path / "taken" / "a.zip").write_text("no zip")
+    taken, captions = tmp_path / "taken", text_file(tmp_path)
+    taken.mkdir()
+    (taken / "state.pt").write_text("{}")
+    (taken / "a.zip").write_text("no zip")
+    flags = [flag.format(taken=taken, captions=captions) for flag in flags]
+    run = ["--dataset_folder", "drawn:scenes", *SMALL_PICTURES, "--output_dir", tmp_path / "run"]
     with pytest.raises(SystemExit) as caught:
-        train(monkeypatch, "--train_data_dir", "drawn:scenes", *SMALL, "--output_dir", tmp_path / "run",
-              *(flag.format(taken=tmp_path / "taken", captions=text_file(tmp_path)) for flag in flags))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line or "Traceback" in line]
-    assert caught.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), lines
-    assert not list(tmp_path.glob("**/*.tmp")) and not list(tmp_path.glob("**/*.safetensors"))
+        train(monkeypatch, *run, *flags)
+    lines = helpers.error_lines(capsys.readouterr().err)
+    assert caught.value.code == 2 and len(lines) == 1
+    assert all(word in lines[0] for word in words), lines
+    helpers.assert_nothing_written(tmp_path)
+    assert (taken / "state.pt").read_text() == "{}"

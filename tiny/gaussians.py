@@ -1,61 +1,67 @@
-"""The smallest world: points in the plane, from 25 narrow Gaussians on a grid, and two networks that fit it.
+"""YOSO in the plane: the whole method on one page.
 
-A one-step generator that has learned only a blob, or only some of the modes, is seen at a glance here and told in two
-numbers (`measure`). The networks have the call signature of the large ones, so that `train_yoso.py --base gaussians`
-runs the same loss functions in a minute or two on one thread. What comes out, by seed: README.md.
+    python -m tiny.gaussians                        # self-cooperation: two minutes on one core
+    python -m tiny.gaussians --adversarial data     # a plain GAN: the real side is the data
+    python -m tiny.gaussians --adversarial noisy    # UFOGen: data and samples, noised again
+
+The data are points from 25 narrow Gaussians on a grid. The generator is a small MLP that maps a
+noisy point to a clean one in one step; the losses are those of train_yoso.py. The output folder
+gets samples.png (true points, then samples) and figures.json: how many of the 25 modes are
+covered, and the share of good samples. What to expect, by seed: tiny/README.md.
 """
 
+import json
+import pathlib
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from models.diffusion import Schedule
+import training
+from models.diffusion import Schedule, start_from_prior
 from models.unet import timestep_embedding
-from models.vae import Identity, IdentityConfig
+from train_yoso import discriminate, discriminator_loss, generated, update_ema, yoso_losses
 
 AXIS = (-4.0, -2.0, 0.0, 2.0, 4.0)
 CENTRES = torch.tensor([(x, y) for x in AXIS for y in AXIS])  # [25, 2]
-DEVIATION = 0.05
-SCALING = 1.0  # the coordinates as they are: of deviation 2.8; of deviation 1 the modes are too fine for the MLP
-SAMPLES = 10_000  # of a measurement
-SCHEDULE = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                prediction_type="v_prediction", timestep_spacing="trailing")
+STD = 0.05
+SAMPLES = 10_000  # drawn for each measurement
+SCHEDULE = dict(
+    num_train_timesteps=1000,
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    prediction_type="v_prediction",
+)
 
 
-def draw(n: int, generator: torch.Generator) -> Tensor:
-    """n points [n, 2]."""
-    mode = torch.randint(len(CENTRES), (n,), generator=generator)
-    return CENTRES[mode] + DEVIATION * torch.randn(n, 2, generator=generator)
-
-
-class Points(Dataset):
-    """Items as of `data.PairedFolder`, a point [2] in place of the pictures and no caption."""
-
-    captions = [""]
-
-    def __init__(self, split: str, seed: int = 0, n: int = 50_000):
-        offset = 0 if split == "train" else 1
-        self.points = draw(n, torch.Generator().manual_seed(2 * seed + offset))
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
-        index = item[0] if isinstance(item, tuple) else item
-        return dict(target=self.points[index], caption="", name=f"point {index}")
+@dataclass
+class Config:
+    adversarial: Literal["coop", "data", "noisy"] = "coop"  # real: G(x_{t-k}), data, noised data
+    lambda_gan: float = 1.0  # weight of the adversarial loss
+    lambda_kl: float = 0.5  # weight of the KL term, the distance to the data
+    lambda_con: float = 0.0  # weight of the consistency term
+    snr_gamma: float = 5.0  # largest weight of a noise level
+    snr_floor: float = 0.0  # smallest weight of a noise level in the KL term
+    coop_steps: int = 250  # D's real side is G at so many timesteps less noise
+    con_steps: int = 25  # the consistency term compares with so many timesteps less noise
+    learning_rate: float = 1e-3  # of both networks; warm-up, then cosine to 0
+    lr_scheduler: training.Scheduler = "cosine"  # after the warm-up
+    lr_warmup_steps: int = 100  # linear warm-up
+    ema_decay: float = 0.999  # decay of the EMA per step
+    train_batch_size: int = 128  # points per step
+    max_train_steps: int = 8000  # optimizer steps
+    seed: int = 42  # random seed
+    output_dir: str = "runs/gaussians"  # where samples.png and figures.json go
 
 
 class MLP(nn.Module):
-    """x [B, 2], t one timestep or [B] in 0 ... 999 -> [B, c_out]; there is no context to look at. Generator with c_out
-    2, discriminator with 1."""
-
-    config = SimpleNamespace(in_channels=2)
+    """x [B, 2], t [B] in 0 ... 999 -> [B, c_out]: 2 for the generator, 1 for the discriminator."""
 
     def __init__(self, c_out: int, width: int = 128, layers: int = 3):
         super().__init__()
@@ -64,50 +70,131 @@ class MLP(nn.Module):
         self.hidden = nn.ModuleList([nn.Linear(width, width) for _ in range(layers)])
         self.conv_out = nn.Linear(width, c_out)
 
-    def forward(self, x: Tensor, t: Tensor | int, context: Tensor | None = None) -> Tensor:
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
-        h = self.conv_in(x) + self.time(timestep_embedding(t, self.time.in_features).to(x.dtype))
+    def forward(self, x: Tensor, t: Tensor, context: None = None) -> Tensor:
+        t = timestep_embedding(t, self.time.in_features)
+        h = self.conv_in(x) + self.time(t.to(x.dtype))
         for layer in self.hidden:
             h = layer(F.silu(h))
         return self.conv_out(F.silu(h))
 
 
-@dataclass
-class Base:
-    """What a trainer needs of a `bases.Base`. There is no caption, and so no context."""
-    denoiser: MLP
-    schedule: Schedule
-    vae: Identity
-    text_encoder = tokenizer = transformer = None
-
-    @staticmethod
-    def encode(texts: list[str]) -> tuple[Tensor]:
-        return (torch.zeros(len(texts), 0),)
+def draw(n: int, generator: torch.Generator) -> Tensor:
+    """n points [n, 2] of the data."""
+    mode = torch.randint(len(CENTRES), (n,), generator=generator)
+    return CENTRES[mode] + STD * torch.randn(n, 2, generator=generator)
 
 
-def load_base(seed: int, dtype: torch.dtype, device: torch.device) -> Base:
-    torch.manual_seed(seed)
-    network = MLP(2).requires_grad_(False).to(device, dtype)
-    return Base(network, Schedule.from_config(SCHEDULE), Identity(IdentityConfig(SCALING)))
+def train(cfg: Config) -> tuple[nn.Module, Schedule]:
+    """Trains YOSO. Returns the denoiser, with its EMA weights, and the schedule."""
+    schedule = Schedule.from_config(SCHEDULE)
+    torch.manual_seed(cfg.seed)
+    denoiser, D = MLP(2), MLP(1)
+    optimizer_g = torch.optim.AdamW(denoiser.parameters(), betas=(0.5, 0.99), weight_decay=0)
+    optimizer_d = torch.optim.AdamW(D.parameters(), betas=(0.0, 0.99), weight_decay=0)
+    trained = dict(denoiser.named_parameters())
+    ema = {name: p.detach().clone() for name, p in trained.items()}
+
+    def G(x: Tensor, t: Tensor, context: None) -> Tensor:
+        return generated(denoiser(x, t), x, t, schedule)
+
+    for step in tqdm(range(cfg.max_train_steps), f"{cfg.adversarial}, seed {cfg.seed}"):
+        rate = training.learning_rate(step, cfg, cfg.max_train_steps)
+        training.set_learning_rate(optimizer_g, rate)
+        training.set_learning_rate(optimizer_d, rate)
+        rng = training.rng(cfg.seed, step, "batch")
+        n = cfg.train_batch_size
+        x0 = draw(n, rng)
+        t = torch.randint(len(schedule.alpha), (n,), generator=rng)
+        eps, noise_real, noise_fake = torch.randn(3, n, 2, generator=rng)
+
+        # The generator's turn. The discriminator only passes the gradient on.
+        D.requires_grad_(False)
+        terms, fake, real = yoso_losses(
+            G, D, None, x0, None, None, t, eps, schedule, cfg, noise_fake
+        )
+        sum(terms.values()).backward()
+        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer_g.step()
+        optimizer_g.zero_grad()
+        update_ema(ema, trained, decay=min(cfg.ema_decay, (1 + step) / (10 + step)))
+
+        # The discriminator's turn: its real side against G(x_t).
+        D.requires_grad_(True)
+        logits_real = discriminate(D, real, t, None, schedule, cfg, noise_real)
+        logits_fake = discriminate(D, fake, t, None, schedule, cfg, noise_fake)
+        loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
+        loss.backward()
+        optimizer_d.step()
+        optimizer_d.zero_grad()
+
+    training.swap(trained, ema)
+    return denoiser, schedule
+
+
+@torch.inference_mode()
+def sample(denoiser: nn.Module, schedule: Schedule, n: int, seed: int) -> Tensor:
+    """n points [n, 2], made in one step.
+
+    The schedule does not end in pure noise, so sampling starts from the noised prior: mean and
+    standard deviation of the data (IPI).
+    """
+    rng = torch.Generator().manual_seed(seed)
+    data = draw(n, rng)
+    eps, prior_noise = torch.randn(2, n, 2, generator=rng)
+    last = len(schedule.alpha) - 1
+    x = start_from_prior(eps, prior_noise, data.mean(0), data.std(0), last, schedule)
+    t = torch.full((n,), last)
+    return generated(denoiser(x, t), x, t, schedule)
 
 
 def measure(samples: Tensor) -> dict[str, float]:
-    """Of samples [N, 2]: the share that lies within three deviations of a centre ("good"), and the number of the 25
-    modes with at least 20 good samples of every 10,000."""
+    """Modes covered and share of good samples, of samples [N, 2].
+
+    A sample is good within three standard deviations of a centre. A mode is covered if it gets
+    20 good samples per 10,000.
+    """
     distance, mode = torch.cdist(samples.double().cpu(), CENTRES.double()).min(dim=1)
-    good = distance <= 3 * DEVIATION
+    good = distance <= 3 * STD
     count = torch.bincount(mode[good], minlength=len(CENTRES))
-    return dict(modes=(count * SAMPLES >= 20 * len(samples)).sum().item(), good=good.double().mean().item())
+    covered = count * SAMPLES >= 20 * len(samples)
+    return dict(modes=covered.sum().item(), good=good.double().mean().item())
 
 
 def scatter(samples: Tensor, size: int = 400) -> Tensor:
-    """Samples [N, 2] as dots on a picture [3, size, size] in [-1, 1], rings of three deviations where they belong.
-    The frame is -5.5 ... 5.5; what lies outside is on its edge."""
+    """Samples [N, 2] as dots on a picture [3, size, size] in [-1, 1], with a ring around each
+    mode. The frame is -5.5 ... 5.5; points outside are drawn on its edge."""
     picture = Image.new("RGB", (size, size), "white")
-    pen, unit = ImageDraw.Draw(picture), size / 11
-    places = ((samples.detach().float().cpu().nan_to_num() / 5.5).clamp(-1, 1) + 1) * (size - 1) / 2
+    pen = ImageDraw.Draw(picture)
+    places = (samples.detach().float().cpu().nan_to_num() / 5.5).clamp(-1, 1)
+    places = (places + 1) * (size - 1) / 2
     pen.point([(x, size - 1 - y) for x, y in places.tolist()], fill="#1f5fa8")
+    unit = size / 11
+    radius = 3 * STD * unit
     for x, y in CENTRES.tolist():
-        r, cx, cy = 3 * DEVIATION * unit, size / 2 + x * unit, size / 2 - y * unit
-        pen.ellipse([cx - r, cy - r, cx + r, cy + r], outline="#d04040")
-    return torch.from_numpy(np.asarray(picture, np.float32) / 127.5 - 1).permute(2, 0, 1)
+        left = size / 2 + x * unit - radius
+        top = size / 2 - y * unit - radius
+        pen.ellipse([left, top, left + 2 * radius, top + 2 * radius], outline="#d04040")
+    levels = np.asarray(picture, np.float32)
+    return torch.from_numpy(levels / 127.5 - 1).permute(2, 0, 1)
+
+
+def main() -> None:
+    cfg = training.parse(Config, {}, {}, __doc__)
+    torch.set_num_threads(1)  # more threads do not help
+    folder = pathlib.Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    denoiser, schedule = train(cfg)
+    samples = sample(denoiser, schedule, SAMPLES, cfg.seed)
+    figures = measure(samples)
+    data = draw(SAMPLES, torch.Generator().manual_seed(0))
+    columns = [scatter(points)[None] for points in (data, samples)]
+    training.save_grid(folder / "samples.png", columns)
+    training.write_file(
+        folder / "figures.json", lambda path: path.write_text(json.dumps(figures, indent=1))
+    )
+    print(f"{figures['modes']} of 25 modes, {figures['good']:.0%} good samples")
+    print(folder / "samples.png")
+
+
+if __name__ == "__main__":
+    training.run_script(main)

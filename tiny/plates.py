@@ -1,25 +1,29 @@
-"""Every idea of the two papers turned off, and looked at.
+"""Turns off one idea of the papers at a time, and measures and shows what changes.
 
-    python -m tiny.plates --list               # the ideas
-    python -m tiny.plates skips cycle          # two of them, three seeds each
+    python -m tiny.plates --list               # the names of the ideas
+    python -m tiny.plates skips cycle          # two of them, three random seeds each
     python -m tiny.plates --seeds 1            # all, one seed: about two hours of one core
-    python -m tiny.plates --page               # IDEAS.md and the plates again, of what was measured before
+    python -m tiny.plates --page               # only rewrite plates and tables from stored results
 
-Each idea trains the tiny base with and without it, by the ordinary trainers as processes: equal steps of the stage that
-has it, equal seeds, nothing else changed; in bf16, without which a processor needs minutes for a step. The runs are in
-runs/plates and are shared between ideas; a run that was stopped goes on where it stood, one that was measured is not
-made again. Figures of 200 held-out drawings go to assets/plates/results.json, a plate of each idea's first seed beside
-them, the table to IDEAS.md.
+Each idea is a comparison of runs of the ordinary trainers: equal steps, equal seeds, and one
+setting changed. They train in bf16, because a processor needs minutes for a step without it.
+Runs are kept in runs/plates and shared between ideas. A run that was stopped continues, and one
+that was measured is not repeated.
+
+Figures are of 200 held-out drawings and go to assets/plates/results.json. The pictures of an
+idea's first seed become a plate beside it. IDEAS.md explains the ideas; this script only rewrites
+its tables, between the markers `<!-- figures: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
 import json
 import os
 import pathlib
-import re
 import statistics
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from PIL import Image, ImageDraw
@@ -35,423 +39,670 @@ from models import diffusion
 from tiny import gaussians, measure, recipe, scenes
 
 ROOT = pathlib.Path(__file__).parent.parent
-PLATES, FOLDER = ROOT / "assets" / "plates", pathlib.Path("runs/plates")
+PAGE = ROOT / "IDEAS.md"
+PLATES = ROOT / "assets" / "plates"
+FOLDER = ROOT / "runs" / "plates"
+SHOWN = [0, 3, 5, 8, 11, 14, 17]  # held-out drawings on a plate
+R_VALUES = (1.0, 0.7, 0.4, 0.0)
 
+
+# -------------------- Runs
 
 @dataclass(frozen=True)
 class Run:
-    """Flags of a trainer, beside those of all runs of its kind. It begins at the base that the run `after` wrote."""
+    """A run of one of SCRIPTS, with `flags` beside those of SHARED.
+
+    It starts from the base that the run `after` wrote.
+    """
     kind: str
     flags: dict[str, object] = field(default_factory=dict)
     after: str | None = None
 
 
-KINDS = {
-    "unpaired": ("train_cyclegan_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:day2night",
-                                                 mixed_precision="bf16", lr_warmup_steps=20, max_train_steps=100)),
-    "paired": ("train_pix2pix_turbo.py", dict(base="tiny-turbo", dataset_folder="drawn:scenes", mixed_precision="bf16",
-                                              lr_warmup_steps=20, max_train_steps=200)),
-    "yoso": ("train_yoso.py", recipe.COMMON | recipe.STAGES["yoso"] | dict(
-        base="tiny-sd", max_train_steps=200, lr_warmup_steps=50, ema_decay=0.99)),
-    "gaussians": ("train_yoso.py", dict(base="gaussians")),
+SCRIPTS = {
+    "unpaired": "train_cyclegan_turbo.py",
+    "paired": "train_pix2pix_turbo.py",
+    "yoso": "train_yoso.py",
+    "gaussians": "tiny.gaussians",
 }
-ADAPT, LORA = dict(learning_rate=3e-4, max_train_steps=250), dict(train="lora", lora_rank=16, learning_rate=5e-4)
+# Flags of all runs of a kind.
+SHARED = {
+    "unpaired": dict(
+        base="tiny-turbo",
+        dataset_folder="drawn:day2night",
+        mixed_precision="bf16",
+        lr_warmup_steps=20,
+        max_train_steps=100,
+    ),
+    "paired": dict(
+        base="tiny-turbo",
+        dataset_folder="drawn:scenes",
+        mixed_precision="bf16",
+        lr_warmup_steps=20,
+        max_train_steps=200,
+    ),
+    "yoso": recipe.YOSO_COMMON | recipe.YOSO_STAGES["yoso"] | dict(
+        base="tiny-sd",
+        max_train_steps=200,
+        lr_warmup_steps=50,
+        ema_decay=0.99,
+    ),
+    "gaussians": {},
+}
+RANDOM_BASE = dict(
+    base="tiny",
+    train="lora",
+    lora_rank_unet=4,
+    learning_rate=5e-4,
+    train_batch_size=4,
+    disc_width=32,
+)
+ADAPTION = dict(learning_rate=3e-4, max_train_steps=250)
+DATA_ALONE = recipe.YOSO_STAGES["data"] | dict(max_train_steps=1000)
+YOSO_LORA = dict(train="lora", lora_rank=16, learning_rate=5e-4)
 RUNS = {
     "unpaired": Run("unpaired"),
     "no-skips": Run("unpaired", dict(skips="off")),
-    "random-base": Run("unpaired", dict(base="tiny", train="lora", lora_rank_unet=4, learning_rate=5e-4,
-                                        train_batch_size=4, disc_width=32)),
+    "random-base": Run("unpaired", RANDOM_BASE),
     "no-cycle": Run("unpaired", dict(lambda_cycle=0)),
     "no-identity": Run("unpaired", dict(lambda_idt=0)),
     "no-gan": Run("unpaired", dict(lambda_gan=0)),
+
     "paired": Run("paired"),
     "all-weights": Run("paired", dict(train="all")),
     "conv-in-frozen": Run("paired", dict(conv_in="off")),
     "stochastic": Run("paired", dict(stochastic="on")),
-    "v": Run("yoso", dict(stage="adapt_v", **ADAPT)),
-    "zero-snr": Run("yoso", dict(stage="adapt_zsnr", **ADAPT), "v"),
-    "heard": Run("yoso", recipe.STAGES["data"] | dict(max_train_steps=1000), "zero-snr"),
-    "yoso": Run("yoso", after="heard"),
-    "real-is-data": Run("yoso", dict(adversarial="data"), "heard"),
-    "real-is-noisy": Run("yoso", dict(adversarial="noisy"), "heard"),
-    "no-discriminator": Run("yoso", dict(lambda_gan=0), "heard"),
-    "no-kl": Run("yoso", dict(lambda_kl=0), "heard"),
-    "no-consistency": Run("yoso", dict(lambda_con=0), "heard"),
-    "mse": Run("yoso", dict(consistency="mse"), "heard"),
-    "random-discriminator": Run("yoso", dict(disc_random="on"), "heard"),
+
+    "v": Run("yoso", dict(stage="adapt_v", **ADAPTION)),
+    "zero-snr": Run("yoso", dict(stage="adapt_zsnr", **ADAPTION), after="v"),
+    "data-alone": Run("yoso", DATA_ALONE, after="zero-snr"),
+    "yoso": Run("yoso", after="data-alone"),
+    "real-is-data": Run("yoso", dict(adversarial="data"), after="data-alone"),
+    "real-is-noisy": Run("yoso", dict(adversarial="noisy"), after="data-alone"),
+    "no-discriminator": Run("yoso", dict(lambda_gan=0), after="data-alone"),
+    "no-kl": Run("yoso", dict(lambda_kl=0), after="data-alone"),
+    "no-consistency": Run("yoso", dict(lambda_con=0), after="data-alone"),
+    "mse": Run("yoso", dict(consistency="mse"), after="data-alone"),
+    "random-discriminator": Run("yoso", dict(disc_random="on"), after="data-alone"),
     "adapted": Run("yoso", after="zero-snr"),
     "not-adapted": Run("yoso"),
-    "prior": Run("yoso", LORA | dict(prior_pictures=1000)),
-    "no-prior": Run("yoso", LORA),
+    "prior": Run("yoso", YOSO_LORA | dict(prior_pictures=1000)),
+    "no-prior": Run("yoso", YOSO_LORA),
+
     "gaussians-coop": Run("gaussians"),
     "gaussians-data": Run("gaussians", dict(adversarial="data")),
     "gaussians-noisy": Run("gaussians", dict(adversarial="noisy")),
 }
 
 
+# -------------------- Ideas
+
 @dataclass(frozen=True)
 class Idea:
-    says: str  # what it is for
-    formula: str
-    where: str  # FILE:FUNCTION
-    flag: str  # that turns it off
-    runs: dict[str, str]  # with it, and without: names of RUNS
-    figures: dict[str, str]  # what is measured: its name there, its name here
-    found: str = ""  # what was seen
+    """A comparison. `runs` maps a label to a run, `figures` a key of the results to its name."""
+    runs: dict[str, str]
+    figures: dict[str, str]
 
 
-ATTRIBUTES = dict(all="attributes right")
 IDEAS = {
     "skips": Idea(
-        "Detail goes past the latent.", "decoder + gamma conv(encoder)", "models/pix2pix_turbo.py:convolved_skips",
-        "--skips off", {"with": "unpaired", "without": "no-skips"}, dict(edges="edges kept", psnr="PSNR, dB"),
-        "More is kept, on every seed; but the latent of factor 4 carries most of it alone, and PSNR is lower with them:"
-        " it may be that they bring the day's light along."),
+        runs={"with": "unpaired", "without": "no-skips"},
+        figures={"edges": "edges kept", "psnr": "PSNR, dB"},
+    ),
     "base": Idea(
-        "What the one-step model knows of pictures need not be learned again.", "W = W_base + s B A",
-        "models/lora.py:changed", "--base tiny", {"with": "unpaired", "without": "random-base"},
-        dict(psnr="PSNR, dB", edges="edges kept"), "It is nearer, and the things are sharper."),
+        runs={"with": "unpaired", "without": "random-base"},
+        figures={"psnr": "PSNR, dB", "edges": "edges kept"},
+    ),
     "lora": Idea(
-        "A few weights learn the task; the base stays as it was.", "(W + s B A) x + b", "models/lora.py:changed",
-        "--train all", {"LoRA": "paired", "all weights": "all-weights"},
-        dict(psnr="PSNR, dB", trained="weights trained, M", words="captions that the base then obeys"),
-        "The task is learned nearly as well by a fifteenth of the weights, and the base forgets nothing."),
+        runs={"LoRA": "paired", "all weights": "all-weights"},
+        figures={
+            "psnr": "PSNR, dB",
+            "trained": "trained weights, M",
+            "words": "text-to-image attributes right",
+        },
+    ),
     "conv_in": Idea(
-        "The first layer learns to take pictures where noise was.", "z = E(x) in place of eps",
-        "models/pix2pix_turbo.py:forward", "--conv_in off", {"trained": "paired", "frozen": "conv-in-frozen"},
-        dict(psnr="PSNR, dB"), "No effect here: it may be that the VAE's own LoRA does its work."),
+        runs={"trained": "paired", "frozen": "conv-in-frozen"},
+        figures={"psnr": "PSNR, dB"},
+    ),
     "r": Idea(
-        "One number leads from the input's picture to the noise's.", "r z + (1 - r) eps, adapters times r",
-        "models/pix2pix_turbo.py:forward", "--stochastic off", {"with r": "stochastic", "without": "paired"},
-        {f"{what}_{r}": f"{name}, r = {r}" for r in (1.0, 0.7, 0.4, 0.0)
-         for what, name in (("psnr", "PSNR"), ("apart", "noises apart"))},
-        "What varies and what follows the input trade places; at r = 1 being able to vary costs something."),
+        runs={"with r": "stochastic", "without": "paired"},
+        figures={
+            "psnr_1.0": "PSNR, r = 1.0",
+            "apart_1.0": "difference of seeds, r = 1.0",
+            "psnr_0.7": "PSNR, r = 0.7",
+            "apart_0.7": "difference of seeds, r = 0.7",
+            "psnr_0.4": "PSNR, r = 0.4",
+            "apart_0.4": "difference of seeds, r = 0.4",
+            "psnr_0.0": "PSNR, r = 0.0",
+            "apart_0.0": "difference of seeds, r = 0.0",
+        },
+    ),
     "cycle": Idea(
-        "There and back again: nothing of the picture may be lost.", "|G(G(a)) - a|",
-        "train_cyclegan_turbo.py:cycle_loss", "--lambda_cycle 0", {"with": "unpaired", "without": "no-cycle"},
-        dict(edges="edges kept", psnr="PSNR, dB"),
-        "Without it things change their colours, two seeds of three keep fewer edges, and the third loses 4 dB."),
+        runs={"with": "unpaired", "without": "no-cycle"},
+        figures={"edges": "edges kept", "psnr": "PSNR, dB"},
+    ),
     "identity": Idea(
-        "What is already there stays as it is.", "|G(b) - b|", "train_cyclegan_turbo.py:identity_loss",
-        "--lambda_idt 0", {"with": "unpaired", "without": "no-identity"},
-        dict(drift="colour drift of nights, of 2", psnr="PSNR, dB"),
-        "Without it nights change their colours four to seven times as much."),
+        runs={"with": "unpaired", "without": "no-identity"},
+        figures={"drift": "colour drift of nights, of 2", "psnr": "PSNR, dB"},
+    ),
     "gan": Idea(
-        "Only the discriminator says what a night looks like.", "cross-entropy of D(G(a))",
-        "train_cyclegan_turbo.py:generator_gan_loss", "--lambda_gan 0", {"with": "unpaired", "without": "no-gan"},
-        dict(night="judged to be night", psnr="PSNR, dB"), "Without it days stay days: all other losses are content."),
+        runs={"with": "unpaired", "without": "no-gan"},
+        figures={"night": "classified as night", "psnr": "PSNR, dB"},
+    ),
     "coop": Idea(
-        "The discriminator's real side is G's own better guess.", "D compares G(x_t) with G(x_{t-k})",
-        "train_yoso.py:discriminator_loss", "--adversarial data",
-        {"coop": "yoso", "data": "real-is-data", "noisy": "real-is-noisy", "none": "no-discriminator"},
-        ATTRIBUTES | dict(sharp="sharpness", disc_right="D right in training"),
-        "A discriminator is worth a great deal, one of noised samples nothing. In 200 steps the data as the real side"
-        " are ahead of self-cooperation on every seed; it may be that no mode is lost so soon (below: thousands)."),
+        runs={
+            "coop": "yoso",
+            "data": "real-is-data",
+            "noisy": "real-is-noisy",
+            "none": "no-discriminator",
+        },
+        figures={
+            "all": "attributes right",
+            "sharp": "sharpness",
+            "disc_right": "discriminator accuracy",
+        },
+    ),
     "gaussians": Idea(
-        "The same in the plane: 25 modes, one step.", "D compares G(x_t) with G(x_{t-k})",
-        "train_yoso.py:discriminator_loss", "--adversarial data",
-        {"coop": "gaussians-coop", "data": "gaussians-data", "noisy": "gaussians-noisy"},
-        dict(modes="modes of 25", good="within three deviations"),
-        "Self-cooperation finds the modes; the data as the real side find a few and draw them well."),
+        runs={"coop": "gaussians-coop", "data": "gaussians-data", "noisy": "gaussians-noisy"},
+        figures={"modes": "modes of 25", "good": "within three standard deviations"},
+    ),
     "kl": Idea(
-        "A steady pull towards the data.", "min(SNR, 5) |G(x_t) - x0|^2", "train_yoso.py:kl_loss", "--lambda_kl 0",
-        {"with": "yoso", "without": "no-kl"}, ATTRIBUTES | dict(sharp="sharpness"),
-        "Hardly an effect in 200 steps; the stage before them was this term alone."),
+        runs={"with": "yoso", "without": "no-kl"},
+        figures={"all": "attributes right", "sharp": "sharpness"},
+    ),
     "consistency": Idea(
-        "Neighbouring steps agree.", "w |f(G(x_t)) - f(G(x_{t-25}))|^2", "train_yoso.py:consistency_loss",
-        "--lambda_con 0", {"with": "yoso", "without": "no-consistency"},
-        ATTRIBUTES | dict(neighbours="distance of neighbours"),
-        "It helps, on one seed a little, on two much; but not by what it is named after: all that is blurred agrees."),
+        runs={"with": "yoso", "without": "no-consistency"},
+        figures={"all": "attributes right", "neighbours": "distance of neighbouring steps"},
+    ),
     "perceptual": Idea(
-        "Distances as a frozen U-Net sees them.", "f: features after the middle block",
-        "models/discriminator.py:lower_half", "--consistency mse", {"with": "yoso", "without": "mse"},
-        ATTRIBUTES | dict(sharp="sharpness"),
-        "Sharper on every seed, and on two of three more attributes."),
+        runs={"with": "yoso", "without": "mse"},
+        figures={"all": "attributes right", "sharp": "sharpness"},
+    ),
     "disc_init": Idea(
-        "The discriminator begins as half of the diffusion model.", "D = head(lower half of the U-Net)",
-        "models/discriminator.py:lower_half", "--disc_random",
-        {"from the U-Net": "yoso", "random": "random-discriminator"},
-        ATTRIBUTES | dict(sharp="sharpness", disc_right="D right in training"),
-        "A random one sees less in 200 steps: pictures are half as sharp, or less."),
+        runs={"from the U-Net": "yoso", "random": "random-discriminator"},
+        figures={
+            "all": "attributes right",
+            "sharp": "sharpness",
+            "disc_right": "discriminator accuracy",
+        },
+    ),
     "prior": Idea(
-        "A model that predicts noise begins at noised latents.", "alpha_T x_prior + sigma_T eps",
-        "models/diffusion.py:start_from_prior", "--prior_pictures 0", {"with": "prior", "without": "no-prior"},
-        ATTRIBUTES | dict(brightness="spread of brightness"),
-        "No effect: beside the noise 0.07 of a prior is little, and 200 steps of LoRA make little of either."),
+        runs={"with": "prior", "without": "no-prior"},
+        figures={"all": "attributes right", "brightness": "standard deviation of brightness"},
+    ),
     "adaption": Idea(
-        "First v for epsilon, then pure noise at the end; without: one step at once.", "v' = (alpha' x' - x0) / sigma'",
-        "train_yoso.py:adapt_loss", "--stage yoso", {"with": "adapted", "without": "not-adapted"},
-        ATTRIBUTES | dict(darkest="brightness of the darkest", brightest="of the brightest"),
-        "Without it nights are too light and days too dark (drawings: -0.51 and 0.59)."),
+        runs={"with": "adapted", "without": "not-adapted"},
+        figures={
+            "all": "attributes right",
+            "darkest": "darkest tenth",
+            "brightest": "brightest tenth",
+        },
+    ),
 }
 
 
-# -------------------- What a run's checkpoint can do, in figures, and the pictures of a plate
+# -------------------- Measures: a run's folder -> its figures, and the pictures for a plate
+
+Measured = tuple[dict[str, float], dict[str, Tensor]]
 
 
-def unpaired(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Days to nights, and nights to where they are."""
+def measure_unpaired(folder: str) -> Measured:
+    """Days translated to nights, and nights that should stay as they are."""
+    n = measure.N
     world = scenes.Unpaired("day2night", "test")
-    day, night, truth = (torch.stack([f(i) for i in range(measure.N)]) for f in (
-        lambda i: world[i]["a"], lambda i: world[i]["b"], lambda i: world.truth(i, "a2b")))
-    made, same = (measure.translated(checkpoint, x, [world.prompts[1]] * measure.N, "a2b") for x in (day, night))
-    dark = torch.cat([measure.load_judge()(x)[1].argmax(1) for x in made.split(50)]) == scenes.TIMES.index("night")
-    return dict(psnr=measure.psnr(made, truth).mean().item(),
-                edges=measure.edge_f(measure.edges(made), measure.edges(day)).mean().item(),
-                drift=(same.mean((2, 3)) - night.mean((2, 3))).abs().mean().item(),
-                night=dark.double().mean().item()), {"": made}
+    day = torch.stack([world[i]["a"] for i in range(n)])
+    night = torch.stack([world[i]["b"] for i in range(n)])
+    truth = torch.stack([world.truth(i, "a2b") for i in range(n)])
+    captions = [world.prompts[1]] * n
+    translated = measure.translate(folder, day, captions, "a2b")
+    unmoved = measure.translate(folder, night, captions, "a2b")
+
+    edges = measure.edge_f(measure.edges(translated), measure.edges(day))
+    drift = unmoved.mean((2, 3)) - night.mean((2, 3))
+    _, times, _, _ = measure.predict(measure.load_classifier(), translated)
+    is_night = times.argmax(1) == scenes.TIMES.index("night")
+    figures = dict(
+        psnr=measure.psnr(translated, truth).mean().item(),
+        edges=edges.mean().item(),
+        drift=drift.abs().mean().item(),
+        night=is_night.double().mean().item(),
+    )
+    return figures, {"": translated}
 
 
-def paired(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Outlines to scenes; and what the base makes of captions when the adapters have gone."""
+def measure_paired(folder: str) -> Measured:
+    """Outlines to scenes, and what the base makes of captions once the adapters are gone."""
     described, truth = measure.held_out()
-    lines = torch.stack([to_tensor(scenes.outlines(scene, measure.SIZE)) * 2 - 1 for scene in described])
+    lines = [to_tensor(scenes.outlines(scene, measure.SIZE)) * 2 - 1 for scene in described]
+    x = torch.stack(lines)
     captions = [scenes.caption(scene) for scene in described]
-    model = checkpoints.load_generator(checkpoint, dtype=torch.float32)
-    tensors = read_tensors(checkpoints.find_checkpoint(checkpoint))[0]
-    stochastic = model.r is not None
-    figures, shown = dict(trained=sum(t.numel() for t in tensors.values()) / 1e6), {}
-    for r in (1.0, 0.7, 0.4, 0.0) if stochastic else (1.0,):
-        made = [measure.translated(checkpoint, lines, captions, seed=seed, **(dict(r=r) if stochastic else {}))
-                for seed in range(4 if stochastic else 1)]
-        apart = [(a - b).abs().mean().item() for i, a in enumerate(made) for b in made[:i]]
-        figures |= {f"psnr_{r}": measure.psnr(made[0], truth).mean().item(),
-                    f"apart_{r}": statistics.mean(apart) if stochastic else 0.0}
-        shown[f"r = {r}" if stochastic else ""] = made[0]
+    model = checkpoints.load_generator(folder, dtype=torch.float32)
+    tensors, _ = read_tensors(checkpoints.find_checkpoint(folder))
+    figures = dict(trained=sum(tensor.numel() for tensor in tensors.values()) / 1e6)
+
+    pictures = {}
+    if model.r is None:
+        translated = measure.translate(folder, x, captions)
+        figures["psnr_1.0"] = measure.psnr(translated, truth).mean().item()
+        figures["apart_1.0"] = 0.0
+        pictures[""] = translated
+    else:
+        for r in R_VALUES:
+            several = [measure.translate(folder, x, captions, seed=seed, r=r) for seed in range(4)]
+            figures[f"psnr_{r}"] = measure.psnr(several[0], truth).mean().item()
+            figures[f"apart_{r}"] = measure.mean_difference(several)
+            pictures[f"r = {r}"] = several[0]
+    figures["psnr"] = figures["psnr_1.0"]
+
     base = bases.load_base("tiny-turbo", dtype=torch.float32)
     if model.generator.config.train == "all":
-        base.unet, base.vae, base.text_encoder = model.generator.unet, model.generator.vae, model.text_encoder
-    figures |= dict(psnr=figures["psnr_1.0"], words=obeyed(texts(base, None))["all"])
-    return figures, shown
+        base.unet = model.generator.unet
+        base.vae = model.generator.vae
+        base.text_encoder = model.text_encoder
+    figures["words"] = attribute_accuracy(draw_captions(base))["all"]
+    return figures, pictures
 
 
-def texts(base: bases.Base, prior: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The held-out captions, drawn in one step."""
-    return torch.cat([sample.text_to_image(base, scenes.caption(scene), [i], (measure.SIZE,) * 2, 1, "lcm", prior=prior)
-                      for i, scene in enumerate(measure.held_out()[0])])
+def draw_captions(base: bases.Base, prior: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The held-out captions in one step, picture i from seed i: [N, 3, 64, 64]."""
+    drawn = []
+    for i, scene in enumerate(measure.held_out()[0]):
+        picture = sample.text_to_image(
+            base,
+            scenes.caption(scene),
+            [i],
+            (measure.SIZE, measure.SIZE),
+            steps=1,
+            sampler="lcm",
+            prior=prior,
+        )
+        drawn.append(picture)
+    return torch.cat(drawn)
 
 
-def obeyed(pictures: Tensor) -> dict[str, float]:
-    return measure.obeyed(measure.load_judge(), pictures, measure.held_out()[0])
-
-
-def slopes(pictures: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels."""
-    return sum(pictures.diff(dim=d).square().mean() for d in (2, 3))
+def attribute_accuracy(pictures: Tensor) -> dict[str, float]:
+    described, _ = measure.held_out()
+    return measure.attribute_accuracy(measure.load_classifier(), pictures, described)
 
 
 @torch.inference_mode()
-def yoso(checkpoint: str) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Captions in one step; neighbouring steps of the same noise."""
-    described, truth = measure.held_out()
-    path = checkpoints.find_checkpoint(checkpoint)
+def measure_yoso(folder: str) -> Measured:
+    """Captions in one step; sharpness and the std of brightness are relative to the drawings'."""
+    _, truth = measure.held_out()
+    path = checkpoints.find_checkpoint(folder)
     base, prior = checkpoints.load_yoso(path, dtype=torch.float32)
-    made = texts(base, prior if prior[1].any() else None)
-    light, real = (x.mean((1, 2, 3)) for x in (made, truth))
-    tenth = max(len(real) // 10, 1)
-    z = torch.cat([base.vae.encode(x)[0] for x in truth.split(50)]) * base.vae.config.scaling_factor
-    contexts = base.encode([scenes.caption(scene) for scene in described])
+    has_prior = prior[1].any()
+    drawn = draw_captions(base, prior if has_prior else None)
+
+    brightness = drawn.mean((1, 2, 3))
+    true_brightness = truth.mean((1, 2, 3))
+    order = true_brightness.argsort()
+    tenth = max(len(order) // 10, 1)
+    figures = attribute_accuracy(drawn)
+    figures |= dict(
+        sharp=(gradient_energy(drawn) / gradient_energy(truth)).item(),
+        brightness=(brightness.std() / true_brightness.std()).item(),
+        darkest=brightness[order[:tenth]].mean().item(),
+        brightest=brightness[order[-tenth:]].mean().item(),
+        neighbours=neighbour_distance(base),
+        disc_right=discriminator_accuracy(path.parent / "log.jsonl"),
+    )
+    return figures, {"": drawn}
+
+
+def gradient_energy(pictures: Tensor) -> Tensor:
+    """Mean squared difference of neighbouring pixels, in both directions."""
+    return sum(pictures.diff(dim=d).square().mean() for d in (2, 3))
+
+
+def neighbour_distance(base: bases.Base) -> float:
+    """Mean squared difference of x0 predicted at t and at t - 25, from the same noise."""
+    described, truth = measure.held_out()
+    z = torch.cat([base.vae.encode(x)[0] for x in truth.split(50)])
+    z = z * base.vae.config.scaling_factor
+    contexts = base.encode([scenes.caption(scene) for scene in described])[0]
+    eps, _ = training.draw_noise(range(len(z)), z.shape[1:])
     distances = []
     for t in (999, 750, 500, 250):
-        eps, outputs = training.draw_noise(range(len(z)), z.shape[1:])[0], []
-        for level in (t, t - 25):
-            levels = torch.full((len(z),), level)
-            x = diffusion.add_noise(z, eps, levels, base.schedule)
-            v = torch.cat([base.unet(a, level, b) for a, b in zip(x.split(50), contexts[0].split(50))])
-            outputs.append(diffusion.predict_x0(v, x, levels, base.schedule, base.schedule.prediction_type))
-        distances.append((outputs[0] - outputs[1]).square().mean().item())
-    log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
-    right = [(line["disc_right_on_real"] + line["disc_right_on_fake"]) / 2 for line in log if "disc" in line]
-    return dict(obeyed(made), sharp=(slopes(made) / slopes(truth)).item(), brightness=(light.std() / real.std()).item(),
-                darkest=light[real.argsort()[:tenth]].mean().item(),
-                brightest=light[real.argsort()[-tenth:]].mean().item(), neighbours=statistics.mean(distances),
-                disc_right=statistics.mean(right) if right else 0.5), {"": made}
+        here = predicted_x0(base, z, eps, contexts, t)
+        less_noisy = predicted_x0(base, z, eps, contexts, t - 25)
+        distances.append((here - less_noisy).square().mean().item())
+    return statistics.mean(distances)
 
 
-def points(folder: str) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The trainer's own last validation and picture."""
-    last = json.loads((pathlib.Path(folder) / "log.jsonl").read_text().splitlines()[-1])
-    page = to_tensor(Image.open(max((pathlib.Path(folder) / "samples").glob("*.png")))) * 2 - 1
-    return dict(modes=last["val_modes"], good=last["val_good"]), {"": page[None, :, :, page.shape[2] // 2:]}
+def predicted_x0(base: bases.Base, z: Tensor, eps: Tensor, contexts: Tensor, t: int) -> Tensor:
+    """z noised to level t -> the U-Net's x0, 50 at a time."""
+    levels = torch.full((len(z),), t)
+    x = diffusion.add_noise(z, eps, levels, base.schedule)
+    predictions = []
+    for rows, context in zip(x.split(50), contexts.split(50)):
+        predictions.append(base.unet(rows, t, context))
+    prediction = torch.cat(predictions)
+    return diffusion.predict_x0(
+        prediction, x, levels, base.schedule, base.schedule.prediction_type
+    )
 
 
-MEASURES = dict(unpaired=unpaired, paired=paired, yoso=yoso, gaussians=points)
+def discriminator_accuracy(log: pathlib.Path) -> float:
+    """Mean accuracy over a run, on real and fake together; 0.5 without a discriminator."""
+    accuracies = []
+    for line in log.read_text().splitlines():
+        values = json.loads(line)
+        if "disc" in values:
+            accuracies.append((values["disc_right_on_real"] + values["disc_right_on_fake"]) / 2)
+    return statistics.mean(accuracies) if accuracies else 0.5
 
 
-def strip(kind: str, shown: list[int]) -> dict[str, Tensor]:
-    """What a plate has above and below what was made: the input, and the truth."""
-    if kind == "unpaired":
-        world = scenes.Unpaired("day2night", "test")
-        return {"input": torch.stack([world[i]["a"] for i in shown]),
-                "truth": torch.stack([world.truth(i, "a2b") for i in shown])}
-    if kind == "gaussians":
-        return {"truth": gaussians.scatter(gaussians.Points("test").points)[None]}
-    described, truth = measure.held_out()
-    lines = {"input": torch.stack([to_tensor(scenes.outlines(described[i], measure.SIZE)) * 2 - 1 for i in shown])}
-    return (lines if kind == "paired" else {}) | {"a drawing of it": truth[shown]}
+def measure_gaussians(folder: str) -> Measured:
+    """The figures that tiny/gaussians.py wrote, and its scatter plot of the samples."""
+    figures = json.loads((pathlib.Path(folder) / "figures.json").read_text())
+    page = Image.open(pathlib.Path(folder) / "samples.png").convert("RGB")
+    # True points may be beside the samples; these are on the right.
+    samples = page.crop((page.width - page.height, 0, page.width, page.height))
+    pictures = to_tensor(samples)[None] * 2 - 1
+    return dict(modes=figures["modes"], good=figures["good"]), {"": pictures}
 
 
-SHOWN = [0, 3, 5, 8, 11, 14, 17]
+MEASURES: dict[str, Callable[[str], Measured]] = {
+    "unpaired": measure_unpaired,
+    "paired": measure_paired,
+    "yoso": measure_yoso,
+    "gaussians": measure_gaussians,
+}
 
 
-def write_plate(path: pathlib.Path, name: str, idea: Idea, rows: dict[str, Tensor], figures: dict[str, str]) -> None:
-    """A row of pictures for each, with its figures beside; at most 150 KB."""
-    first = next(iter(rows.values()))
-    side = 320 if len(first) == 1 else 96
-    cell = side + 4
-    across = max(len(pictures) for pictures in rows.values())
-    page = Image.new("RGB", (190 + across * cell, 30 + len(rows) * cell), "white")
-    pen = ImageDraw.Draw(page)
-    pen.text((6, 8), f"{name}: {idea.says}  {idea.formula}", fill="black")
-    for i, (label, pictures) in enumerate(rows.items()):
-        pen.multiline_text((6, 34 + i * cell), "\n".join([label, *figures.get(label, [])]), fill="black")
-        for j, x in enumerate(pictures):
-            picture = to_picture(x).resize((side, side), Image.Resampling.BICUBIC)
-            page.paste(picture, (190 + j * cell, 30 + i * cell))
-    for colours in (256, 128, 64):
-        small = page.quantize(colours, dither=Image.Dither.NONE)
-        training.write_file(path, lambda temporary, small=small: small.save(temporary, format="PNG", optimize=True))
-        if path.stat().st_size <= 150_000:
-            break
-
-
-# -------------------- Training, results, and the page
-
+# -------------------- Training and results
 
 def folder_of(name: str, seed: int, steps: int | None = None) -> pathlib.Path:
-    return FOLDER / (f"{name}-seed{seed}" + (f"-{steps}steps" if steps else ""))
+    suffix = f"-{steps}steps" if steps else ""
+    return FOLDER / f"{name}-seed{seed}{suffix}"
 
 
-def execute(name: str, seed: int, steps: int | None = None) -> tuple[pathlib.Path, dict[str, float]]:
-    """The run's folder, trained to its end; and the minutes of a core that took, if it was not stopped between."""
-    one, folder = RUNS[name], folder_of(name, seed, steps)
-    script, shared = KINDS[one.kind]
-    flags = shared | one.flags | dict(seed=seed) | ({"max_train_steps": steps} if steps else {})
-    if one.after:
-        flags["base"] = folder_of(one.after, seed, steps) / "base"
+def execute(
+    name: str, seed: int, steps: int | None = None
+) -> tuple[pathlib.Path, dict[str, float]]:
+    """Trains a run to its end, after the run that it builds on.
+
+    Returns its folder and, if it was not interrupted, the minutes of processor time it took.
+    """
+    run = RUNS[name]
+    folder = folder_of(name, seed, steps)
+    flags = SHARED[run.kind] | run.flags | dict(seed=seed)
+    if run.after:
+        flags["base"] = folder_of(run.after, seed, steps) / "base"
         if not flags["base"].is_dir():
-            execute(one.after, seed, steps)
-    began, anew = os.times(), not folder.exists()
-    recipe.run_or_resume(script, folder, **flags)
-    took = sum(os.times()[2:4]) - sum(began[2:4])  # of processes that have ended
-    return folder, dict(minutes=took / 60) if anew else {}
+            execute(run.after, seed, steps)
+
+    if steps:
+        flags["max_train_steps"] = steps
+
+    is_new = not folder.exists()
+    before = child_seconds()
+    if run.kind == "gaussians":
+        train_gaussians(folder, flags)
+    else:
+        recipe.run_or_resume(SCRIPTS[run.kind], folder, **flags)
+    minutes = (child_seconds() - before) / 60
+    return folder, {"minutes": minutes} if is_new else {}
+
+
+def child_seconds() -> float:
+    """Processor time of all child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def train_gaussians(folder: pathlib.Path, flags: dict[str, object]) -> None:
+    """Runs tiny/gaussians.py, unless its figures exist. It takes a minute and cannot resume."""
+    if not (folder / "figures.json").is_file():
+        flags = flags | dict(output_dir=folder)
+        recipe.run("-m", SCRIPTS["gaussians"], *recipe.command_line(flags))
 
 
 def read_results(path: pathlib.Path) -> dict:
+    """{run: {seed: figures}}"""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def line_of(where: str) -> tuple[str, str, int]:
-    """"FILE:FUNCTION" -> file, function, the line of its def."""
-    file, _, function = where.partition(":")
-    lines = (ROOT / file).read_text().splitlines()
-    return file, function, next(i for i, line in enumerate(lines, 1) if re.match(rf"\s*def {function}\(", line))
+def measure_runs(names: list[str], seeds: int, steps: int | None, store: pathlib.Path) -> None:
+    """Trains and measures the runs of some ideas that have no results yet."""
+    runs = [run for name in names for run in IDEAS[name].runs.values()]
+    todo = [(run, seed) for seed in range(seeds) for run in dict.fromkeys(runs)]
+    for run, seed in tqdm(todo, "runs"):
+        if str(seed) in read_results(store).get(run, {}):
+            continue
+        folder, minutes = execute(run, seed, steps)
+        figures, pictures = MEASURES[RUNS[run].kind](str(folder))
+        if seed == 0:
+            save_shown(folder / "shown.pt", pictures)
+        add_result(store, run, seed, figures | minutes)
 
 
-def spread(values: list[float]) -> str:
-    """Mean over seeds, and the range if there is one."""
+def save_shown(path: pathlib.Path, pictures: dict[str, Tensor]) -> None:
+    """Keeps the pictures for a plate: those of SHOWN, or the only one."""
+    shown = {}
+    for label, x in pictures.items():
+        shown[label] = x[SHOWN].clone() if len(x) > 1 else x
+    torch.save(shown, path)
+
+
+def add_result(store: pathlib.Path, run: str, seed: int, figures: dict[str, float]) -> None:
+    results = read_results(store)  # another process may have added to it
+    results.setdefault(run, {})[str(seed)] = figures
+    text = json.dumps(results, indent=1)
+    training.write_file(store, lambda path: path.write_text(text))
+
+
+# -------------------- Figures and the page
+
+def mean_and_range(values: list[float]) -> str:
+    """The mean over seeds, and the range if there is one."""
     def short(x: float) -> str:
         return f"{x:.1f}" if abs(x) >= 10 else f"{x:.3g}"
-    mean, low, high = map(short, (statistics.mean(values), min(values), max(values)))
+
+    mean = short(statistics.mean(values))
+    low, high = short(min(values)), short(max(values))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def figures_of(idea: Idea, results: dict, label: str) -> dict[str, str]:
-    """What is known of one side of an idea: a figure's name here -> its mean and range over seeds."""
+    """What was measured of one side of an idea: a figure's name -> its mean and range."""
     seeds = results.get(idea.runs[label], {})
-    return {shown: spread(values) for key, shown in idea.figures.items()
-            if (values := [of[key] for of in seeds.values() if key in of])}
+    figures = {}
+    for key, name in idea.figures.items():
+        values = [measured[key] for measured in seeds.values() if key in measured]
+        if values:
+            figures[name] = mean_and_range(values)
+    return figures
 
 
-def page(results: dict) -> str:
-    """IDEAS.md of what was measured."""
-    rows = []
+def minutes_of(idea: Idea, results: dict) -> float | None:
+    """Minutes for one seed of all sides, mean over seeds. None if a side was never timed."""
+    total = 0
+    for run in idea.runs.values():
+        seeds = results.get(run, {}).values()
+        minutes = [measured["minutes"] for measured in seeds if "minutes" in measured]
+        if not minutes:
+            return None
+        total += statistics.mean(minutes)
+    return total
+
+
+def table(idea: Idea, results: dict) -> str:
+    """The figures of an idea in Markdown, a column per side, and how they were obtained."""
+    seeds = min(len(results.get(run, {})) for run in idea.runs.values())
+    if seeds == 0:
+        return "Not measured yet.\n"
+    sides = {label: figures_of(idea, results, label) for label in idea.runs}
+    lines = ["| | " + " | ".join(sides) + " |", "| --- |" + " --- |" * len(sides)]
+    for name in idea.figures.values():
+        cells = [figures.get(name, "") for figures in sides.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    minutes = minutes_of(idea, results)
+    note = f"Seeds: {seeds}."
+    if minutes is not None:
+        note += f" Minutes per seed: {minutes:.0f}."
+    return "\n".join([*lines, "", note, ""])
+
+
+def update_page(text: str, results: dict) -> str:
+    """IDEAS.md with the table of each idea rewritten between its markers."""
     for name, idea in IDEAS.items():
-        file, function, line = line_of(idea.where)
-        sides = [f"**{label}** " + "; ".join(f"{k}: {v}" for k, v in figures_of(idea, results, label).items())
-                 for label in idea.runs if figures_of(idea, results, label)]
-        seeds = min(len(results.get(one, {})) for one in idea.runs.values())
-        took = [[of["minutes"] for of in results.get(one, {}).values() if "minutes" in of]
-                for one in idea.runs.values()]
-        last = f"{seeds} | {sum(map(statistics.mean, took)):.0f}" if all(took) else f"{seeds} |"
-        plate = f"[plate](assets/plates/{name}.png)" if seeds else "not yet"
-        rows.append(f"| **{name}**. {idea.says} {idea.found} | {idea.formula.replace('|', chr(92) + '|')} | "
-                    f"[`{function}`]({file}#L{line}) | `{idea.flag}` | {plate} | {'<br>'.join(sides)} | {last} |")
-    return HEAD + "\n".join(rows) + "\n"
+        start = f"<!-- figures: {name} -->\n"
+        end = "<!-- end -->"
+        before, found_start, rest = text.partition(start)
+        old, found_end, after = rest.partition(end)
+        if not found_start or not found_end or "<!-- figures:" in old:
+            raise ValueError(
+                f"IDEAS.md has no place for the figures of '{name}': expected a line"
+                f" {start.strip()} and, below it, a line {end}"
+            )
+        text = before + start + table(idea, results) + end + after
+    return text
 
 
-HEAD = """# Ideas, turned off
+# -------------------- Plates
 
-Each row is an idea of one of the two papers, and what the tiny base does with it and without it: the same trainer and
-seeds, equal steps, one flag changed (`base`: also the flags by which the other base would have other defaults;
-`adaption`: with two stages of 250 steps before). `python -m tiny.plates IDEA --output FOLDER` measures a row anew
-(without `--output` what was measured before is kept); minutes are those of one core for one seed, without the stages
-that the YOSO rows share. Figures are of 200 held-out drawings, means over seeds (with their range where there are
-several); attributes are shares that the judge of
-[tiny/measure.py](tiny/measure.py) finds right, sharpness and the spread of brightness are shares of the drawings'
-own. No setting was tuned until an idea won; but the YOSO ideas were begun anew once: at first LoRA was trained on
-`tiny-sd` for 200 steps (seed 0), and all sides that had been run lay close together (coop 64.2 %, noisy 62.2, data
-61.6, without KL 61.4). These are minutes of training at 64 x 64 pixels, and three seeds say little of small
-differences: what shows no effect here may show one at size.
+MARGIN = 190  # for labels and figures
+GAP = 4
 
-| idea | formula | function | turned off by | pictures | figures | seeds | minutes |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-"""
 
+def around(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The rows of a plate above and below the outputs: the input, and the truth."""
+    if kind == "unpaired":
+        world = scenes.Unpaired("day2night", "test")
+        inputs = torch.stack([world[i]["a"] for i in SHOWN])
+        truth = torch.stack([world.truth(i, "a2b") for i in SHOWN])
+        return {"input": inputs}, {"truth": truth}
+    if kind == "gaussians":
+        points = gaussians.draw(50_000, torch.Generator().manual_seed(1))
+        return {}, {"truth": gaussians.scatter(points)[None]}
+
+    described, truth = measure.held_out()
+    below = {"a drawing of the caption": truth[SHOWN]}
+    if kind == "yoso":
+        return {}, below
+    lines = [to_tensor(scenes.outlines(described[i], measure.SIZE)) * 2 - 1 for i in SHOWN]
+    return {"input": torch.stack(lines)}, below
+
+
+def blank_plate(labels: dict[str, list[str]], across: int, side: int) -> Image.Image:
+    """A plate without its pictures: one row per label, with lines of text below the label."""
+    cell = side + GAP
+    page = Image.new("RGB", (MARGIN + across * cell, len(labels) * cell), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (label, lines) in enumerate(labels.items()):
+        pen.multiline_text((6, GAP + i * cell), "\n".join([label, *lines]), fill="black")
+    return page
+
+
+def plate(rows: dict[str, Tensor], lines: dict[str, list[str]]) -> Image.Image:
+    """Rows of pictures [n, 3, H, W] by label, with lines of text for some labels."""
+    first = next(iter(rows.values()))
+    side = 320 if len(first) == 1 else 96
+    across = max(len(pictures) for pictures in rows.values())
+    labels = {label: lines.get(label, []) for label in rows}
+    page = blank_plate(labels, across, side)
+    for i, pictures in enumerate(rows.values()):
+        for j, x in enumerate(pictures):
+            picture = to_picture(x).resize((side, side), Image.Resampling.BICUBIC)
+            page.paste(picture, (MARGIN + j * (side + GAP), i * (side + GAP)))
+    return page
+
+
+def write_plate(path: pathlib.Path, page: Image.Image) -> None:
+    """Writes a PNG of at most 150 KB, if 64 colours are few enough for that."""
+    for colours in (256, 128, 64):
+        training.write_file(path, partial(save_png, page, colours))
+        if path.stat().st_size <= 150_000:
+            return
+
+
+def save_png(page: Image.Image, colours: int, path: pathlib.Path) -> None:
+    small = page.quantize(colours, dither=Image.Dither.NONE)
+    small.save(path, format="PNG", optimize=True)
+
+
+def figure_lines(figures: dict[str, str], part: str) -> list[str]:
+    """Figures as short lines of text; with `part` such as "r = 0.4", only its own."""
+    lines = []
+    for name, value in figures.items():
+        if part in name:
+            lines += textwrap.wrap(f"{name}: {value}", 30)
+    return lines
+
+
+def make_plate(name: str, steps: int | None, results: dict) -> Image.Image | None:
+    """The plate of an idea. None if the pictures of one of its runs are not on this machine."""
+    idea = IDEAS[name]
+    outputs, lines = {}, {}
+    for label, run in idea.runs.items():
+        path = folder_of(run, 0, steps) / "shown.pt"
+        if not path.is_file():
+            return None
+        figures = figures_of(idea, results, label)
+        # A run has one row of pictures, or one for each r.
+        for part, pictures in torch.load(path, weights_only=True).items():
+            outputs[part or label] = pictures
+            lines[part or label] = figure_lines(figures, part)
+
+    first_run = next(iter(idea.runs.values()))
+    above, below = around(RUNS[first_run].kind)
+    return plate(above | outputs | below, lines)
+
+
+# -------------------- Command line
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("idea", nargs="*", help="names of --list [all]")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each side, of seeds 0, 1, ... [3]")
-    parser.add_argument("--steps", type=int, help="steps of every run, in place of the settings (to try it)")
-    parser.add_argument("--output", type=pathlib.Path, default=PLATES, help="a folder for both [assets/plates]")
-    parser.add_argument("--list", action="store_true", help="only name the ideas")
-    parser.add_argument("--page", action="store_true", help="only draw again what was measured")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("idea", nargs="*", help="names of ideas, see --list [all]")
+    add("--seeds", type=int, default=3, help="random seeds per run: 0, 1, ... [3]")
+    add("--steps", type=int, help="steps of every run, for a trial; needs --output")
+    add("--output", type=pathlib.Path, default=PLATES, help="folder of results [assets/plates]")
+    add("--list", action="store_true", help="only list the ideas and their sides")
+    add("--page", action="store_true", help="only rewrite plates and tables from stored results")
     args = training.parse_args(parser)
-    if unknown := [name for name in args.idea if name not in IDEAS]:
-        raise ValueError(f"there is no idea called {unknown[0]}; expected {', '.join(IDEAS)}")
-    if args.seeds < 1 or (args.steps or 1) < 1:
-        raise ValueError("--seeds and --steps: expected 1 or more")
-    if args.steps and args.output == PLATES:
-        raise ValueError("--steps only tries the runs; expected another --output, so that no trial passes for a result")
     names = args.idea or [*IDEAS]
+    check(args, names)
     if args.list:
         for name in names:
-            print(f"{name:12} {IDEAS[name].says}  {IDEAS[name].flag}")
+            print(f"{name:12} {', '.join(IDEAS[name].runs)}")
         return
+
     args.output.mkdir(parents=True, exist_ok=True)
     store = args.output / "results.json"
-    todo = [(one, seed) for seed in range(args.seeds)
-            for one in dict.fromkeys(one for name in names for one in IDEAS[name].runs.values())]
-    for one, seed in tqdm(todo if not args.page else [], "runs"):
-        results = read_results(store)
-        if str(seed) in results.get(one, {}):
-            continue
-        folder, took = execute(one, seed, args.steps)
-        figures, made = MEASURES[RUNS[one].kind](str(folder))
-        if seed == 0:
-            torch.save({k: x[SHOWN].clone() if len(x) > 1 else x for k, x in made.items()}, folder / "shown.pt")
-        results = read_results(store)  # another process may have written
-        results.setdefault(one, {})[str(seed)] = figures | took
-        training.write_file(store, lambda path, results=results: path.write_text(json.dumps(results, indent=1)))
+    if not args.page:
+        measure_runs(names, args.seeds, args.steps, store)
+
     results = read_results(store)
     for name in names:
-        idea = IDEAS[name]
-        pictures = {label: folder_of(one, 0, args.steps) / "shown.pt" for label, one in idea.runs.items()}
-        if all(path.is_file() for path in pictures.values()):
-            around, made, lines = strip(RUNS[next(iter(idea.runs.values()))].kind, SHOWN), {}, {}
-            for label, path in pictures.items():
-                for part, x in torch.load(path, weights_only=True).items():  # of one run, or of one run at one r
-                    made[part or label] = x
-                    lines[part or label] = [line for k, v in figures_of(idea, results, label).items() if part in k
-                                            for line in textwrap.wrap(f"{k}: {v}", 30)]
-            rows = {k: v for k, v in around.items() if k == "input"} | made | \
-                {k: v for k, v in around.items() if k != "input"}
-            write_plate(args.output / f"{name}.png", name, idea, rows, lines)
+        page = make_plate(name, args.steps, results)
+        if page:
+            write_plate(args.output / f"{name}.png", page)
             print(args.output / f"{name}.png")
     if args.output == PLATES:
-        training.write_file(ROOT / "IDEAS.md", lambda path: path.write_text(page(results)))
+        text = update_page(PAGE.read_text(), results)
+        training.write_file(PAGE, lambda path: path.write_text(text))
+
+
+def check(args: argparse.Namespace, names: list[str]) -> None:
+    """ValueError for flags that do not go together."""
+    for name in names:
+        if name not in IDEAS:
+            raise ValueError(f"there is no idea called {name}; expected {', '.join(IDEAS)}")
+    if args.seeds < 1 or (args.steps is not None and args.steps < 1):
+        raise ValueError("--seeds and --steps: expected 1 or more")
+    if args.steps and args.output == PLATES:
+        raise ValueError(
+            "--steps is for trials: choose another --output, so that no trial passes for a result"
+        )
 
 
 if __name__ == "__main__":
-    training.run(main)
+    training.run_script(main)

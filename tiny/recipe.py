@@ -1,18 +1,16 @@
-"""How the tiny bases were made, stage by stage, each from what the ones before it wrote:
+"""How the tiny bases were made. Each stage builds on what earlier stages wrote:
 
-    python -m tiny.recipe tokenizer        the vocabulary: seconds
-    python -m tiny.recipe vae              the autoencoder of drawn scenes
-    python -m tiny.recipe judge            what reads attributes from pictures, for measuring
-    python -m tiny.recipe sd               tiny-sd, an ordinary diffusion model: text encoder and U-Net, epsilon
-    python -m tiny.recipe turbo            tiny-turbo, its one-step model: train_yoso.py, in four stages
-    python -m tiny.recipe adapters         translators: train_cyclegan_turbo.py twice, train_pix2pix_turbo.py
-    python -m tiny.recipe all              one after the other
+    python -m tiny.recipe tokenizer     the vocabulary: seconds
+    python -m tiny.recipe vae           the autoencoder of drawn scenes
+    python -m tiny.recipe classifier    the attribute classifier, for tiny/measure.py
+    python -m tiny.recipe sd            tiny-sd: text encoder and U-Net, an ordinary epsilon model
+    python -m tiny.recipe turbo         tiny-turbo, its one-step model: train_yoso.py, four stages
+    python -m tiny.recipe adapters      train_cyclegan_turbo.py twice, train_pix2pix_turbo.py
+    python -m tiny.recipe all           one after the other
 
-A stage that is stopped goes on where it stood; its logs and pictures are in runs/recipe/STAGE. Minutes, machine and
-figures of the committed weights: tiny/README.md.
-
-The tokenizer is CLIP's format at a hundredth of its size: all bytes, so every text has ids, and merges that make one
-piece of each word below; other words fall into letters."""
+A stage that was stopped continues where it was. Logs and pictures are in runs/recipe/STAGE.
+Training times, machine and figures of the committed weights: tiny/README.md.
+"""
 
 import argparse
 import json
@@ -40,81 +38,123 @@ from models import clip, diffusion, unet, vae
 from tiny import measure, scenes
 
 HERE = pathlib.Path(__file__).parent
-RUNS = pathlib.Path("runs/recipe")
-SEED, SIZE, DRAWINGS = 0, 64, 30_000
-VAE = vae.VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=SIZE,
-                    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+ROOT = HERE.parent
+RUNS = ROOT / "runs" / "recipe"
+SEED = 0
+SIZE = 64
+DRAWINGS = 30_000
+
+
+# -------------------- The tokenizer: CLIP's format, at a hundredth of its size
+
+# Each of these words is one token. Every other text is spelled in letters, or in bytes.
 WORDS = """
-red green blue yellow orange purple pink brown cyan gray grey white black navy olive lime maroon gold silver teal
-violet crimson beige turquoise magenta dark light pale bright deep soft warm cold circle square triangle star line
-outline shape background foreground photo picture drawing painting image sketch of house houses tree trees car cars
-boat boats hill hills mountain mountains road river lake sea water grass sand field beach snow rain fog mist storm
-cloud clouds cloudy clear sunny rainy snowy foggy sky sun moon stars star lamp lamps window windows lit roof door
-wall fence bridge flower flowers bush rock rocks bird birds cat dog man woman person child street city town village
-forest garden building facade balcony day night dusk dawn morning evening noon summer winter spring autumn weather
-driving heavy in the a an on at by near with without and or to from under over behind before between beside above
-below left right middle centre front back side top bottom one two three four five six seven eight nine ten no many
-few some big small large little tall short wide narrow round old new empty full scene view quiet under it is are
-there that this its
+red green blue yellow orange purple pink brown cyan gray grey white black navy olive lime maroon
+gold silver teal violet crimson beige turquoise magenta dark light pale bright deep soft warm cold
+circle square triangle star line outline shape background foreground photo picture drawing painting
+image sketch of house houses tree trees car cars boat boats hill hills mountain mountains road
+river lake sea water grass sand field beach snow rain fog mist storm cloud clouds cloudy clear
+sunny rainy snowy foggy sky sun moon stars star lamp lamps window windows lit roof door wall fence
+bridge flower flowers bush rock rocks bird birds cat dog man woman person child street city town
+village forest garden building facade balcony day night dusk dawn morning evening noon summer
+winter spring autumn weather driving heavy in the a an on at by near with without and or to from
+under over behind before between beside above below left right middle centre front back side top
+bottom one two three four five six seven eight nine ten no many few some big small large little
+tall short wide narrow round old new empty full scene view quiet under it is are there that this
+its
 """.split()
 
 
 def learn_merges(words: list[str], suffix: str) -> list[tuple[str, str]]:
-    """Byte-pair encoding: the most frequent pair of neighbours becomes one piece (of equals the first in the alphabet),
-    until every word is one piece."""
-    spellings, merges = [[*word[:-1], word[-1] + suffix] for word in words], []
-    while counts := Counter(pair for pieces in spellings for pair in zip(pieces, pieces[1:])):
-        a, b = min(counts, key=lambda pair: (-counts[pair], pair))
-        merges.append((a, b))
+    """Byte-pair encoding, until every word is one token.
+
+    The most frequent pair of neighbours is merged first; of equally frequent ones the first in
+    the alphabet. The last letter of a word carries `suffix`.
+    """
+    spellings = [[*word[:-1], word[-1] + suffix] for word in words]
+    merges = []
+    while True:
+        counts = Counter()
         for pieces in spellings:
-            i = 0
-            while i + 1 < len(pieces):
-                if (pieces[i], pieces[i + 1]) == (a, b):
-                    pieces[i:i + 2] = [a + b]
-                i += 1
-    return merges
+            counts.update(zip(pieces, pieces[1:]))
+        if not counts:
+            return merges
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(pair)
+        for pieces in spellings:
+            merge_pair(pieces, pair)
+
+
+def merge_pair(pieces: list[str], pair: tuple[str, str]) -> None:
+    """Joins every occurrence of a pair in a spelling, from left to right."""
+    i = 0
+    while i + 1 < len(pieces):
+        if (pieces[i], pieces[i + 1]) == pair:
+            pieces[i:i + 2] = ["".join(pair)]
+        i += 1
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:
-    """vocab.json, merges.txt and tokenizer_config.json in CLIP's order: 256 bytes, 256 bytes that end a word, merges,
-    start and end token."""
-    suffix, specials = "</w>", ["<|startoftext|>", "<|endoftext|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """Writes vocab.json, merges.txt and tokenizer_config.json.
+
+    Tokens are in CLIP's order: 256 bytes, 256 bytes that end a word, merges, start, end.
+    """
+    suffix = "</w>"
+    start, end = "<|startoftext|>", "<|endoftext|>"
     merges = learn_merges(list(dict.fromkeys(WORDS)), suffix)
-    pieces = [*alphabet, *(letter + suffix for letter in alphabet), *dict.fromkeys(a + b for a, b in merges), *specials]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [
+        *alphabet,
+        *(letter + suffix for letter in alphabet),
+        *dict.fromkeys(a + b for a, b in merges),
+        start,
+        end,
+    ]
+    config = dict(
+        tokenizer_class="CLIPTokenizer",
+        model_max_length=24,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        unk_token=end,
+        do_lower_case=True,
+    )
+
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        dict(tokenizer_class="CLIPTokenizer", model_max_length=24, bos_token=specials[0], eos_token=specials[1],
-             pad_token=specials[1], unk_token=specials[1], do_lower_case=True), indent=1))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    lines = "".join(f"{a} {b}\n" for a, b in merges)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + lines)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
-# -------------------- Drawings, and one loop for what is trained on them
+def train_tokenizer(device: torch.device) -> None:
+    write_tokenizer(HERE / "tiny" / "tokenizer")
 
 
-UNET = unet.UNetConfig(block_out_channels=(48, 88), layers_per_block=1, attention_head_dim=2, cross_attention_dim=64,
-                       use_linear_projection=True, norm_num_groups=8, sample_size=SIZE // 4,
-                       down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                       up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-SCHEDULE = dict(_class_name="DDIMScheduler", num_train_timesteps=1000, beta_schedule="scaled_linear",
-                beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", timestep_spacing="trailing",
-                steps_offset=0, set_alpha_to_one=True, clip_sample=False)
-
+# -------------------- Drawings
 
 def drawing(index: int, split: str = "train") -> np.ndarray:
+    """uint8 [H, W, 3]."""
     return np.asarray(scenes.draw(scenes.nth_scene(split, SEED, index), SIZE))
 
 
 def drawings() -> Tensor:
-    """The first DRAWINGS scenes of the training split, uint8 [N, H, W, 3], drawn once."""
+    """The first DRAWINGS training scenes, uint8 [N, H, W, 3]. Drawn once, kept in a file."""
     path = RUNS / "drawings.npy"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with multiprocessing.get_context("spawn").Pool() as pool:
-            drawn = list(tqdm(pool.imap(drawing, range(DRAWINGS), 100), "drawing", DRAWINGS))
+            results = pool.imap(drawing, range(DRAWINGS), 100)
+            drawn = list(tqdm(results, "drawing", DRAWINGS))
         np.save(path, np.stack(drawn))
     return torch.from_numpy(np.load(path, mmap_mode="r"))
+
+
+def held_out_drawings(indices: range) -> Tensor:
+    """Test scenes, uint8 [N, H, W, 3]."""
+    drawn = [drawing(i, "test") for i in tqdm(indices, "drawing")]
+    return torch.from_numpy(np.stack(drawn))
 
 
 def pictures(levels: Tensor) -> Tensor:
@@ -122,253 +162,444 @@ def pictures(levels: Tensor) -> Tensor:
     return levels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train(stage: str, network: nn.Module, loss: Callable[[int], Tensor], look: Callable[[int], dict], steps: int,
-          rate: float, look_every: int = 500) -> None:
-    """AdamW at `rate`, with 200 steps of warm-up and a cosine to zero; `network` ends as the running mean of its
-    weights. `look` measures and draws with that mean. State is saved with every look."""
-    folder, start = RUNS / stage, 0
+# -------------------- One training loop for the stages below
+
+def train(
+    stage: str,
+    network: nn.Module,
+    loss: Callable[[int], Tensor],
+    validate: Callable[[int], dict],
+    steps: int,
+    rate: float,
+    validate_every: int = 500,
+) -> None:
+    """AdamW with warm-up over 200 steps and cosine decay to 0. `network` ends with its EMA.
+
+    `loss` takes a step. `validate` takes the number of steps done, measures with the EMA and
+    returns values for the log. The state is saved after each validation.
+    """
+    folder = RUNS / stage
     folder.mkdir(parents=True, exist_ok=True)
     trained = dict(network.requires_grad_(True).named_parameters())
-    mean = {name: p.detach().clone() for name, p in trained.items()}
+    ema = {name: p.detach().clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99), weight_decay=1e-2)
-    kept = dict(network=network, mean=mean, optimizer=optimizer)
+    state = dict(network=network, ema=ema, optimizer=optimizer)
+    start = 0
     if (folder / "state.pt").is_file():
-        start, = training.restore(folder, stage, kept, "step")
-    log, clock = training.open_log(folder, start), time.monotonic()
+        (start,) = training.restore(folder, stage, state, "step")
+
+    log = training.open_log(folder, start)
+    clock = time.monotonic()
     for step in tqdm(range(start, steps), stage, steps, initial=start):
-        fall = max(0.0, (step - 200) / (steps - 200))
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * fall))
+            group["lr"] = rate * learning_rate_factor(step, steps)
         value = loss(step)
         training.check_finite({stage: value.item()}, step, ["the drawings"])
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        values = {"loss": value.item(), "grad_norm": nn.utils.clip_grad_norm_(trained.values(), 1.0).item()}
+        norm = nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
-        with torch.no_grad():
-            for name, p in trained.items():
-                mean[name].lerp_(p, max(0.002, 9 / (step + 10)))
+        update_ema(ema, trained, step)
+
         done = step + 1
-        if done % look_every == 0 or done == steps:
-            now = {name: p.detach().clone() for name, p in trained.items()}
-            network.load_state_dict(mean, strict=False)
-            values |= look(done) | {"minutes": (time.monotonic() - clock) / 60}
-            print({k: round(v, 4) for k, v in values.items()}, file=sys.stderr)
-            network.load_state_dict(now, strict=False)
-            training.save_state(folder / "state.pt", dict(base=stage, step=done, **kept))
+        values = {"loss": value.item(), "grad_norm": norm.item()}
+        if done % validate_every == 0 or done == steps:
+            current = {name: p.detach().clone() for name, p in trained.items()}
+            network.load_state_dict(ema, strict=False)
+            values |= validate(done)
+            values["minutes"] = (time.monotonic() - clock) / 60
+            print({name: round(number, 4) for name, number in values.items()}, file=sys.stderr)
+            network.load_state_dict(current, strict=False)
+            training.save_state(folder / "state.pt", dict(base=stage, step=done, **state))
         training.append_log(log, done, values)
+
     training.plot_losses(log, folder / "losses.png")
-    network.load_state_dict(mean, strict=False)
+    network.load_state_dict(ema, strict=False)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over 200 steps, then half a cosine to 0."""
+    rise = min(1, (step + 1) / 200)
+    progress = max(0.0, (step - 200) / (steps - 200))
+    return rise * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def update_ema(ema: dict[str, Tensor], trained: dict[str, Tensor], step: int) -> None:
+    """EMA with decay 0.998, and smaller in the beginning."""
+    for name, p in trained.items():
+        ema[name].lerp_(p, max(0.002, 9 / (step + 10)))
 
 
 # -------------------- The autoencoder
 
+VAE = vae.VAEConfig(
+    block_out_channels=(32, 64, 64),
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_size=SIZE,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
+)
 
-def vae_loss(made: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """|y - x| + 2 (y - x)^2 + half the absolute difference of slopes (rain, snow, stars) + 1e-4 KL."""
-    slopes = sum((made.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+
+def vae_loss(y: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """|y - x| + 2 (y - x)^2 + 0.5 |dy - dx| + 1e-4 KL.
+
+    d are the differences of neighbouring pixels: rain, snow and stars live in them.
+    """
+    slopes = 0
+    for dim in (2, 3):
+        slopes = slopes + (y.diff(dim=dim) - x.diff(dim=dim)).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return F.l1_loss(made, x) + 2 * F.mse_loss(made, x) + 0.5 * slopes + 1e-4 * kl
+    return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 0.5 * slopes + 1e-4 * kl
 
 
 def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
     torch.manual_seed(SEED)
-    network, drawn = vae.VAE(VAE).to(device), drawings()
-    held_out = pictures(torch.from_numpy(np.stack([drawing(i, "test") for i in range(64)]))).to(device)
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16)
+    network = vae.VAE(VAE).to(device)
+    drawn = drawings()
+    held_out = pictures(held_out_drawings(range(64))).to(device)
 
     def loss(step: int) -> Tensor:
         rng = training.rng(SEED, step, "vae")
-        x = pictures(drawn[torch.randint(len(drawn), (batch,), generator=rng)]).to(device)
-        with autocast():
+        rows = torch.randint(len(drawn), (batch,), generator=rng)
+        x = pictures(drawn[rows]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             mean, logvar, _ = network.encode(x)
             noise = torch.randn(mean.shape, generator=rng).to(device)
-            made = network.decode(mean + (0.5 * logvar.float()).exp() * noise)
-        return vae_loss(made.float(), x, mean.float(), logvar.float())
+            y = network.decode(mean + (0.5 * logvar.float()).exp() * noise)
+        return vae_loss(y.float(), x, mean.float(), logvar.float())
 
     @torch.no_grad()
-    def look(step: int) -> dict:
-        made = network.decode(network.encode(held_out)[0]).clamp(-1, 1)
-        training.save_grid(RUNS / "vae" / f"{step:06d}.png", [held_out[:24], made[:24]], at_least=128)
-        return {"psnr": (-10 * ((made - held_out) / 2).square().mean((1, 2, 3)).log10()).mean().item()}
+    def validate(step: int) -> dict:
+        decoded = network.decode(network.encode(held_out)[0]).clamp(-1, 1)
+        path = RUNS / "vae" / f"{step:06d}.png"
+        training.save_grid(path, [held_out[:24], decoded[:24]], at_least=128)
+        return {"psnr": measure.psnr(decoded, held_out).mean().item()}
 
-    train("vae", network, loss, look, steps, rate=2e-3)
+    train("vae", network, loss, validate, steps, rate=2e-3)
+
+    # The scaling factor gives latents a standard deviation of 1.
+    means = []
     with torch.no_grad():
-        spread = torch.cat([network.encode(pictures(drawn[i:i + 100]).to(device))[0] for i in range(0, 2000, 100)])
-    network.config.scaling_factor = round(1 / spread.std().item(), 4)
+        for i in range(0, 2000, 100):
+            means.append(network.encode(pictures(drawn[i:i + 100]).to(device))[0])
+    network.config.scaling_factor = round(1 / torch.cat(means).std().item(), 4)
     bases.save_folder(HERE / "tiny-turbo", bases.Base("tiny-turbo", vae=network), torch.float16)
 
 
-# -------------------- The judge
+# -------------------- The attribute classifier
 
+def train_classifier(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
+    """Trains on all combinations, the held-out ones too, but not on the drawings of a measurement.
 
-def train_judge(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
-    """On drawings of all combinations, those of the test too (other drawings than are measured); blurred and noised at
-    random, so that it reads what made pictures show and not what gives them away."""
+    Pictures are blurred and get noise at random, so that the classifier recognises what
+    generated pictures show in spite of their flaws.
+    """
     torch.manual_seed(SEED)
-    network, drawn, others = measure.Judge().to(device), drawings(), range(1000, 4000)  # the first are for measuring
-    more = torch.from_numpy(np.stack([drawing(i, "test") for i in tqdm(others, "drawing")]))
-    scenery = [*(scenes.nth_scene("train", SEED, i) for i in range(DRAWINGS)),
-               *(scenes.nth_scene("test", SEED, i) for i in others)]
-    fields, things = map(torch.tensor, zip(*map(measure.attributes, scenery)))
+    network = measure.AttributeClassifier().to(device)
+    drawn = drawings()
+    more = range(1000, 4000)  # the first test scenes are for measuring
+    drawn_more = held_out_drawings(more)
+    described = [scenes.nth_scene("train", SEED, i) for i in range(DRAWINGS)]
+    described += [scenes.nth_scene("test", SEED, i) for i in more]
+    labels = [measure.attributes(scene) for scene in described]
+    fields = torch.tensor([own for own, _ in labels])
+    things = torch.tensor([own for _, own in labels])
     held_out = [scenes.nth_scene("test", SEED, i) for i in range(200)]
-    pictured = pictures(torch.from_numpy(np.stack([drawing(i, "test") for i in range(200)]))).to(device)
+    held_out_pictures = pictures(held_out_drawings(range(200))).to(device)
 
     def loss(step: int) -> Tensor:
+        # The committed weights were trained with random numbers of this name.
         rng = training.rng(SEED, step, "judge")
-        rows = torch.cat([torch.randint(DRAWINGS, (batch // 2,), generator=rng),
-                          torch.randint(DRAWINGS, len(scenery), (batch // 2,), generator=rng)])
-        x = pictures(torch.stack([drawn[i] if i < DRAWINGS else more[i - DRAWINGS] for i in rows.tolist()]))
-        blur = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        x = torch.lerp(x, blur, torch.rand(batch, 1, 1, 1, generator=rng))
-        x = x + 0.1 * torch.rand(batch, 1, 1, 1, generator=rng) * torch.randn(x.shape, generator=rng)
+        half = (batch // 2,)
+        usual = torch.randint(DRAWINGS, half, generator=rng)
+        others = torch.randint(DRAWINGS, len(described), half, generator=rng)
+        rows = torch.cat([usual, others])
+        levels = [drawn[usual], drawn_more[others - DRAWINGS]]
+        x = blur_and_noise(pictures(torch.cat(levels)), rng)
         with torch.autocast(device.type, torch.bfloat16):
             logits = network(x.to(device))
-        return measure.judge_loss([row.float() for row in logits], fields[rows].to(device), things[rows].to(device))
+        logits = [row.float() for row in logits]
+        return measure.classifier_loss(logits, fields[rows].to(device), things[rows].to(device))
 
-    train("judge", network, loss, lambda step: measure.obeyed(network, pictured, held_out), steps, rate=3e-3)
-    save_tensors(HERE / "judge.safetensors", {k: t.half() for k, t in network.state_dict().items()}, {})
+    def validate(step: int) -> dict:
+        return measure.attribute_accuracy(network, held_out_pictures, held_out)
+
+    train("classifier", network, loss, validate, steps, rate=3e-3)
+    tensors = {name: tensor.half() for name, tensor in network.state_dict().items()}
+    save_tensors(HERE / "classifier.safetensors", tensors, {})
 
 
-# -------------------- tiny-sd: a diffusion model of its latents
+def blur_and_noise(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Pictures [B, 3, H, W], each blurred and made noisy to a random degree."""
+    n = len(x)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, blurred, torch.rand(n, 1, 1, 1, generator=rng))
+    amount = 0.1 * torch.rand(n, 1, 1, 1, generator=rng)
+    return x + amount * torch.randn(x.shape, generator=rng)
+
+
+# -------------------- tiny-sd: a diffusion model of the latents
+
+UNET = unet.UNetConfig(
+    block_out_channels=(48, 88),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=64,
+    use_linear_projection=True,
+    norm_num_groups=8,
+    sample_size=SIZE // 4,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+)
+SCHEDULE = dict(
+    _class_name="DDIMScheduler",
+    num_train_timesteps=1000,
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    prediction_type="epsilon",
+    timestep_spacing="trailing",
+    steps_offset=0,
+    set_alpha_to_one=True,
+    clip_sample=False,
+)
 
 
 def latents(network: vae.VAE, drawn: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Means and deviations [N, 4, h, w] of all drawings, scaled; encoded once."""
-    path, found = RUNS / "latents.npy", []
+    """Scaled means and standard deviations [N, 4, h, w] of all drawings. Encoded once."""
+    path = RUNS / "latents.npy"
     if not path.is_file():
+        found = []
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
             for levels in tqdm(drawn.split(200), "latents"):
                 mean, logvar, _ = network.encode(pictures(levels).to(device))
-                found.append(torch.stack([mean.float(), (0.5 * logvar.float()).exp()]).cpu())
+                std = (0.5 * logvar.float()).exp()
+                found.append(torch.stack([mean.float(), std]).cpu())
         np.save(path, torch.cat(found, dim=1) * network.config.scaling_factor)
-    return tuple(torch.from_numpy(np.load(path)))
+    mean, std = torch.from_numpy(np.load(path))
+    return mean, std
 
 
 def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
-    """Noise is predicted at every level alike; a tenth of the captions is left out, for guidance."""
+    """Trains on all noise levels alike. One caption in ten is dropped, for guidance."""
     base = bases.load_base("tiny-turbo", ("vae",), torch.float32, str(device))
     mean, std = latents(base.vae, drawings(), device)
-    base.tokenizer, base.schedule = tokenizers.load_tokenizer("tiny"), diffusion.Schedule.from_config(SCHEDULE)
+    base.tokenizer = tokenizers.load_tokenizer("tiny")
+    base.schedule = diffusion.Schedule.from_config(SCHEDULE)
+    config_file = HERE / "tiny" / "text_encoder" / "config.json"
     torch.manual_seed(SEED)
-    config = read_config(clip.TextConfig, clip.FIXED, HERE / "tiny" / "text_encoder" / "config.json")
-    base.text_encoder, base.unet = clip.TextEncoder(config).to(device), unet.UNet(UNET).to(device)
-    scenery = [scenes.nth_scene("train", SEED, i) for i in range(DRAWINGS)]
-    ids, nothing = base.tokenizer([scenes.caption(scene) for scene in scenery]), base.tokenizer([""])
-    held_out = [scenes.nth_scene("test", SEED, i) for i in range(24)]
-    truth = pictures(torch.from_numpy(np.stack([drawing(i, "test") for i in range(24)])))
-    asked = base.tokenizer([scenes.caption(scene) for scene in held_out])
+    text_config = read_config(clip.TextConfig, clip.FIXED, config_file)
+    base.text_encoder = clip.TextEncoder(text_config).to(device)
+    base.unet = unet.UNet(UNET).to(device)
+
+    described = [scenes.nth_scene("train", SEED, i) for i in range(DRAWINGS)]
+    ids = base.tokenizer([scenes.caption(scene) for scene in described])
+    no_caption = base.tokenizer([""])
 
     def loss(step: int) -> Tensor:
         rng = training.rng(SEED, step, "sd")
-        rows, t = (torch.randint(n, (batch,), generator=rng) for n in (DRAWINGS, 1000))
+        rows = torch.randint(DRAWINGS, (batch,), generator=rng)
+        t = torch.randint(1000, (batch,), generator=rng)
         noise, eps = torch.randn(2, batch, *mean.shape[1:], generator=rng)
-        words = torch.where(torch.rand(batch, 1, generator=rng) < 0.1, nothing, ids[rows])
-        x = diffusion.add_noise(mean[rows] + std[rows] * noise, eps, t, base.schedule)
+        dropped = torch.rand(batch, 1, generator=rng) < 0.1
+        words = torch.where(dropped, no_caption, ids[rows])
+        x0 = mean[rows] + std[rows] * noise
+        x = diffusion.add_noise(x0, eps, t, base.schedule)
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = base.unet(x.to(device), t.to(device), base.text_encoder(words.to(device)))
+            context = base.text_encoder(words.to(device))
+            predicted = base.unet(x.to(device), t.to(device), context)
         return F.mse_loss(predicted.float(), eps.to(device))
 
-    @torch.no_grad()
-    def look(step: int) -> dict:
-        contexts, columns = [base.text_encoder(words.to(device)) for words in (asked, nothing)], [truth]
-        start = torch.randn(len(asked), *mean.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
-        for guidance in (1.0, 3.0):
-            def model(x: Tensor, t: int, guidance: float = guidance) -> Tensor:
-                wanted = base.unet(x, t, contexts[0])
-                unwanted = base.unet(x, t, contexts[1].expand(len(x), -1, -1)) if guidance > 1 else wanted
-                return unwanted + guidance * (wanted - unwanted)
-            z = diffusion.ddim(model, start, diffusion.timesteps(base.schedule, 25), base.schedule)
-            columns.append(base.vae.decode(z / base.vae.config.scaling_factor).cpu())
+    held_out = range(24)
+    truth = pictures(held_out_drawings(held_out))
+    captions = [scenes.caption(scenes.nth_scene("test", SEED, i)) for i in held_out]
+
+    def validate(step: int) -> dict:
+        columns = [truth, preview(base, captions, 1.0), preview(base, captions, 3.0)]
         training.save_grid(RUNS / "sd" / f"{step:06d}.png", columns, at_least=128)
         return {}
 
-    train("sd", nn.ModuleDict(dict(unet=base.unet, text_encoder=base.text_encoder)), loss, look, steps, rate=1e-3,
-          look_every=1000)
-    shared = bases.Base("tiny-turbo", vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer)
+    both = nn.ModuleDict(dict(unet=base.unet, text_encoder=base.text_encoder))
+    train("sd", both, loss, validate, steps, rate=1e-3, validate_every=1000)
+
+    shared = bases.Base(
+        "tiny-turbo",
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+    )
     bases.save_folder(HERE / "tiny-turbo", shared, torch.float16)
     bases.save_folder(HERE / "tiny-sd", base, torch.float16, rest="tiny-turbo")
 
 
+@torch.no_grad()
+def preview(base: bases.Base, captions: list[str], guidance: float) -> Tensor:
+    """Captions in 25 DDIM steps -> pictures [N, 3, H, W] on the CPU."""
+    device = next(base.unet.parameters()).device
+    context = base.text_encoder(base.tokenizer(captions).to(device))
+    no_context = base.text_encoder(base.tokenizer([""]).to(device))
+    no_context = no_context.expand(len(captions), -1, -1)
+
+    def model(x: Tensor, t: int) -> Tensor:
+        wanted = base.unet(x, t, context)
+        if guidance == 1:
+            return wanted
+        unwanted = base.unet(x, t, no_context)
+        return unwanted + guidance * (wanted - unwanted)
+
+    side = SIZE // base.vae.factor
+    shape = (len(captions), base.unet.config.in_channels, side, side)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    steps = diffusion.timesteps(base.schedule, 25)
+    z = diffusion.ddim(model, noise, steps, base.schedule)
+    return base.vae.decode(z / base.vae.config.scaling_factor).cpu()
+
+
 # -------------------- tiny-turbo: one step instead of 25
 
-# Of train_yoso.py: v instead of epsilon; pure noise at the end; the data alone, so that pure noise with a caption
-# becomes blobs of the right colours (an ordinary diffusion model is hardly trained there); then one step.
-HEARD = dict(snr_floor=1, last_share=0.25)
-STAGES = {
+# An ordinary diffusion model hardly trains pure noise, and YOSO's weights there are 0, so the
+# discriminator alone would have to teach what a caption asks for. These flags of train_yoso.py
+# let the data teach it too.
+PURE_NOISE = dict(snr_floor=1, last_share=0.25)
+# v instead of epsilon; then pure noise at the end; then the data alone, so that a caption in pure
+# noise becomes blobs of the right colours; then the whole loss.
+YOSO_STAGES = {
     "adapt_v": dict(stage="adapt_v", max_train_steps=250, learning_rate=3e-4),
     "adapt_zsnr": dict(stage="adapt_zsnr", max_train_steps=250, learning_rate=3e-4),
-    "data": dict(lambda_gan=0, lambda_con=0, max_train_steps=1500, learning_rate=5e-4, lr_warmup_steps=50,
-                 ema_decay=0.995, **HEARD),
-    "yoso": dict(lambda_gan=0.1, max_train_steps=3000, learning_rate=2e-4, disc_lr_ratio=4.0, **HEARD),
+    "data": dict(
+        lambda_gan=0,
+        lambda_con=0,
+        max_train_steps=1500,
+        learning_rate=5e-4,
+        lr_warmup_steps=50,
+        ema_decay=0.995,
+        **PURE_NOISE,
+    ),
+    "yoso": dict(
+        lambda_gan=0.1,
+        max_train_steps=3000,
+        learning_rate=2e-4,
+        disc_lr_ratio=4.0,
+        **PURE_NOISE,
+    ),
 }
-COMMON = dict(train="all", train_batch_size=32, mixed_precision="bf16", resolution=SIZE, lr_scheduler="cosine",
-              lr_warmup_steps=100, adam_beta2=0.99, prior_pictures=0, ema_decay=0.998, viz_freq=500, eval_freq=500,
-              checkpointing_steps=250, seed=SEED)
+YOSO_COMMON = dict(
+    train="all",
+    train_batch_size=32,
+    mixed_precision="bf16",
+    resolution=SIZE,
+    lr_scheduler="cosine",
+    lr_warmup_steps=100,
+    adam_beta2=0.99,
+    prior_pictures=0,
+    ema_decay=0.998,
+    viz_freq=500,
+    validation_steps=500,
+    checkpointing_steps=250,
+    seed=SEED,
+)
 
 
-def run(script: str, *argv: object) -> None:
-    """Ctrl-C reaches the script too, which saves: it is waited for, where subprocess.run would kill it."""
-    process = subprocess.Popen([sys.executable, script, *map(str, argv)], cwd=HERE.parent)
+def run(script: str, *arguments: object) -> None:
+    """Runs a script of this repository in its root. ValueError if it fails.
+
+    Ctrl-C reaches the script too, which then saves. `subprocess.run` would kill it; this waits.
+    """
+    command = [sys.executable, script, *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=ROOT)
     try:
         status = process.wait()
     except KeyboardInterrupt:
         process.wait()
         raise
     if status:
-        raise ValueError(f"{script} ended with status {status}; what it said stands above")
+        name = " ".join(command[1:3]) if script == "-m" else script
+        raise ValueError(f"{name} ended with status {status}: see its message above")
 
 
 def run_or_resume(script: str, folder: pathlib.Path, **flags: object) -> None:
+    """Runs a trainer with these flags, or continues it if `folder` holds its state."""
     if (folder / "state.pt").is_file():
         run(script, "--resume", folder)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        run(script, "--output_dir", folder, *(word for name, value in flags.items() for word in (f"--{name}", value)))
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    run(script, "--output_dir", folder, *command_line(flags))
+
+
+def command_line(flags: dict[str, object]) -> list[object]:
+    """{"seed": 0} -> ["--seed", 0]."""
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", value]
+    return words
 
 
 def train_turbo(device: torch.device) -> None:
-    cache, base = RUNS / "cache", "tiny-sd"
-    run("-m", "dataset", "cache", "drawn:scenes", "--base", base, "--size", SIZE, "--output", cache, "--batch", 64)
-    for stage, own in STAGES.items():
-        run_or_resume("train_yoso.py", RUNS / stage, base=base, train_data_dir=cache, device=device,
-                      **(COMMON | own))
+    cache = RUNS / "cache"
+    base = "tiny-sd"
+    flags = dict(base=base, size=SIZE, output=cache, batch=64)
+    run("-m", "dataset", "cache", "drawn:scenes", *command_line(flags))
+    for stage, own in YOSO_STAGES.items():
+        flags = dict(base=base, dataset_folder=cache, device=device) | YOSO_COMMON | own
+        run_or_resume("train_yoso.py", RUNS / stage, **flags)
         base = RUNS / stage / "base"
-    made = bases.load_base(str(base), dtype=torch.float32)
-    made.schedule = diffusion.Schedule.from_config(made.schedule.config | dict(_class_name="LCMScheduler"))
-    bases.save_folder(HERE / "tiny-turbo", made, torch.float16)
+
+    turbo = bases.load_base(str(base), dtype=torch.float32)
+    config = turbo.schedule.config | dict(_class_name="LCMScheduler")
+    turbo.schedule = diffusion.Schedule.from_config(config)
+    bases.save_folder(HERE / "tiny-turbo", turbo, torch.float16)
 
 
-# -------------------- Translators: adapters of tiny-turbo, by the trainers' own settings for it
+# -------------------- Translators: adapters of tiny-turbo, with the trainers' own settings for it
 
+CYCLEGAN_TURBO = "train_cyclegan_turbo.py"
+PIX2PIX_TURBO = "train_pix2pix_turbo.py"
 ADAPTERS = {
-    "day2night": ("train_cyclegan_turbo.py", dict(dataset_folder="drawn:day2night")),
-    "clear2rain": ("train_cyclegan_turbo.py", dict(dataset_folder="drawn:clear2rain")),
-    "edges2scene": ("train_pix2pix_turbo.py", dict(dataset_folder="drawn:scenes", stochastic=True)),
+    "day2night": (CYCLEGAN_TURBO, dict(dataset_folder="drawn:day2night")),
+    "clear2rain": (CYCLEGAN_TURBO, dict(dataset_folder="drawn:clear2rain")),
+    "edges2scene": (PIX2PIX_TURBO, dict(dataset_folder="drawn:scenes", stochastic=True)),
 }
 
 
 def train_adapters(device: torch.device) -> None:
     checkpoints.ADAPTERS.mkdir(exist_ok=True)
     for name, (script, own) in ADAPTERS.items():
-        run_or_resume(script, RUNS / name, base="tiny-turbo", device=device, seed=SEED, mixed_precision="bf16", **own)
-        found, metadata = read_tensors(RUNS / name / "model.safetensors")
-        save_tensors(checkpoints.ADAPTERS / f"{name}.safetensors",
-                             {key: tensor.half() for key, tensor in found.items()}, metadata)
+        flags = dict(base="tiny-turbo", device=device, seed=SEED, mixed_precision="bf16") | own
+        run_or_resume(script, RUNS / name, **flags)
+        tensors, metadata = read_tensors(RUNS / name / "model.safetensors")
+        tensors = {key: tensor.half() for key, tensor in tensors.items()}
+        save_tensors(checkpoints.ADAPTERS / f"{name}.safetensors", tensors, metadata)
+
+
+# -------------------- Command line
+
+STAGES = {
+    "tokenizer": train_tokenizer,
+    "vae": train_vae,
+    "classifier": train_classifier,
+    "sd": train_sd,
+    "turbo": train_turbo,
+    "adapters": train_adapters,
+}
 
 
 def main() -> None:
-    stages = dict(tokenizer=lambda device: write_tokenizer(HERE / "tiny" / "tokenizer"), vae=train_vae,
-                  judge=train_judge, sd=train_sd, turbo=train_turbo, adapters=train_adapters)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*stages, "all"])
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
     args = training.parse_args(parser)
-    for stage in stages if args.stage == "all" else [args.stage]:
-        stages[stage](training.pick_device(args.device))
+    names = [args.stage]
+    if args.stage == "all":
+        names = [*STAGES]
+    for name in names:
+        STAGES[name](training.pick_device(args.device))
 
 
 if __name__ == "__main__":
-    training.run(main)
+    training.run_script(main)

@@ -1,0 +1,123 @@
+"""dataset/cache.py: latents and text contexts that are computed once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pictures_helpers import noise, refused
+
+import files.tensors
+from dataset.cache import Cached, write_cache
+from dataset.folders import Captioned, open_captioned
+from files.tensors import save_tensors
+
+
+def make_pictures(folder: Path, count: int) -> None:
+    for i in range(count):
+        noise(12, 12, i).save(folder / f"{i:02d}.png")
+
+
+def settings(folder: Path, output: str = "cache", **changes) -> dict:
+    """Arguments of `write_cache` for the pictures in `folder`."""
+    arguments = dict(
+        source=str(folder),
+        base_name="tiny",
+        output=folder / output,
+        prep="resized_crop_8",
+        size=8,
+        column="text",
+        seed=0,
+        batch=4,
+        device="cpu",
+        dtype="float32",
+    )
+    return arguments | changes
+
+
+def test_a_cache_with_a_text_encoder_in_bfloat16_has_the_same_latents(tmp_path):
+    make_pictures(tmp_path, 10)
+    caches = []
+    for dtype in ("float32", "bfloat16"):
+        write_cache(**settings(tmp_path, output=dtype, dtype=dtype))
+        caches.append(Cached(tmp_path / dtype, "train"))
+
+    # The trainer compares the fingerprint of the VAE.
+    assert caches[0].facts["vae"] == caches[1].facts["vae"]
+    a = caches[0][3]
+    b = caches[1][3]
+    assert torch.equal(a["mean"], b["mean"])
+    assert torch.equal(a["std"], b["std"])
+    difference = (a["context_0"] - b["context_0"]).abs().max()
+    assert difference < 0.1 < a["context_0"].abs().max()
+
+
+def test_a_stopped_cache_continues_with_the_shards_that_are_whole(tmp_path, monkeypatch):
+    make_pictures(tmp_path, 20)
+    arguments = settings(tmp_path, shard_items=5)
+
+    def stop_inside_a_file(path, *_, **__):
+        path.write_bytes(b"half of")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.tensors, "save_tensors", stop_inside_a_file)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(**arguments)
+    monkeypatch.setattr(files.tensors, "save_tensors", save_tensors)
+
+    read = []
+    read_item = Captioned.__getitem__
+
+    def stop_at_the_twelfth(self, index):
+        read.append(index)
+        if len(read) == 12:
+            raise KeyboardInterrupt
+        return read_item(self, index)
+
+    monkeypatch.setattr(Captioned, "__getitem__", stop_at_the_twelfth)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(**arguments)
+    refused(open_captioned, tmp_path / "cache", "train", "", match="10 of 18")
+
+    # Two shards of five were whole and are not encoded again.
+    write_cache(**arguments)
+    assert len(read) == 12 + 8 + 2
+    cached = open_captioned(tmp_path / "cache", "train", "")
+    assert len(cached) == 18
+    assert cached[7]["name"] == "07.png"
+    assert cached[17]["name"] == "18.png"
+
+
+def test_a_damaged_shard_is_noticed_and_replaced(tmp_path):
+    make_pictures(tmp_path, 20)
+    arguments = settings(tmp_path, shard_items=5)
+    write_cache(**arguments)
+    whole = open_captioned(tmp_path / "cache", "train", "")[7]
+
+    shard = tmp_path / "cache" / "train-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    damaged = open_captioned(tmp_path / "cache", "train", "")
+    refused(lambda: damaged[7], match="train-00001.safetensors")
+
+    write_cache(**arguments)
+    mended = open_captioned(tmp_path / "cache", "train", "")
+    assert torch.equal(mended[7]["mean"], whole["mean"])
+
+
+def test_a_cache_of_something_else_is_not_continued(tmp_path):
+    make_pictures(tmp_path, 20)
+    arguments = settings(tmp_path, shard_items=5)
+    write_cache(**arguments)
+    refused(write_cache, **arguments | dict(seed=1), match="choose another --output")
+    refused(write_cache, **arguments | dict(column="caption"), match="choose another --output")
+
+    second = settings(tmp_path, source=str(tmp_path / "cache"), output=tmp_path / "second")
+    refused(write_cache, **second, match="a cache already")
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("taken")
+    refused(write_cache, **settings(tmp_path, output="other"), match="choose another --output")
+
+    (tmp_path / "cache" / "index.json").write_text("[]")
+    refused(open_captioned, tmp_path / "cache", "train", "", match="index.json cannot be used")

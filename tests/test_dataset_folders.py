@@ -1,0 +1,305 @@
+"""dataset/folders.py: paired, unpaired and captioned data sets."""
+
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from pictures_helpers import coordinates, make_pairs, noise, pixels, refused
+from PIL import Image
+
+from dataset.cache import write_cache
+from dataset.folders import (
+    PairedFolder,
+    UnpairedFolder,
+    match_partners,
+    open_captioned,
+    open_paired,
+    open_unpaired,
+)
+from dataset.loader import batches
+from dataset.pictures import to_picture, to_tensor
+
+# -------------------- pairs
+
+def test_a_pair_is_input_target_caption_and_name(tmp_path):
+    pairs = PairedFolder(make_pairs(tmp_path), "train", "no_resize")
+    assert len(pairs) == 5
+    item = pairs[3]
+    assert set(item) == {"input", "target", "caption", "name"}
+    assert item["caption"] == "caption 3"
+    assert item["name"] == "003.png"
+    assert torch.equal(item["input"], to_tensor(coordinates(40, 40, 3)))
+    assert torch.equal(item["target"], to_tensor(coordinates(40, 40, 103)) * 2 - 1)
+
+
+def test_crop_and_flip_of_a_pair_match_and_come_from_the_key(tmp_path):
+    pairs = PairedFolder(make_pairs(tmp_path), "train", "resize_40_randomcrop_32x32_hflip")
+    corners = set()
+    for step in range(20):
+        item = pairs[1, (7, step, 0)]
+        again = pairs[1, (7, step, 0)]
+        assert torch.equal(item["input"], again["input"])
+        assert torch.equal(item["target"], again["target"])
+
+        target = (item["target"][:2] + 1) / 2
+        assert torch.allclose(item["input"][:2], target, atol=1e-6)
+        corner = (item["input"][:2, 0, 0] * 255).round().int()
+        corners.add(tuple(corner.tolist()))
+    assert len(corners) > 10
+
+    # Without a key nothing is drawn, and the crop is central.
+    assert (pairs[1]["input"][:2, 0, 0] * 255).round().tolist() == [4, 4]
+    one = pairs[1, (7, 0, 0)]["input"]
+    other = pairs[1, (7, 0, 1)]["input"]
+    assert not torch.equal(one, other)
+
+
+def test_pairs_match_by_name_first_and_by_stem_otherwise(tmp_path):
+    sides = {
+        "A": ["a.jpg", "b.png", "c.PNG", "d.png"],
+        "B": ["a.png", "b.png", "b.jpg", "c.webp", "d.png"],
+    }
+    for side, names in sides.items():
+        (tmp_path / f"test_{side}").mkdir()
+        for name in names:
+            noise(8, 8).save(tmp_path / f"test_{side}" / name)
+    (tmp_path / "test_A" / ".hidden.png").write_text("")
+    (tmp_path / "test_A" / "notes.md").write_text("")
+
+    pairs = PairedFolder(tmp_path, "test", "no_resize")
+    assert pairs.pairs == [
+        ("a.jpg", "a.png"),
+        ("b.png", "b.png"),
+        ("c.PNG", "c.webp"),
+        ("d.png", "d.png"),
+    ]
+
+
+def test_a_stem_with_two_candidates_or_two_claims_is_no_match():
+    assert match_partners(["a.jpg"], ["a.png", "a.webp"]) == {"a.jpg": None}
+    assert match_partners(["a.jpg", "a.png"], ["a.png"]) == {"a.jpg": None, "a.png": "a.png"}
+
+
+def test_captions_come_from_text_files_without_the_json(tmp_path):
+    make_pairs(tmp_path, 4)
+    (tmp_path / "train_prompts.json").unlink()
+    (tmp_path / "train_A" / "000.txt").write_text("beside A\n")
+    text = "\ufeffbeside B,\n on two lines"
+    (tmp_path / "train_B" / "001.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "train_A" / "003.txt").write_text("")
+
+    pairs = PairedFolder(tmp_path, "train", "no_resize")
+    captions = [pairs[i]["caption"] for i in range(4)]
+    assert captions == ["beside A", "beside B, on two lines", "", ""]
+
+
+def test_the_json_goes_before_text_files_and_may_hold_more_entries(tmp_path):
+    make_pairs(tmp_path, 2)
+    (tmp_path / "train_A" / "000.txt").write_text("beside A")
+    prompts = {"000.png": "Été", "001.png": "", "x": "extra"}
+    (tmp_path / "train_prompts.json").write_text(json.dumps(prompts))
+
+    pairs = PairedFolder(tmp_path, "train", "no_resize")
+    assert pairs[0]["caption"] == "Été"
+    assert pairs[1]["caption"] == ""
+
+
+def test_bad_folders_are_refused_when_they_are_opened(tmp_path):
+    def opening_is_refused(split: str, prep: str, match: str) -> None:
+        refused(PairedFolder, tmp_path, split, prep, match=match)
+
+    absent = tmp_path / "none"
+    refused(PairedFolder, absent, "train", "no_resize", match="none/train_A is not a folder")
+    make_pairs(tmp_path)
+    opening_is_refused("test", "no_resize", "test_A is not a folder")
+    (tmp_path / "test_A").mkdir()
+    opening_is_refused("test", "no_resize", "test_A holds no picture")
+    noise(8, 8).save(tmp_path / "test_A" / "a.png")
+    opening_is_refused("test", "no_resize", "test_B is not a folder")
+    opening_is_refused("train", "resize_big", "resize_big")
+    (tmp_path / "train_B" / "002.png").unlink()
+    (tmp_path / "train_B" / "004.png").unlink()
+    opening_is_refused("train", "no_resize", "002.png has no partner")
+    opening_is_refused("train", "no_resize", "(2 of 5 have none)")
+
+
+@pytest.mark.parametrize("text,match", [
+    (
+        '{"000.png": "a",\n"001.png" "b"}',
+        "train_prompts.json cannot be used (Expecting ':' delimiter: line 2",
+    ),
+    ('["a", "b"]', "holds a list); expected JSON, {file name: caption}"),
+    ('{"000.png": "a", "001.png": 5}', "the caption of '001.png' is of type int"),
+    ('{"001.png": "b"}', "no caption for '000.png' (1 of 2 have none)"),
+    (b'{"000.png": "\xe9"}', "text in UTF-8"),
+])
+def test_bad_prompts_are_refused_when_the_folder_is_opened(tmp_path, text, match):
+    make_pairs(tmp_path, 2)
+    content = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "train_prompts.json").write_bytes(content)
+    refused(PairedFolder, tmp_path, "train", "no_resize", match=match)
+
+
+@pytest.mark.parametrize("prep", ["no_resize", "resize_32"])
+def test_a_pair_of_two_sizes_is_refused_by_name(tmp_path, prep):
+    make_pairs(tmp_path)
+    noise(41, 40).save(tmp_path / "train_B" / "001.png")
+    pairs = PairedFolder(tmp_path, "train", prep)
+    pairs[0]
+    message = "001.png and its partner in train_B are 40x40 and 40x41 pixels"
+    refused(lambda: pairs[1], match=message)
+
+
+def test_real_pairs_open(shared):
+    pairs = open_paired(shared / "facades", "train", "resize_286_randomcrop_256x256_hflip")
+    assert len(pairs) == 36
+    item = pairs[0, (1, 2, 3)]
+    assert item["input"].shape == item["target"].shape == (3, 256, 256)
+    assert item["caption"] == "a photo of a building facade"
+
+
+def test_unknown_drawings_are_refused_with_the_known_ones():
+    message = "drawn:squares: expected drawn:scenes"
+    refused(open_paired, "drawn:squares", "train", "no_resize", match=message)
+
+
+# -------------------- two domains
+
+@pytest.fixture
+def domains(tmp_path):
+    """Five pictures of A, with green 100, and three of B, with green 200."""
+    for side, count, green in [("A", 5, 100), ("B", 3, 200)]:
+        folder = tmp_path / f"train_{side}"
+        folder.mkdir()
+        for i in range(count):
+            picture = Image.new("RGB", (20 + i, 18), (10 * i, green, 0))
+            picture.save(folder / f"{side.lower()}{i}.png")
+        prompt = tmp_path / f"fixed_prompt_{side.lower()}.txt"
+        prompt.write_text(f"a photo of {side}\n")
+    return tmp_path
+
+
+def test_unpaired_items_come_from_both_domains_and_follow_their_key(domains):
+    pictures = UnpairedFolder(domains, "train", "resize_16")
+    assert len(pictures) == 5
+    assert pictures.prompts == ("a photo of A", "a photo of B")
+
+    item = pictures[4]
+    assert (item["name_a"], item["name_b"]) == ("a4.png", "b1.png")
+    for side, green in [("a", 100), ("b", 200)]:
+        assert item[side].shape == (3, 16, 16)
+        assert item[side][1].mean() == pytest.approx(2 * green / 255 - 1)
+
+    drawn = [pictures[(0, (7, step, 0))]["name_b"] for step in range(30)]
+    again = [pictures[(0, (7, step, 0))]["name_b"] for step in range(30)]
+    assert set(drawn) == {"b0.png", "b1.png", "b2.png"}
+    assert drawn == again
+
+
+def test_bad_unpaired_folders_are_refused_by_name(domains):
+    (domains / "fixed_prompt_b.txt").unlink()
+    with pytest.raises(ValueError, match="fixed_prompt_b.txt cannot be used"):
+        UnpairedFolder(domains, "train", "resize_16")
+    with pytest.raises(ValueError, match="test_A is not a folder"):
+        UnpairedFolder(domains, "test", "resize_16")
+    with pytest.raises(ValueError, match="cats'.* drawn:day2night"):
+        open_unpaired("drawn:cats", "train", "resize_16")
+
+
+# -------------------- pictures with captions
+
+def test_captions_come_from_metadata_or_text_files_and_every_tenth_item_is_for_the_test(tmp_path):
+    for i in range(20):
+        noise(6, 8, i).save(tmp_path / f"{i:02d}.png")
+        (tmp_path / f"{i:02d}.txt").write_text(f" noise \n{i}")
+    train = open_captioned(tmp_path, "train", "no_resize")
+    test = open_captioned(tmp_path, "test", "no_resize")
+    assert (len(train), len(test)) == (18, 2)
+    assert test[1]["name"] == "19.png"
+    assert train[3]["caption"] == "noise 3"
+    assert np.array_equal(pixels(to_picture(train[3]["target"])), pixels(noise(6, 8, 3)))
+
+    rows = []
+    for i in range(20):
+        row = dict(file_name=f"{i:02d}.png", text=f"text {i}", other=f"other {i}")
+        rows.append(json.dumps(row))
+    table = tmp_path / "metadata.jsonl"
+    table.write_text("\n".join([*rows, ""]))
+    assert open_captioned(tmp_path, "train", "no_resize")[3]["caption"] == "text 3"
+    other = open_captioned(tmp_path, "test", "no_resize", column="other")
+    assert other[0]["caption"] == "other 9"
+
+    refused(
+        open_captioned, tmp_path, "train", "no_resize", column="caption",
+        match="--caption_column",
+    )
+    table.write_text("\n".join(rows[:-1]))
+    refused(open_captioned, tmp_path, "train", "no_resize", match="no caption for '19.png'")
+
+
+def test_a_folder_with_train_and_test_is_not_split_again(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        noise(6, 8).save(tmp_path / split / f"{split}.png")
+    for split in ("train", "test"):
+        pictures = open_captioned(tmp_path, split, "no_resize")
+        assert len(pictures) == 1
+        item = pictures[0]
+        assert item.keys() == {"target", "caption", "name"}
+        assert (item["caption"], item["name"]) == ("", f"{split}.png")
+
+
+def test_a_zip_in_edms_layout_gives_its_classes_as_captions(shared):
+    train = open_captioned(shared / "cifar10.zip", "train", "no_resize")
+    test = open_captioned(shared / "cifar10.zip", "test", "no_resize")
+    assert (len(train), len(test)) == (18_000, 2_000)
+    assert train[0]["target"].shape == (3, 32, 32)
+    assert set(train.captions) == {f"class {i}" for i in range(10)}
+
+    # The worker has to open the file for itself.
+    batch = next(batches(train, 4, 0, num_workers=1))
+    assert batch["target"].shape == (4, 3, 32, 32)
+    assert len(batch["caption"]) == 4
+
+
+def test_workers_open_a_zip_and_a_cache_for_themselves(tmp_path):
+    """Forked workers would share the position in a file that was open before the fork.
+
+    Where processes do not fork, an open file cannot be sent to them at all.
+    """
+    source = tmp_path / "set.zip"
+    with zipfile.ZipFile(source, "w") as archive:
+        for i in range(60):
+            noise(40, 40, i).save(tmp_path / "one.png")
+            archive.write(tmp_path / "one.png", f"{i:02d}.png")
+        archive.writestr("dataset.json", '{"labels": null}')
+    write_cache(
+        source=str(source),
+        base_name="tiny",
+        output=tmp_path / "cache",
+        prep="resized_crop_8",
+        size=8,
+        column="text",
+        seed=0,
+        batch=4,
+        device="cpu",
+        dtype="float32",
+    )
+
+    for name in ("set.zip", "cache"):
+        pictures = open_captioned(tmp_path / name, "train", "no_resize")
+        first = pictures[0]
+        again = pickle.loads(pickle.dumps(pictures))[0]
+        for key, value in first.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, again[key])
+
+        one = batches(pictures, 4, 0, end_step=60, num_workers=0)
+        several = batches(pictures, 4, 0, end_step=60, num_workers=2)
+        for a, b in zip(one, several, strict=True):
+            assert a["name"] == b["name"]
+            for key in {"target", "mean"} & a.keys():
+                assert torch.equal(a[key], b[key])
