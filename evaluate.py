@@ -11,6 +11,9 @@ machine or if it has no meaning for these folders. A metric asked for by name is
 weights are downloaded; if that is not possible, it is an error. Without --paired, folders are
 taken as pairs if all their stems are the same.
 
+A picture that cannot be read or computed is left out of the figures and named in the end, and the
+exit status is 2. So it is where a metric asked for by name could not be computed for every pair.
+
 For trainers: the functions take pictures [B, 3, H, W] in [-1, 1] and, except for LPIPS, round
 them to 8 bits, as a file holds them. So validation gives the same numbers as this script (on a
 GPU up to TF32, which trainers allow).
@@ -21,9 +24,9 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -269,14 +272,43 @@ def clip_score(metric: metrics.MetricNetwork, x: Tensor, captions: list[str]) ->
 
 # -------------------------------------------------------------------------------------- folders
 
+@dataclass(frozen=True)
+class Failures:
+    """What could not be computed; filled while pictures are read and measured."""
+
+    # Why a picture is missing from the figures, in a sentence that names it.
+    pictures: dict[Path, str] = field(default_factory=dict)
+    # What a metric could not be computed for, and why.
+    metrics: dict[str, str] = field(default_factory=dict)
+
+
+def explain_failure(path: Path, error: Exception) -> str | None:
+    """What went wrong with a picture, in a sentence that names it; None for a bug."""
+    short_of_memory = isinstance(error, MemoryError)
+    if isinstance(error, RuntimeError):
+        short_of_memory = training.explain(error) is not None
+    if short_of_memory:
+        return (
+            f"{path} needs too much memory ({training.first_line(error)}): make it smaller, or"
+            " choose fewer --metrics"
+        )
+    if not isinstance(error, (ValueError, OSError)):
+        return None
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
+
+
 def list_pictures(folder: Path) -> list[Path]:
     return [folder / name for name in folders.pictures_in(folder)]
 
 
-def match(real: list[Path], fake: list[Path]) -> list[tuple[Path, Path]]:
-    """Pairs of pictures of the same stem.
+def match(
+    real: list[Path],
+    fake: list[Path],
+    failures: Failures,
+) -> list[tuple[Path, Path]]:
+    """Pairs of pictures of the same stem, without those that cannot be read.
 
-    ValueError if a picture has no partner, is not of its partner's size, or cannot be read.
+    ValueError if a picture has no partner or is not of its partner's size.
     """
     real_stems = by_stem(real)
     fake_stems = by_stem(fake)
@@ -290,16 +322,31 @@ def match(real: list[Path], fake: list[Path]) -> list[tuple[Path, Path]]:
             f" {len(real) + len(fake)} pictures are alone); expected the same stems in both folders"
         )
 
-    pairs = [(path, fake_stems[path.stem]) for path in real]
-    for a, b in tqdm(pairs, desc="sizes", leave=False, disable=None):
-        width, height = open_picture(a).size
-        other_width, other_height = open_picture(b).size
-        if (width, height) != (other_width, other_height):
+    candidates = [(path, fake_stems[path.stem]) for path in real]
+    pairs = []
+    for a, b in tqdm(candidates, desc="sizes", leave=False, disable=None):
+        size = read_size(a, failures)
+        other_size = read_size(b, failures)
+        if size is None or other_size is None:
+            continue
+        if size != other_size:
+            width, height = size
+            other_width, other_height = other_size
             raise ValueError(
                 f"{a} is {width}x{height} pixels and its partner {b} {other_width}x{other_height};"
                 " make them equal"
             )
+        pairs.append((a, b))
     return pairs
+
+
+def read_size(path: Path, failures: Failures) -> tuple[int, int] | None:
+    """(width, height) of a picture, or None if it cannot be read."""
+    try:
+        return open_picture(path).size
+    except ValueError as error:
+        failures.pictures[path] = explain_failure(path, error)
+        return None
 
 
 def by_stem(paths: list[Path]) -> dict[str, Path]:
@@ -318,24 +365,71 @@ def read_batches(
     batch: int,
     device: torch.device,
     title: str,
-) -> Iterator[list[Tensor]]:
-    """The pictures of each column of `rows`, [B, 3, H, W] in [-1, 1].
+    failures: Failures,
+) -> Iterator[tuple[list[tuple[Path, ...]], list[Tensor]]]:
+    """Rows of paths, and the pictures of each of their columns, [B, 3, H, W] in [-1, 1].
 
-    B is up to `batch` neighbouring rows of one size. `title` is for the progress bar.
+    B is up to `batch` neighbouring rows of one size. Rows that cannot be read are left out.
+    `title` is for the progress bar.
     """
 
     def load(row: tuple[Path, ...]) -> list[Tensor]:
-        return [to_tensor(open_picture(path)) * 2 - 1 for path in row]
+        """The pictures of a row; none if one cannot be read."""
+        pictures = []
+        for path in row:
+            try:
+                pictures.append(to_tensor(open_picture(path)) * 2 - 1)
+            except (ValueError, MemoryError) as error:
+                failures.pictures[path] = explain_failure(path, error)
+                return []
+        return pictures
 
-    def shapes(row: list[Tensor]) -> list[torch.Size]:
-        return [x.shape for x in row]
+    def shapes(item: tuple[tuple[Path, ...], list[Tensor]]) -> list[torch.Size]:
+        return [x.shape for x in item[1]]
 
     starts = range(0, len(rows), batch)
     with ThreadPoolExecutor() as pool:
         for start in tqdm(starts, desc=title, unit="batch", leave=False, disable=None):
-            loaded = pool.map(load, rows[start : start + batch])
-            for _, group in itertools.groupby(loaded, key=shapes):
-                yield [torch.stack(column).to(device) for column in zip(*group)]
+            chunk = rows[start : start + batch]
+            loaded = zip(chunk, pool.map(load, chunk))
+            for found, group in itertools.groupby(loaded, key=shapes):
+                if not found:
+                    continue
+                paths, pictures = zip(*group)
+                yield list(paths), [torch.stack(column).to(device) for column in zip(*pictures)]
+
+
+def measure(
+    score: Callable[..., Tensor],
+    rows: list[tuple[Path, ...]],
+    pictures: list[Tensor],
+    failures: Failures,
+) -> tuple[list[Tensor], list[str]]:
+    """score(rows, *pictures), one value or vector per row, and why some have none.
+
+    Rows that fail together are tried one by one. A picture that the score refuses (ValueError) is
+    not among the failures, as other metrics may take it.
+    """
+    try:
+        return [score(rows, *pictures).cpu()], []
+    except Exception as error:
+        reason = explain_failure(rows[0][-1], error)
+        if reason is None:
+            raise
+        if len(rows) == 1:
+            if not isinstance(error, ValueError):
+                failures.pictures[rows[0][-1]] = reason
+            return [], [reason]
+
+    # Only here has Python let go of the error, and with it of what was in memory.
+    scores = []
+    reasons = []
+    for i, row in enumerate(rows):
+        alone = [x[i : i + 1] for x in pictures]
+        found, why = measure(score, [row], alone, failures)
+        scores += found
+        reasons += why
+    return scores, reasons
 
 
 def folder_features(
@@ -344,12 +438,15 @@ def folder_features(
     batch: int,
     device: torch.device,
     stats: Path | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    failures: Failures | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Inception's features [N, D] of the pictures, their mean [D] and covariance [D, D].
 
-    With `stats` they are kept in that file, or read from it if it exists. ValueError if it was
-    made from other pictures, Inception weights or image preparation.
+    None if fewer than two can be computed. With `stats` they are kept in that file, if all could
+    be, or read from it if it exists. ValueError if it was made from other pictures, Inception
+    weights or image preparation.
     """
+    failures = failures or Failures()
     folder = paths[0].parent
     key = stats_key(paths, metric)
     if stats and stats.exists():
@@ -357,11 +454,21 @@ def folder_features(
         print(f"features of {folder} are read from {stats}", file=sys.stderr)
         return kept
 
-    rows = [(path,) for path in paths]
-    batches = read_batches(rows, batch, device, title=str(folder))
-    f = torch.cat([features(metric.network, x) for (x,) in batches])
+    def score(rows: list[tuple[Path]], x: Tensor) -> Tensor:
+        return features(metric.network, x)
+
+    parts = []
+    for rows, pictures in read_batches(
+        [(path,) for path in paths], batch, device, str(folder), failures
+    ):
+        found, _ = measure(score, rows, pictures, failures)
+        parts += found
+    if sum(map(len, parts)) < 2:
+        return None
+
+    f = torch.cat(parts)
     mean, cov = statistics(f)
-    if stats:
+    if stats and len(f) == len(paths):
         write_stats(stats, key, f, mean, cov)
     return f, mean, cov
 
@@ -484,14 +591,19 @@ def check(options: Options) -> None:
         )
 
 
-def choose(options: Options, real: list[Path], fake: list[Path]) -> Choice:
+def choose(
+    options: Options,
+    real: list[Path],
+    fake: list[Path],
+    failures: Failures,
+) -> Choice:
     """Which metrics to compute. ValueError if one was asked for that is not possible."""
     wanted = options.asked or list(METRICS)
     pairs = []
     reasons = {}
     if PAIRED & set(wanted):
         try:
-            pairs = match(real, fake)
+            pairs = match(real, fake, failures)
         except ValueError as error:
             if options.paired or options.asked:
                 raise
@@ -530,40 +642,49 @@ def compute(
     real: list[Path],
     fake: list[Path],
     device: torch.device,
+    failures: Failures,
 ) -> dict[str, dict]:
-    """For each chosen metric its value, standard deviation, and all that it depends on."""
+    """For each chosen metric its value, standard deviation, and all that it depends on.
+
+    Metrics that could not be computed for any picture are missing.
+    """
     captions = read_captions(options.captions, fake) if "clip" in choice.names else []
     networks = load_networks(choice.names, device)
 
     values = {}
     notes = {}
+    counts = {}
     if {"fid", "kid"} & set(choice.names):
-        values, notes = compare_folders(options, choice, real, fake, networks["inception"], device)
-    values |= compare_pairs(options, choice, networks, device)
+        values, notes, count = compare_folders(
+            options, choice, real, fake, networks["inception"], device, failures
+        )
+        counts = dict.fromkeys(values, count)
+    values |= compare_pairs(options, choice, networks, device, failures)
     if "clip" in choice.names:
-        values["clip"] = score_captions(options, fake, captions, networks["clip"], device)
+        values |= score_captions(options, fake, captions, networks["clip"], device, failures)
+        notes["clip"] = describe_cut(networks["clip"].tokenizer, captions)
 
     results = {}
     for name in choice.names:
+        if name not in values:
+            continue
         metric = METRICS[name]
         found = values[name].double()
+        remarks = [notes.get(name), failures.metrics.get(name)]
         value, deviation = mean_and_deviation(found)
         if value is None:
             equal = int(found.isinf().sum())
-            notes[name] = f"infinite: {equal} of {len(found)} pairs are equal"
-        count = dict(pairs=len(found))
-        if metric.network == "inception":
-            count = dict(real=len(real), fake=len(fake))
+            remarks.insert(0, f"infinite: {equal} of {len(found)} pairs are equal")
         results[name] = dict(
             value=value,
             deviation=deviation,
             better=metric.better,
-            n=count,
+            n=counts.get(name, dict(pairs=len(found))),
             seed=options.seed,
             weights=networks[metric.network].hash if metric.network else None,
             network=metric.description,
             preparation=metric.preparation,
-            note=notes.get(name),
+            note="; ".join(filter(None, remarks)) or None,
         )
     return results
 
@@ -581,12 +702,22 @@ def compare_folders(
     fake: list[Path],
     metric: metrics.MetricNetwork,
     device: torch.device,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """FID [1] and KID [subsets], those of them that were chosen, and notes on them."""
-    real_features, *real_stats = folder_features(
-        real, metric, options.batch, device, options.stats
-    )
-    fake_features, *fake_stats = folder_features(fake, metric, options.batch, device)
+    failures: Failures,
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, int]]:
+    """FID [1] and KID [subsets], those of them that were chosen.
+
+    Also notes on them, and how many pictures of each folder they are computed from.
+    """
+    computed = []
+    for paths, stats in ((real, options.stats), (fake, None)):
+        found = folder_features(paths, metric, options.batch, device, stats, failures)
+        if found is None:
+            reason = f"needs two pictures that can be read in {paths[0].parent}"
+            failures.metrics.update(dict.fromkeys({"fid", "kid"} & set(choice.names), reason))
+            return {}, {}, {}
+        computed.append(found)
+
+    (real_features, *real_stats), (fake_features, *fake_stats) = computed
     n = min(len(real_features), len(fake_features))
     length = real_features.shape[1]
 
@@ -607,7 +738,7 @@ def compare_folders(
         notes["kid"] = "of all pictures"
         if len(values["kid"]) > 1:
             notes["kid"] = f"{len(values['kid'])} random subsets of {min(n, 1000)} pictures"
-    return values, notes
+    return values, notes, dict(real=len(real_features), fake=len(fake_features))
 
 
 @torch.no_grad()
@@ -616,23 +747,31 @@ def compare_pairs(
     choice: Choice,
     networks: dict[str, metrics.MetricNetwork],
     device: torch.device,
+    failures: Failures,
 ) -> dict[str, Tensor]:
-    """The chosen metrics of pairs, [pairs] each."""
+    """The chosen metrics of pairs, one value for each pair that they could be computed for."""
 
-    def compare(name: str, a: Tensor, b: Tensor) -> Tensor:
-        if name == "psnr":
-            return psnr(a, b)
-        if name == "ssim":
-            return ssim(a, b)
-        if name == "lpips":
-            return networks["lpips"].network(a, b)
-        return dino.structure_distance(networks["dino"].network, a, b)
+    def score_by(name: str) -> Callable[..., Tensor]:
+        def score(rows: list[tuple[Path, Path]], a: Tensor, b: Tensor) -> Tensor:
+            if name == "psnr":
+                return psnr(a, b)
+            if name == "ssim":
+                return ssim(a, b)
+            if name == "lpips":
+                return networks["lpips"].network(a, b)
+            return dino.structure_distance(networks["dino"].network, a, b)
 
-    values = {name: [] for name in choice.names if name in PAIRED}
-    for a, b in read_batches(choice.pairs, options.batch, device, title="pairs"):
-        for name, found in values.items():
-            found.append(compare(name, a, b).cpu())
-    return {name: torch.cat(found) for name, found in values.items()}
+        return score
+
+    names = [name for name in choice.names if name in PAIRED]
+    values = {name: [] for name in names}
+    reasons = {name: [] for name in names}
+    for rows, pictures in read_batches(choice.pairs, options.batch, device, "pairs", failures):
+        for name in names:
+            found, why = measure(score_by(name), rows, pictures, failures)
+            values[name] += found
+            reasons[name] += why
+    return gather(values, reasons, len(choice.pairs), failures)
 
 
 def score_captions(
@@ -641,15 +780,50 @@ def score_captions(
     captions: list[str],
     metric: metrics.MetricNetwork,
     device: torch.device,
-) -> Tensor:
-    """The CLIP score of each generated picture, [N]."""
-    rows = [(path,) for path in fake]
-    scores = []
-    done = 0
-    for (x,) in read_batches(rows, options.batch, device, title="clip"):
-        scores.append(clip_score(metric, x, captions[done : done + len(x)]).cpu())
-        done += len(x)
-    return torch.cat(scores)
+    failures: Failures,
+) -> dict[str, Tensor]:
+    """The CLIP scores of the generated pictures, as {"clip": [N]}."""
+    caption_of = dict(zip(fake, captions))
+
+    def score(rows: list[tuple[Path]], x: Tensor) -> Tensor:
+        return clip_score(metric, x, [caption_of[path] for (path,) in rows])
+
+    values = []
+    reasons = []
+    for rows, pictures in read_batches(
+        [(path,) for path in fake], options.batch, device, "clip", failures
+    ):
+        found, why = measure(score, rows, pictures, failures)
+        values += found
+        reasons += why
+    return gather(dict(clip=values), dict(clip=reasons), len(fake), failures)
+
+
+def describe_cut(tokenizer: clip.Tokenizer, captions: list[str]) -> str | None:
+    """How many captions are longer than the text encoder reads; None if none is."""
+    encodings = tokenizer.pieces.encode_batch(captions, add_special_tokens=False)
+    kept = tokenizer.length - 2  # beside the start and the end token
+    cut = sum(len(encoding.ids) > kept for encoding in encodings)
+    if not cut:
+        return None
+    return (
+        f"{cut} of {len(captions)} captions are longer than {tokenizer.length} tokens; what is"
+        " beyond has no effect"
+    )
+
+
+def gather(
+    values: dict[str, list[Tensor]],
+    reasons: dict[str, list[str]],
+    total: int,
+    failures: Failures,
+) -> dict[str, Tensor]:
+    """The values of each metric in one tensor; what it has no value for goes to the failures."""
+    for name, why in reasons.items():
+        if why:
+            listed = "; ".join(why)
+            failures.metrics[name] = f"not computed for {len(why)} of {total}: {listed}"
+    return {name: torch.cat(found) for name, found in values.items() if found}
 
 
 def mean_and_deviation(values: Tensor) -> tuple[float | None, float | None]:
@@ -694,26 +868,50 @@ def main() -> None:
     real = list_pictures(options.real) if options.real else []
     fake = list_pictures(options.fake)
 
-    choice = choose(options, real, fake)
-    for name, reason in choice.skipped.items():
-        print(f"{name} is left out: {reason}", file=sys.stderr)
+    failures = Failures()
+    choice = choose(options, real, fake, failures)
+    left_out = [f"{name} is left out: {reason}" for name, reason in choice.skipped.items()]
     if not choice.names:
+        print("\n".join(left_out), file=sys.stderr)
         raise ValueError(
             "no metric can be computed for these folders on this machine; the lines above say why"
         )
+    results = compute(options, choice, real, fake, device, failures)
 
-    results = compute(options, choice, real, fake, device)
-    if not options.json:
-        print(table(results))
-        return
-    report = dict(
-        real=str(options.real) if options.real else None,
-        fake=str(options.fake),
-        metrics=results,
-        skipped=choice.skipped,
-    )
-    print(json.dumps(report, indent=1))
+    problems = list(failures.pictures.values())
+    incomplete = [f"{name}: {reason}" for name, reason in failures.metrics.items()]
+    if options.asked or not results:
+        problems += incomplete
+    else:
+        left_out += incomplete
+    if not results:
+        raise ValueError("; ".join(problems))
+
+    for line in left_out:
+        print(line, file=sys.stderr)
+    if options.json:
+        report = dict(
+            real=str(options.real) if options.real else None,
+            fake=str(options.fake),
+            metrics=results,
+            skipped=choice.skipped,
+            failed=problems,
+        )
+        print(json.dumps(report, indent=1))
+    else:
+        say(table(results))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def say(text: str) -> None:
+    """Prints to stdout, with escapes for what the encoding of stdout cannot say."""
+    try:
+        print(text)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding
+        print(text.encode(encoding, errors="backslashreplace").decode(encoding))
 
 
 if __name__ == "__main__":
-    training.run(main)
+    training.run_script(main)

@@ -19,7 +19,8 @@
 
 Noise is drawn on the CPU. Picture i of a prompt has its own generator with seed + i, and all
 files of an input folder use the same seed, so a seed gives the same picture on every device and
-in every batch. The paths of the files that were written go to stdout.
+in every batch. The paths of the files that were written go to stdout. If one picture of several
+fails, the others are still made, and all that failed are named in the end.
 
 --export writes the translation with this caption as a program for this device and the input's
 size, rounded up to the VAE's factor. torch.export.load(FILE).module()(x) takes x [1, 3, H, W]
@@ -30,6 +31,10 @@ import argparse
 import inspect
 import io
 import re
+import sys
+import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -53,7 +58,7 @@ from dataset.pictures import (
     to_tensor,
 )
 from files import bases, checkpoints, hub
-from models import controlnet, diffusion, vae
+from models import clip, controlnet, diffusion, t5, vae
 
 DTYPES = {
     "float32": torch.float32,
@@ -71,6 +76,13 @@ SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list[int]]] = {
     "lcm": diffusion.lcm_timesteps,
     "dpm": diffusion.dpm_timesteps,
 }
+
+# Pictures of more pixels than this may take long enough to say how long: see estimate_seconds.
+LARGE = 768 * 768
+# Pixels a side of the corner that is timed for it.
+CORNER = 256
+# Seconds that a picture may take without a word.
+PATIENCE = 60
 
 # Paths to write to, pictures [B, 3, H, W] in [-1, 1], and their random seeds.
 Batches = Iterator[tuple[list[Path], Tensor, list[int]]]
@@ -329,6 +341,7 @@ def draw(options: Options, device: torch.device) -> None:
     control = load_control(options, base, control_picture, crop)
     prior = choose_prior(options, loaded, size)
     contexts = encode_prompt(base, options.prompt, options.negative, options.guidance)
+    warn_of_cut_texts(base.tokenizer, options.prompt, options.negative)
     base.text_encoder = None  # T5 is larger than all other networks together
 
     def batches() -> Batches:
@@ -354,7 +367,7 @@ def draw(options: Options, device: torch.device) -> None:
             yield paths, pictures[:, :, :height, :width].cpu(), seeds
 
     found = facts_of_base(loaded) | dict(size=size_flag, strength=strength)
-    save_all(batches(), png_facts(options, "draw", found), several)
+    save_all(batches(), png_facts(options, "draw", found), options.n, problems=[])
 
 
 def load_base(options: Options, device: torch.device, strength: float = 1.0) -> LoadedBase:
@@ -403,10 +416,10 @@ def load_base(options: Options, device: torch.device, strength: float = 1.0) -> 
 def save_base(folder: Path, base: bases.Base, prior: tuple[Tensor, Tensor] | None) -> None:
     """Writes the base as a folder and, if sampling starts from it, the prior into it."""
     bases.save_folder(folder, base)
-    print(folder)
+    say(folder)
     if prior is not None and not ends_in_noise(base.schedule):
         bases.save_prior(folder / "prior.safetensors", *prior)
-        print(folder / "prior.safetensors")
+        say(folder / "prior.safetensors")
 
 
 def ends_in_noise(schedule: diffusion.Schedule) -> bool:
@@ -529,6 +542,35 @@ def encode_prompt(
     if guidance > 1:
         return base.encode([prompt, negative])
     return base.encode([prompt])
+
+
+def warn_of_cut_texts(tokenizer: clip.Tokenizer | t5.T5Tokenizer, *texts: str) -> None:
+    """Says on stderr what the text encoder does not see, as it is beyond the tokenizer's length."""
+    for text in texts:
+        cut = cut_off(tokenizer, text)
+        if cut is not None:
+            shown = " ".join(cut.split())
+            if len(shown) > 200:
+                shown = f"{shown[:200]}..."
+            print(
+                f"the text encoder takes {tokenizer.length} tokens; this was cut off and has no"
+                f" effect: {shown}",
+                file=sys.stderr,
+            )
+
+
+def cut_off(tokenizer: clip.Tokenizer | t5.T5Tokenizer, text: str) -> str | None:
+    """The end of a text that its tokenizer cuts off, or None if all of it is kept."""
+    if isinstance(tokenizer, t5.T5Tokenizer):
+        text = t5.clean(text)
+        kept = tokenizer.length - 1  # beside the end token
+    else:
+        kept = tokenizer.length - 2  # beside the start and the end token
+    encoding = tokenizer.pieces.encode(text, add_special_tokens=False)
+    if len(encoding.ids) <= kept:
+        return None
+    start, _ = encoding.offsets[kept]
+    return text[start:]
 
 
 @torch.inference_mode()
@@ -665,27 +707,24 @@ def translate(options: Options, device: torch.device) -> None:
     with torch.no_grad():
         context = model.text_encoder(model.tokenizer(caption).to(device))
     context = context.to(model.generator.unet.conv_in.weight)
+    warn_of_cut_texts(model.tokenizer, caption)
 
     if options.export:
         translator = Translator(model, context, model.r, options.skip_scale, direction)
         picture = preprocess(open_picture(options.input), options)
         export_program(options.export, translator, picture, options.seed)
 
-    def batches() -> Batches:
-        pending = read_batches(list(targets), options, preprocessed=True)
-        for paths, pictures in prefetch(pending):
-            translated = translate_pictures(
-                model,
-                pictures,
-                context,
-                options.seed,
-                model.r,
-                skip_scale=options.skip_scale,
-                direction=direction,
-                tile=options.tile,
-            )
-            seeds = [options.seed] * len(paths)
-            yield [targets[path] for path in paths], translated.cpu(), seeds
+    def transform(pictures: list[Image.Image]) -> Tensor:
+        return translate_pictures(
+            model,
+            pictures,
+            context,
+            options.seed,
+            model.r,
+            skip_scale=options.skip_scale,
+            direction=direction,
+            tile=options.tile,
+        )
 
     found = dict(
         prompt=caption,
@@ -695,7 +734,8 @@ def translate(options: Options, device: torch.device) -> None:
         strength=strength,
         dtype=precision,
     )
-    save_all(batches(), png_facts(options, "translate", found), several=len(targets) > 1)
+    facts = png_facts(options, "translate", found)
+    transform_all(targets, transform, options, facts, preprocessed=True)
 
 
 class Translator(nn.Module):
@@ -779,7 +819,7 @@ def export_program(path: Path, translator: Translator, picture: Image.Image, see
     contents = io.BytesIO()
     torch.export.save(program, contents)
     training.write_file(path, lambda temporary: temporary.write_bytes(contents.getbuffer()))
-    print(path)
+    say(path)
 
 
 def speed_up_translator(
@@ -859,38 +899,37 @@ def edit(options: Options, device: torch.device) -> None:
     if control_picture is not None:
         control = load_control(options, base, control_picture, control_picture.size)
     contexts = encode_prompt(base, options.prompt, options.negative, options.guidance)
+    warn_of_cut_texts(base.tokenizer, options.prompt, options.negative)
     base.text_encoder = None  # T5 is larger than all other networks together
 
-    def batches() -> Batches:
-        pending = read_batches(list(targets), options, preprocessed=False)
-        for paths, pictures in prefetch(pending):
-            x = torch.stack([to_tensor(picture) for picture in pictures])
-            x, (height, width) = pad_to_multiple(x, base.multiple)
-            size = (x.shape[3], x.shape[2])
-            sized_control = control
-            if control is not None:
-                condition = make_condition(control_picture, size, base)
-                sized_control = replace(control, condition=condition)
-            seeds = [options.seed] * len(x)
-            edited = text_to_image(
-                base,
-                options.prompt,
-                seeds,
-                size,
-                options.steps,
-                loaded.sampler,
-                options.guidance,
-                options.negative,
-                control=sized_control,
-                pictures=x.to(device),
-                strength=strength,
-                contexts=contexts,
-                tile=options.tile,
-            )
-            yield [targets[path] for path in paths], edited[:, :, :height, :width].cpu(), seeds
+    def transform(pictures: list[Image.Image]) -> Tensor:
+        x = torch.stack([to_tensor(picture) for picture in pictures])
+        x, (height, width) = pad_to_multiple(x, base.multiple)
+        size = (x.shape[3], x.shape[2])
+        sized_control = control
+        if control is not None:
+            condition = make_condition(control_picture, size, base)
+            sized_control = replace(control, condition=condition)
+        edited = text_to_image(
+            base,
+            options.prompt,
+            [options.seed] * len(x),
+            size,
+            options.steps,
+            loaded.sampler,
+            options.guidance,
+            options.negative,
+            control=sized_control,
+            pictures=x.to(device),
+            strength=strength,
+            contexts=contexts,
+            tile=options.tile,
+        )
+        return edited[:, :, :height, :width]
 
     found = facts_of_base(loaded) | dict(strength=strength)
-    save_all(batches(), png_facts(options, "edit", found), several=len(targets) > 1)
+    facts = png_facts(options, "edit", found)
+    transform_all(targets, transform, options, facts, preprocessed=False)
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -1034,6 +1073,12 @@ def plan_targets(options: Options) -> dict[Path, Path]:
             raise ValueError(
                 f"--output would write over the input {target}; expected another name or folder"
             )
+    if options.export:
+        taken = inputs | {target.resolve() for target in targets.values()}
+        if options.export.resolve() in taken:
+            raise ValueError(
+                f"--export {options.export}: that is the input or the output; expected another name"
+            )
     return targets
 
 
@@ -1043,35 +1088,170 @@ def plan_folder(folder: Path, output: Path) -> dict[Path, Path]:
             f"--output {output} is one file for a folder of pictures; expected a folder"
         )
     paths = [folder / name for name in pictures_in(folder)]
-    stems = [path.stem for path in paths]
-    targets = {}
-    for path in paths:
-        # The results of a.jpg and a.png must not overwrite each other.
-        name = path.stem if stems.count(path.stem) == 1 else path.name
-        targets[path] = output / f"{name}.png"
-    return targets
+    names = output_names(paths)
+    return {path: output / f"{name}.png" for path, name in zip(paths, names)}
+
+
+def output_names(paths: list[Path]) -> list[str]:
+    """For each picture of a folder a name of its own: the stem or, where that is shared, all of it.
+
+    The results of a.png, a.jpg and a.png.jpg must not overwrite each other.
+    """
+    names = [path.stem for path in paths]
+    while len(set(names)) < len(names):
+        # A full name may be the stem of another picture, whose full name is then taken next.
+        counts = Counter(names)
+        names = [path.name if counts[name] > 1 else name for path, name in zip(paths, names)]
+    return names
+
+
+def transform_all(
+    targets: dict[Path, Path],
+    transform: Callable[[list[Image.Image]], Tensor],
+    options: Options,
+    facts: dict[str, object],
+    preprocessed: bool,
+) -> None:
+    """Transforms the input pictures: one batch is read and one written while one is computed.
+
+    `transform` takes pictures of one size and returns [B, 3, H, W] in [-1, 1]. ValueError after
+    all others for the pictures that failed.
+    """
+    problems = []
+    # With --tile the time grows as the picture does. --compile would compile for the corner, too.
+    measured = not options.tile and not options.compile
+
+    def batches() -> Batches:
+        groups = read_batches(list(targets), options, preprocessed, problems)
+        longest = PATIENCE
+        for paths, pictures in prefetch(groups):
+            if measured:
+                longest = warn_of_time(paths, pictures, transform, longest)
+            for made, transformed in transform_group(paths, pictures, transform, problems):
+                seeds = [options.seed] * len(made)
+                yield [targets[path] for path in made], transformed, seeds
+
+    save_all(batches(), facts, len(targets), problems)
+
+
+def transform_group(
+    paths: list[Path],
+    pictures: list[Image.Image],
+    transform: Callable[[list[Image.Image]], Tensor],
+    problems: list[str],
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Pictures that were transformed together, with their paths.
+
+    If they fail together, for want of memory or because of one of them, each is tried alone.
+    """
+    transformed = None
+    try:
+        transformed = transform(pictures).cpu()
+    except Exception as error:
+        if len(paths) == 1:
+            problems.append(explain_failure(paths[0], error))
+
+    # Only here has Python let go of the error, and with it of what was in memory.
+    if transformed is not None:
+        yield paths, transformed
+    elif len(paths) > 1:
+        for path, picture in zip(paths, pictures):
+            yield from transform_group([path], [picture], transform, problems)
+
+
+def warn_of_time(
+    paths: list[Path],
+    pictures: list[Image.Image],
+    transform: Callable[[list[Image.Image]], Tensor],
+    longest: float,
+) -> float:
+    """Says on stderr if pictures of one size take more than `longest` seconds.
+
+    Returns what later pictures may take without another line: twice as long as those.
+    """
+    width, height = pictures[0].size
+    if width * height <= LARGE:
+        return longest
+    seconds = len(pictures) * estimate_seconds(pictures[0], transform)
+    if seconds <= longest:
+        return longest
+
+    which = str(paths[0])
+    if len(paths) > 1:
+        which += f" and {len(paths) - 1} more at a time"
+    minutes = max(round(seconds / 60), 1)
+    tqdm.write(
+        f"{which} ({width}x{height} pixels): about {minutes} min; --tile 512 computes large"
+        " pictures in squares, which is faster and needs less memory",
+        file=sys.stderr,
+    )
+    return 2 * seconds
+
+
+def estimate_seconds(
+    picture: Image.Image,
+    transform: Callable[[list[Image.Image]], Tensor],
+) -> float:
+    """About how long a large picture takes, from the time that a corner of it takes; 0 if unknown.
+
+    Convolutions take time in proportion to the pixels, attention to their square. In networks of
+    Stable Diffusion's size, attention takes a fifth as long as all else at 512 x 512 pixels: on two
+    slow cores, sd-turbo's translators took 15 s there and 89 s at 1024 x 1024. Beyond, where memory
+    runs short, the estimate is too low.
+    """
+    corner = picture.crop((0, 0, CORNER, CORNER))  # black where a narrow picture ends
+    try:
+        # The first run also reads the weights and sets up the device.
+        transform([corner.resize((CORNER // 4, CORNER // 4))]).cpu()
+        start = time.perf_counter()
+        transform([corner]).cpu()
+        seconds = time.perf_counter() - start
+    except Exception:
+        return 0.0  # the picture itself will say what is wrong
+
+    def cost(pixels: int) -> float:
+        area = pixels / 512**2
+        return area + 0.2 * area**2
+
+    return seconds * cost(picture.width * picture.height) / cost(CORNER**2)
+
+
+def explain_failure(path: Path, error: Exception) -> str:
+    """What went wrong with a picture, in a sentence that names it. A bug shows its traceback."""
+    short_of_memory = isinstance(error, MemoryError)
+    if isinstance(error, RuntimeError):
+        short_of_memory = training.explain(error) is not None
+    if short_of_memory:
+        return (
+            f"{path} needs too much memory ({training.first_line(error)}): compute it in tiles"
+            " (--tile 512), or make it smaller"
+        )
+    if not isinstance(error, (ValueError, OSError)):
+        tqdm.write("".join(traceback.format_exception(error)), file=sys.stderr)
+        return f"{path} failed with {type(error).__name__} ({training.first_line(error)})"
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
 def read_batches(
     paths: list[Path],
     options: Options,
     preprocessed: bool,
+    problems: list[str],
 ) -> Iterator[tuple[list[Path], list[Image.Image]]]:
     """Neighbouring pictures of one size, up to --batch at a time, with their paths.
 
-    Files that cannot be read are one ValueError at the end, after all others.
+    What is wrong with files that cannot be read goes to `problems`.
     """
     group = []
     pictures = []
-    problems = []
     for path in paths:
         try:
             picture = open_picture(path)
-        except ValueError as error:
-            problems.append(str(error))
+            if preprocessed:
+                picture = preprocess(picture, options)
+        except Exception as error:
+            problems.append(explain_failure(path, error))
             continue
-        if preprocessed:
-            picture = preprocess(picture, options)
         full = len(group) == options.batch
         if group and (full or picture.size != pictures[0].size):
             yield group, pictures
@@ -1081,8 +1261,6 @@ def read_batches(
         pictures.append(picture)
     if group:
         yield group, pictures
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def prefetch(items: Iterator) -> Iterator:
@@ -1127,10 +1305,21 @@ def version() -> str:
 
 
 def save(picture: Tensor, path: Path, facts: dict[str, object]) -> None:
-    """Writes [3, H, W] in [-1, 1] as an 8-bit PNG with its facts, and prints the path."""
+    """Writes [3, H, W] in [-1, 1] as an 8-bit PNG with its facts, and prints the path.
+
+    ValueError for NaN.
+    """
+    if picture.isnan().any():
+        advice = "try --dtype float32"
+        if DTYPES.get(facts["dtype"]) in (torch.float32, torch.float64):
+            advice = "the weights of the base, the checkpoint or a LoRA may be damaged"
+        raise ValueError(f"{path} was not written, as the picture holds NaN: {advice}")
+
     text = PngImagePlugin.PngInfo()
     for name, value in facts.items():
-        text.add_itxt(name, str(value))
+        # Names of files may hold lone surrogates, which UTF-8 cannot say.
+        encoded = str(value).encode(errors="backslashreplace")
+        text.add_itxt(name, encoded.decode())
     image = to_picture(picture.float().cpu())
 
     def write(temporary: Path) -> None:
@@ -1138,15 +1327,42 @@ def save(picture: Tensor, path: Path, facts: dict[str, object]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     training.write_file(path, write)
-    print(path)
+    say(path)
 
 
-def save_all(batches: Batches, facts: dict[str, object], several: bool) -> None:
-    """Writes each batch while the next one is computed."""
-    progress = tqdm(prefetch(batches), disable=not several, unit="batch")
-    for paths, pictures, seeds in progress:
-        for path, picture, seed in zip(paths, pictures, seeds):
-            save(picture, path, facts | dict(seed=seed))
+def say(line: object) -> None:
+    """Prints a line to stdout, with escapes for what the encoding of stdout cannot say."""
+    try:
+        print(line)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding
+        print(str(line).encode(encoding, errors="backslashreplace").decode(encoding))
+
+
+def save_all(
+    batches: Batches,
+    facts: dict[str, object],
+    total: int,
+    problems: list[str],
+) -> None:
+    """Writes each batch while the next one is computed.
+
+    `problems` grows while `batches` is read. ValueError in the end, with all of them.
+    """
+    with tqdm(total=total, disable=total == 1, unit="picture") as progress:
+        for paths, pictures, seeds in prefetch(batches):
+            for path, picture, seed in zip(paths, pictures, seeds):
+                try:
+                    save(picture, path, facts | dict(seed=seed))
+                    progress.update()
+                except Exception as error:
+                    problems.append(explain_failure(path, error))
+
+    if problems and total == 1:
+        raise ValueError(problems[0])
+    if problems:
+        listed = "; ".join(problems)
+        raise ValueError(f"{len(problems)} of {total} pictures were not made: {listed}")
 
 
 def main() -> None:
@@ -1165,4 +1381,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    training.run_script(main)

@@ -38,6 +38,7 @@ from torch.utils.data import Dataset
 
 import evaluate
 import training
+from dataset.check import check_readable
 from dataset.folders import PairedFolder, open_paired
 from dataset.loader import batches
 from dataset.pictures import pad_to_multiple
@@ -264,6 +265,7 @@ def open_data(cfg: Config) -> tuple[PairedFolder, PairedFolder]:
     test_prep = cfg.test_image_prep or f"resized_crop_{n}"
     train_set = open_paired(cfg.dataset_folder, "train", train_prep, cfg.seed, n)
     test_set = open_paired(cfg.dataset_folder, "test", test_prep, cfg.seed, n)
+    check_readable(test_set, max(cfg.validation_num_images, 16))
     return train_set, test_set
 
 
@@ -544,6 +546,11 @@ def main() -> None:
     )
     if cfg.resume:
         run.restore(nets.frozen, state)
+
+    def save(step: int) -> None:
+        save_weights(nets, run, "model.safetensors")
+        run.save_state(step, nets.frozen, state)
+
     shown = [test_set[i] for i in range(min(16, len(test_set)))]
     # A grid has pictures of one size.
     shown = [item for item in shown if item["target"].shape == shown[0]["target"].shape]
@@ -594,14 +601,14 @@ def main() -> None:
         # Log, validate, preview, save.
         stopping = run.stop_requested()
         losses = training.mean_over_ranks(losses)
-        if run.due(step, cfg.validation_steps):
-            losses |= validate_and_keep_best(nets, run, test_set)
-        if run.due(step, cfg.viz_freq, also=step == 0):
-            preview(nets, run, shown, step)
+        with training.saved_on_failure(save, step):
+            if run.due(step, cfg.validation_steps):
+                losses |= validate_and_keep_best(nets, run, test_set)
+            if run.due(step, cfg.viz_freq, also=step == 0):
+                preview(nets, run, shown, step)
         run.log(step, losses)
         if run.due(step, cfg.checkpointing_steps, also=stopping):
-            save_weights(nets, run, "model.safetensors")
-            run.save_state(step, nets.frozen, state)
+            save(step)
         if stopping:
             raise run.stopped(step)
     run.finish()

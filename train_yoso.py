@@ -47,6 +47,7 @@ from tqdm import tqdm
 import evaluate
 import training
 from dataset.cache import Cached
+from dataset.check import check_readable
 from dataset.folders import open_captioned
 from dataset.loader import batches, collate
 from files import bases, checkpoints, metrics
@@ -476,6 +477,7 @@ def open_data(cfg: Config) -> tuple[Dataset, Dataset]:
             f"{folder} is a cache, whose pictures were cropped when it was made; leave"
             " --train_image_prep and --test_image_prep out (python -m dataset cache has --prep)"
         )
+    check_readable(test_set, max(cfg.validation_num_images, 16))
     return train_set, test_set
 
 
@@ -938,8 +940,13 @@ def main() -> None:
         (nets.prior,) = run.restore(nets.frozen, state, "prior")
     else:
         nets.prior = estimate_prior(nets, run, read, train_set)
-    shown = choose_preview(cfg, test_set)
 
+    def save(step: int) -> None:
+        with training.swapped(trained, ema):
+            save_weights(nets, run)
+        run.save_state(step, nets.frozen, state, prior=nets.prior)
+
+    shown = choose_preview(cfg, test_set)
     losses_of = stage_losses(cfg, nets)
     run.start(trained, f"{len(train_set)} items")
     train_batches = batches(
@@ -993,16 +1000,14 @@ def main() -> None:
         # Log, validate, preview, save: with the EMA of the weights.
         stopping = run.stop_requested()
         losses = training.mean_over_ranks(losses)
-        with training.swapped(trained, ema):
+        with training.saved_on_failure(save, step), training.swapped(trained, ema):
             if run.due(step, cfg.validation_steps):
                 losses |= validate_and_keep_best(nets, run, read, test_set)
             if run.due(step, cfg.viz_freq, also=step == 0):
                 preview(nets, run, read, shown, step)
         run.log(step, losses)
         if run.due(step, cfg.checkpointing_steps, also=stopping):
-            with training.swapped(trained, ema):
-                save_weights(nets, run)
-            run.save_state(step, nets.frozen, state, prior=nets.prior)
+            save(step)
         if stopping:
             raise run.stopped(step)
 

@@ -209,7 +209,7 @@ def resumed_settings(
         values = json.loads(path.read_text()).items()
         flags = [f"--{k}={v}" for k, v in values if k in known and v is not None]
         saved = given_values(parser, flags)
-        dropped = [f"{k} {v}" for k, v in values if k not in known and v]
+        dropped = [f"{k:.40} {v!s:.40}" for k, v in values if k not in known and v]
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} does not hold the settings of a run ({first_line(error)});"
@@ -244,6 +244,9 @@ def run_script(main: Callable[[], None]) -> None:
     2, with one line on stderr: the user must change something. 130: Ctrl-C. Any other exception
     is a bug and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names and captions that an encoding does not have
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:
@@ -257,9 +260,6 @@ def run_script(main: Callable[[], None]) -> None:
         if stop.args and int(os.environ.get("RANK", 0)) == 0:
             tqdm.write(stop.args[0], file=sys.stderr)
         sys.exit(130)
-
-
-run = run_script  # TEMPORARY
 
 
 def fail(message: str) -> typing.NoReturn:
@@ -545,7 +545,9 @@ class Run:
         """
         state = dict(step=step + 1, best=self.best, base=frozen, batch=self.global_batch)
         save_state(self.folder / "state.pt", state | values | parts)
-        plot_losses(self.folder / "log.jsonl", self.folder / "losses.png")
+        log = self.folder / "log.jsonl"
+        if log.is_file():  # there is none if the first step's validation failed
+            plot_losses(log, self.folder / "losses.png")
 
     def write(self, name: str, write: Callable[[pathlib.Path], object]) -> None:
         """Writes a file of the run's folder, completely or not at all."""
@@ -630,8 +632,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer | None, rate: float) -> N
 def swapped(trained: dict[str, Tensor], ema: dict[str, Tensor]) -> Iterator[None]:
     """Within this context the trained weights hold their EMA. Without an EMA nothing changes."""
     swap(trained, ema)
-    yield
-    swap(trained, ema)
+    try:
+        yield
+    finally:
+        swap(trained, ema)
 
 
 def swap(trained: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
@@ -639,6 +643,19 @@ def swap(trained: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
         weights = trained[name].data
         trained[name].data = average
         ema[name] = weights
+
+
+@contextlib.contextmanager
+def saved_on_failure(save: Callable[[int], None], step: int) -> Iterator[None]:
+    """Calls save(step) before an error inside this context ends the run, so that no step is lost.
+
+    A test picture that cannot be read, or memory that only validation needs, costs no training.
+    """
+    try:
+        yield
+    except Exception:
+        save(step)
+        raise
 
 
 def check_finite(losses: dict[str, float], step: int, names: list[str]) -> None:
@@ -708,7 +725,9 @@ def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> N
 
     Whatever happens, `path` is the old file or the new one, complete.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A short name: the file's own may be as long as the system allows.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:

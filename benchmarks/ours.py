@@ -100,7 +100,7 @@ def training_steps(job: Job, requests: Requests) -> None:
         iterations, rest = divmod(taken, steps_per_iteration)
         if rest:
             return
-        # The first iteration allocates, and ends with a preview; the second is measured by nobody.
+        # The first iteration allocates memory and ends with a preview, so two go unmeasured.
         if iterations > 2:
             requests.finish()
         if iterations >= 2:

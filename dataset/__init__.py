@@ -27,7 +27,8 @@ YOSO trains on pictures with captions. They are the targets of a
 paired data set, or one of these:
 
     FOLDER      pictures, with a metadata.jsonl of lines
-                {"file_name": ..., "text": ...}, or a .txt beside each
+                {"file_name": ..., "text": ...}, or a .txt beside each;
+                of a list of texts each step draws one
     FILE.zip    pictures, with a dataset.json in the layout of EDM,
                 {"labels": [["name", class], ...]}
     FILE.txt    captions alone, one a line: a --teacher draws pictures
@@ -36,13 +37,18 @@ paired data set, or one of these:
 Every tenth item of these is for the test, unless FOLDER has the
 subfolders train/ and test/.
 
+Pictures are files under the suffixes of pictures.SUFFIXES, directly in
+their folder. What else is there is named in one line on stderr when a
+data set is opened, and so is how many captions are empty.
+
 A ValueError of one sentence says what is wrong with a data set. It is
 raised when the data set is opened, or when the item of a damaged
 picture is read.
 
 Commands (each has --help):
 
-    python -m dataset check FOLDER
+    python -m dataset check DATA [--for pix2pix|cyclegan|yoso]
+        opens DATA as the trainer does, reads every file,
         prints counts, sizes, captions and problems,
         and writes a contact sheet
     python -m dataset cache DATA --base BASE --output CACHE

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import training
 from dataset.cache import estimate_prior, write_cache
-from dataset.check import check
+from dataset.check import TRAINERS, check
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
 
     args = training.parse_args(parser, sys.argv[1:] or ["--help"])
     if args.command == "check":
-        problems = check(args.folder, args.output)
+        problems = check(args.folder, args.output, args.trainer)
         sys.exit(2 if problems else 0)
     elif args.command == "cache":
         write_cache(
@@ -46,7 +46,16 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
         "check",
         help="print counts, sizes, captions and problems of a data set, and write a contact sheet",
     )
-    command.add_argument("folder", help="a folder with train_A, train_B and so on")
+    command.add_argument(
+        "folder",
+        help="a folder with train_A, train_B and so on, or what train_yoso.py accepts",
+    )
+    command.add_argument(
+        "--for",
+        dest="trainer",
+        choices=TRAINERS,
+        help="the trainer whose code opens the data set [guessed from the layout]",
+    )
     command.add_argument("--output", help="file of the contact sheet [FOLDER_check.png]")
 
 
@@ -104,4 +113,4 @@ def _add_prior(commands: argparse._SubParsersAction) -> None:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    training.run_script(main)

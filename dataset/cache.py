@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import training
-from dataset.folders import Item, open_captioned, pictures_in, reading
+from dataset.folders import Item, open_captioned, pictures_in, reading, report_empty
 from dataset.loader import collate
 from dataset.pictures import open_picture, prepare, to_tensor
 
@@ -58,6 +58,8 @@ class Cached(Dataset):
                 f"{folder} holds {len(self.items)} of {expected} {split} items: run"
                 " python -m dataset cache again, which continues where it stopped"
             )
+        names = [name for shard in self.shards for name in shard["names"]]
+        report_empty(f"{folder} {split}", dict(zip(names, self.captions, strict=True)))
 
     def __len__(self) -> int:
         return len(self.items)

@@ -1,4 +1,7 @@
-"""`python -m dataset check`: what a data set holds, and what is wrong with it."""
+"""`python -m dataset check`: what a data set holds, and what is wrong with it.
+
+Trainers use check_readable to read their test pictures before the first step.
+"""
 
 import math
 import textwrap
@@ -7,10 +10,36 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dataset.folders import find_caption, match_partners, pictures_in, read_prompts, read_text
-from dataset.pictures import open_picture
+from dataset.cache import Cached, check_shard
+from dataset.folders import (
+    Captioned,
+    PairedFolder,
+    UnpairedFolder,
+    find_caption,
+    list_folder,
+    match_partners,
+    open_captioned,
+    open_paired,
+    open_unpaired,
+    read_prompts,
+    read_text,
+    report_left_out,
+)
+from dataset.pictures import SUFFIXES, Preparation, open_picture, prepare
+
+TRAINERS = ("pix2pix", "cyclegan", "yoso")
+SPLITS = ("train", "test")
+FIXED_PROMPTS = ("fixed_prompt_a.txt", "fixed_prompt_b.txt")
+
+# The default preparations of the trainers, of training and of test pictures.
+PREPS = {
+    "pix2pix": ("resized_crop_512", "resized_crop_512"),
+    "cyclegan": ("resize_286_randomcrop_256x256_hflip", "resize_256"),
+    "yoso": ("resized_randomcrop_512", "resized_crop_512"),
+}
 
 
 class Facts(NamedTuple):
@@ -24,98 +53,270 @@ class Facts(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two pictures for the contact sheet."""
+    """The files of two pictures for the contact sheet."""
 
     a: Path
     b: Path
     caption: str
 
 
-def check(folder: str | Path, output: str | Path | None = None) -> list[str]:
+class Tile(NamedTuple):
+    """One place of the contact sheet: thumbnails side by side, and the caption below them."""
+
+    pictures: list[Image.Image]
+    caption: str
+
+
+def check(
+    folder: str | Path,
+    output: str | Path | None = None,
+    trainer: str | None = None,
+) -> list[str]:
     """Prints what a data set holds and its problems, and writes a contact sheet.
 
-    The data set is unpaired if it has a fixed_prompt_a.txt or fixed_prompt_b.txt and no
-    SPLIT_prompts.json. The sheet is `output`, by default FOLDER_check.png in the current folder.
+    `trainer` is one of TRAINERS, by default the one that the layout is for. Its own code opens
+    both splits, with its default preparation, so whatever it would refuse is a problem. Every
+    file is read. The sheet is `output`, by default FOLDER_check.png in the current folder.
     Returns the problems. ValueError if the folder holds no data set.
     """
     folder = Path(folder)
-    splits = []
-    for split in ("train", "test"):
-        a = folder / f"{split}_A"
-        b = folder / f"{split}_B"
-        if a.is_dir() or b.is_dir():
-            splits.append((a, b))
-    if not splits:
-        raise ValueError(
-            f"{folder} is not a data set: expected a folder with train_A and train_B inside"
-        )
-
-    fixed_prompts = [folder / "fixed_prompt_a.txt", folder / "fixed_prompt_b.txt"]
-    has_fixed_prompt = any(path.exists() for path in fixed_prompts)
-    paired = any(folder.glob("*_prompts.json")) or not has_fixed_prompt
+    trainer = trainer or guess_trainer(folder)
+    print(f"{folder}: checked for {trainer}")
 
     problems = []
-    pairs = []
-    for a, b in splits:
-        facts_a = _survey(a, problems)
-        facts_b = _survey(b, problems)
-        if paired:
-            pairs += _check_pairs(a, b, facts_a, facts_b, problems)
-        else:
-            pairs += _side_by_side(a, b, facts_a, facts_b)
-    if not paired:
-        for path in fixed_prompts:
-            prompt = _attempt(problems, read_text, path) or ""
-            print(f"{path.name}: {prompt.strip()}")
+    opened = _open_splits(folder, trainer, problems)
+    if trainer == "yoso" and not (folder / "train_B").is_dir():
+        tiles = _check_captioned(opened, problems)
+    else:
+        tiles = _check_two_sides(folder, trainer, opened, problems)
 
     for problem in problems:
         print(f"problem: {problem}")
     if not problems:
         print("no problems")
-    if pairs:
+    if tiles:
         path = Path(output or f"{folder.resolve().name}_check.png")
-        _contact_sheet(pairs).save(path)
+        _contact_sheet(tiles).save(path)
         print(path)
     return problems
 
 
+def guess_trainer(folder: Path) -> str:
+    """The trainer that a data set's layout is for. ValueError if it is no data set.
+
+    Two sides are unpaired if there is a fixed prompt and no SPLIT_prompts.json.
+    """
+    sides = [folder / f"{split}_{side}" for split in SPLITS for side in "AB"]
+    if any(side.is_dir() for side in sides):
+        has_fixed_prompt = any((folder / name).exists() for name in FIXED_PROMPTS)
+        if has_fixed_prompt and not any(folder.glob("*_prompts.json")):
+            return "cyclegan"
+        return "pix2pix"
+
+    if folder.is_file() and folder.suffix in (".zip", ".txt"):
+        return "yoso"
+    if folder.is_dir():
+        has_splits = all((folder / split).is_dir() for split in SPLITS)
+        names = [path.name for path in folder.iterdir()]
+        has_pictures = any(Path(name).suffix.lower() in SUFFIXES for name in names)
+        if has_splits or has_pictures or {"index.json", "metadata.jsonl"} & {*names}:
+            return "yoso"
+    raise ValueError(
+        f"{folder} is not a data set: expected a folder with train_A and train_B inside, a folder"
+        " of pictures, a .zip of pictures, a .txt of captions, or a cache"
+    )
+
+
+def _open_splits(folder: Path, trainer: str, problems: list[str]) -> dict[str, Dataset | None]:
+    """Opens both splits as the trainer does; None is one that it refuses."""
+    functions = {
+        "pix2pix": open_paired,
+        "cyclegan": open_unpaired,
+        "yoso": open_captioned,
+    }
+    opened = {}
+    for split, prep in zip(SPLITS, PREPS[trainer], strict=True):
+        opened[split] = _attempt(problems, functions[trainer], folder, split, prep)
+    return opened
+
+
 def _attempt(problems: list[str], function: Callable, *arguments):
-    """The function's result. Of a ValueError the message becomes a problem and the result None."""
+    """The function's result. Of a ValueError the message becomes a problem and the result None.
+
+    What opening a split has found already is not said again.
+    """
     try:
         return function(*arguments)
     except ValueError as error:
-        problems.append(str(error))
+        if str(error) not in problems:
+            problems.append(str(error))
         return None
 
 
-def _survey(side: Path, problems: list[str]) -> dict[str, Facts | None]:
-    """Opens every picture of one folder, and prints their number and sizes.
+def _try_preparation(
+    prep: Preparation,
+    name: object,
+    picture: Image.Image,
+    problems: list[str],
+) -> None:
+    """Adds a problem if a picture can be read but not prepared."""
+    try:
+        prep([picture])
+    except ValueError as error:
+        problems.append(f"{name}: {error}")
 
-    Returns {file name: facts}, with None for a picture that cannot be read.
+
+def _print_sizes(name: str, count: int, sizes: list[tuple[int, int]]) -> None:
+    """Prints the number of pictures, and the sizes of those that can be read."""
+    if not sizes:
+        return
+    by_area = sorted(sizes, key=math.prod)
+    distinct = len(set(sizes))
+    smallest = "{}x{}".format(*by_area[0])
+    median = "{}x{}".format(*by_area[len(by_area) // 2])
+    largest = "{}x{}".format(*by_area[-1])
+    print(
+        f"{name}: {count} pictures, distinct sizes {distinct},"
+        f" min {smallest}, median {median}, max {largest}"
+    )
+
+
+# -------------------- at the start of a run
+
+def check_readable(items: Dataset, count: int) -> None:
+    """Reads and prepares the first `count` items, as validation and preview will.
+
+    Trainers call it at their start, so that a broken test picture costs no steps. Drawings are
+    not read, since they cannot be broken. ValueError names the first item that cannot be used and
+    says how many there are.
     """
-    names = _attempt(problems, pictures_in, side) or []
+    if not isinstance(items, PairedFolder | UnpairedFolder | Captioned | Cached):
+        return
+    count = min(count, len(items))
+    errors = []
+    for index in tqdm(range(count), desc="test pictures", unit=" items", leave=False):
+        _attempt(errors, items.__getitem__, index)
+    if len(errors) > 1:
+        raise ValueError(
+            f"{errors[0]} ({len(errors)} of the {count} test items that are read have problems:"
+            " python -m dataset check names them all)"
+        )
+    if errors:
+        raise ValueError(errors[0])
+
+
+# -------------------- pictures with captions
+
+def _check_captioned(opened: dict[str, Dataset | None], problems: list[str]) -> list[Tile]:
+    """Reads every item of a folder, a zip, a caption file or a cache. Returns the sheet's tiles."""
+    tiles = []
+    for split, items in opened.items():
+        if items is None:
+            continue
+        if isinstance(items, Cached):
+            print(f"{split}: {len(items)} items in {len(items.shards)} shards")
+            for shard in tqdm(items.shards, desc=split, unit=" shards"):
+                _attempt(problems, check_shard, items.folder, shard)
+        elif items.kind != ".txt":
+            tiles += _read_pictures(split, items, problems)
+        _print_captions(split, items.captions)
+    return tiles
+
+
+def _read_pictures(split: str, items: Captioned, problems: list[str]) -> list[Tile]:
+    """Reads and prepares every picture of a split. Returns tiles of up to eight of them."""
+    shown = _spread(len(items), 8)
+    sizes = []
+    tiles = []
+    for i in tqdm(range(len(items)), desc=split, unit=" pictures"):
+        picture = _attempt(problems, items.read_picture, i)
+        if picture is None:
+            continue
+        sizes.append(picture.size)
+        name, _ = items.items[i]
+        _try_preparation(items.prepare, items.folder / name, picture, problems)
+        if i in shown:
+            tiles.append(Tile([_thumbnail(picture)], items.captions[i]))
+    _print_sizes(split, len(items), sizes)
+    return tiles
+
+
+# -------------------- two sides
+
+def _check_two_sides(
+    folder: Path,
+    trainer: str,
+    opened: dict[str, Dataset | None],
+    problems: list[str],
+) -> list[Tile]:
+    """Reads every picture of A and B, paired or not. Returns the sheet's tiles."""
+    pairs = []
+    for split, name in zip(SPLITS, PREPS[trainer], strict=True):
+        a = folder / f"{split}_A"
+        b = folder / f"{split}_B"
+        if not a.is_dir() and not b.is_dir():
+            continue
+
+        # What is left out has been named already where opening went well.
+        report = opened[split] is None
+        prep = prepare(name)
+        facts_a = _survey(a, prep, report, problems)
+        facts_b = _survey(b, prep, report, problems)
+        if trainer == "cyclegan":
+            pairs += _side_by_side(a, b, facts_a, facts_b)
+        else:
+            pairs += _check_pairs(a, b, facts_a, facts_b, problems)
+
+    if trainer == "cyclegan":
+        _check_fixed_prompts(folder, problems)
+    tiles = []
+    for i in _spread(len(pairs), 16):
+        a, b, caption = pairs[i]
+        pictures = [_thumbnail(open_picture(a)), _thumbnail(open_picture(b))]
+        tiles.append(Tile(pictures, caption))
+    return tiles
+
+
+def _check_fixed_prompts(folder: Path, problems: list[str]) -> None:
+    for name in FIXED_PROMPTS:
+        prompt = _attempt(problems, read_text, folder / name)
+        if prompt is None:
+            continue
+        print(f"{name}: {prompt.strip()}")
+        if not prompt.strip():
+            problems.append(f"{folder / name} is empty: expected a caption of the domain")
+
+
+def _survey(
+    side: Path,
+    prep: Preparation,
+    report: bool,
+    problems: list[str],
+) -> dict[str, Facts | None]:
+    """Reads and prepares every picture of one folder, and prints their number and sizes.
+
+    With `report`, names on stderr what the folder holds beside pictures. Returns
+    {file name: facts}, with None for a picture that cannot be read.
+    """
+    listed = _attempt(problems, list_folder, side)
+    if listed is None:
+        return {}
+    names, left_out = listed
+    if report:
+        report_left_out(side, left_out)
+
     found = {}
     for name in tqdm(names, desc=side.name, unit=" pictures"):
         found[name] = None
         picture = _attempt(problems, open_picture, side / name)
         if picture is not None:
             found[name] = Facts(picture.size, hash(picture.tobytes()))
+            _try_preparation(prep, side / name, picture, problems)
 
-    by_area = [facts for facts in found.values() if facts is not None]
-    by_area.sort(key=lambda facts: math.prod(facts.size))
-    if by_area:
-        distinct = len({facts.size for facts in by_area})
-        smallest = by_area[0]
-        median = by_area[len(by_area) // 2]
-        largest = by_area[-1]
-        print(
-            f"{side.name}: {len(found)} pictures, distinct sizes {distinct},"
-            f" min {smallest}, median {median}, max {largest}"
-        )
+    sizes = [facts.size for facts in found.values() if facts is not None]
+    _print_sizes(side.name, len(found), sizes)
     return found
 
-
-# -------------------- pairs
 
 def _side_by_side(
     a: Path,
@@ -205,31 +406,36 @@ def _print_captions(split: str, captions: list[str | None]) -> None:
 
 # -------------------- the contact sheet
 
-def _contact_sheet(pairs: list[Pair], side: int = 192) -> Image.Image:
-    """Up to 16 pairs, spread over the list: A beside B, the caption below them."""
-    count = min(16, len(pairs))
-    pairs = [pairs[i * len(pairs) // count] for i in range(count)]
-    columns = math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
+def _spread(count: int, most: int) -> list[int]:
+    """Up to `most` indices, spread over a list of `count`."""
+    shown = min(most, count)
+    return [i * count // shown for i in range(shown)]
+
+
+def _contact_sheet(tiles: list[Tile], side: int = 192) -> Image.Image:
+    """The pictures of each tile beside each other, the caption below them."""
+    columns = math.ceil(math.sqrt(len(tiles)))
+    rows = math.ceil(len(tiles) / columns)
 
     margin = 8
-    width = 2 * side + 2 * margin
+    across = len(tiles[0].pictures)
+    width = across * side + 2 * margin
     height = side + 48
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, pair in enumerate(pairs):
+    for i, tile in enumerate(tiles):
         row, column = divmod(i, columns)
         left = column * width + margin
         top = row * height + margin
-        sheet.paste(_thumbnail(pair.a, side), (left, top))
-        sheet.paste(_thumbnail(pair.b, side), (left + side, top))
+        for place, picture in enumerate(tile.pictures):
+            sheet.paste(picture, (left + place * side, top))
 
-        lines = textwrap.wrap(pair.caption, 64, max_lines=2, placeholder=" ...")
+        lines = textwrap.wrap(tile.caption, 32 * across, max_lines=2, placeholder=" ...")
         draw.multiline_text((left, top + side + 4), "\n".join(lines), fill="black")
     return sheet
 
 
-def _thumbnail(path: Path, side: int) -> Image.Image:
-    picture = open_picture(path)
+def _thumbnail(picture: Image.Image, side: int = 192) -> Image.Image:
+    """The picture, made smaller to fit into a square."""
     picture.thumbnail((side, side))
     return picture

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from dataset.pictures import SUFFIXES, open_picture, prepare, to_tensor
 
@@ -24,22 +26,128 @@ MAX_UNZIPPED = 1 << 28
 
 Item = int | tuple[int, tuple[int, ...]]
 
+# One caption, or several of which each training step draws one.
+Caption = str | list[str]
+
+# {kind of thing: the names of those that are left out}
+LeftOut = dict[str, list[str]]
+
+PLURALS = {
+    "folder": "folders",
+    "hidden picture": "hidden pictures",
+    "broken link": "broken links",
+    "file of another kind": "files of another kind",
+    "caption file without a picture": "caption files without a picture",
+    "caption without a picture": "captions without a picture",
+    "repeated caption, of which the last counts": "repeated captions, of which the last count",
+    "label without a picture": "labels without a picture",
+    "picture without a partner": "pictures without a partner",
+    "entry that macOS added": "entries that macOS added",
+}
+
+# Files beside pictures that are no pictures and that nobody misses.
+CLUTTER = {"metadata.jsonl", "thumbs.db", "desktop.ini"}
+
 
 # -------------------- files
 
 def pictures_in(folder: Path) -> list[str]:
-    """The sorted file names of the pictures in a folder. ValueError if there are none."""
+    """The sorted file names of the pictures in a folder. ValueError if there are none.
+
+    What else the folder holds is named on stderr.
+    """
+    names, left_out = list_folder(folder)
+    report_left_out(folder, left_out)
+    return names
+
+
+def list_folder(folder: Path) -> tuple[list[str], LeftOut]:
+    """The sorted file names of the pictures in a folder, and what else is in it.
+
+    ValueError if there are no pictures.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: expected one with pictures in it")
     names = []
-    for path in folder.iterdir():
-        hidden = path.name.startswith(".")
-        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+    left_out = {}
+    texts = []
+    for path in sorted(folder.iterdir()):
+        kind = _kind_of(path)
+        if kind == "picture":
             names.append(path.name)
+        elif kind == "text":
+            texts.append(path.name)
+        elif kind is not None:
+            left_out.setdefault(kind, []).append(path.name)
+
+    stems = {Path(name).stem for name in names}
+    unused = [text for text in texts if Path(text).stem not in stems]
+    if unused:
+        left_out["caption file without a picture"] = unused
     if not names:
-        suffixes = ", ".join(sorted(SUFFIXES))
-        raise ValueError(f"{folder} holds no picture: expected files ending in {suffixes}")
-    return sorted(names)
+        found = ""
+        if left_out:
+            found = f" but {describe_left_out(left_out)}"
+        raise ValueError(
+            f"{folder} holds no picture{found}: expected files ending in .bmp, .gif, .jpg, .png,"
+            " .tif, .webp or another suffix of dataset.pictures.SUFFIXES"
+        )
+    return sorted(names), left_out
+
+
+def _kind_of(path: Path) -> str | None:
+    """What a folder's entry is: picture, text, something to leave out, or None for clutter."""
+    is_picture = path.suffix.lower() in SUFFIXES
+    if path.name.startswith("."):
+        return "hidden picture" if is_picture else None
+    if is_picture and path.is_file():
+        return "picture"
+    if path.is_dir():
+        return "folder"
+    if not path.is_file():
+        return "broken link"
+    if path.suffix == ".txt":
+        return "text"
+    if path.name.lower() in CLUTTER:
+        return None
+    return "file of another kind"
+
+
+def describe_left_out(left_out: LeftOut) -> str:
+    """Such as "2 folders (old, raw), 1 hidden picture (._a.png)"; three names of each kind."""
+    parts = []
+    for kind, names in left_out.items():
+        if len(names) > 1:
+            kind = PLURALS[kind]
+        parts.append(f"{len(names)} {kind} ({_shortened(names)})")
+    return ", ".join(parts)
+
+
+def _shortened(names: list[str]) -> str:
+    """The first three of a list of names, on one line."""
+    shown = [" ".join(name.split()) for name in names[:3]]
+    if len(names) > 3:
+        shown.append("...")
+    return ", ".join(shown)
+
+
+def report_left_out(source: object, left_out: LeftOut) -> None:
+    """Names what of `source` is not used, in one line on stderr; nothing if all is used."""
+    if left_out:
+        _tell(f"{source}: left out {describe_left_out(left_out)}")
+
+
+def report_empty(source: object, captions: dict[str, str]) -> None:
+    """Says on stderr how many captions of {name: caption} are empty, if any are."""
+    empty = [name for name, caption in captions.items() if not caption]
+    if empty:
+        _tell(f"{source}: {len(empty)} of {len(captions)} captions are empty ({_shortened(empty)})")
+
+
+def _tell(line: str) -> None:
+    # Under torchrun every process opens the data set; one of them speaks.
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -132,6 +240,18 @@ def _split_item(item: Item) -> tuple[int, np.random.Generator | None]:
     return item, None
 
 
+def _draw_caption(caption: Caption, item: Item) -> str:
+    """The caption, or one of a list: drawn from the item's key, the first without a key."""
+    if isinstance(caption, str):
+        return caption
+    if not isinstance(item, tuple):
+        return caption[0]
+    # A generator of its own, so that crops and flips do not depend on the number of captions.
+    # Its last number keeps it apart from those of crops and of the order of an epoch.
+    rng = np.random.default_rng((*item[1], 2))
+    return caption[int(rng.integers(len(caption)))]
+
+
 def _to_signed_tensor(picture: Image.Image) -> torch.Tensor:
     """RGB picture -> [3, H, W] in [-1, 1]."""
     return to_tensor(picture) * 2 - 1
@@ -151,7 +271,9 @@ class PairedFolder(Dataset):
         self.b = Path(folder) / f"{split}_B"
         self.prepare = prepare(prep)
 
-        partners = match_partners(pictures_in(self.a), pictures_in(self.b))
+        inputs = pictures_in(self.a)
+        targets = pictures_in(self.b)
+        partners = match_partners(inputs, targets)
         alone = [name for name, partner in partners.items() if partner is None]
         if alone:
             raise ValueError(
@@ -160,6 +282,10 @@ class PairedFolder(Dataset):
                 " add the missing pictures or remove these"
             )
         self.pairs = list(partners.items())
+        taken = set(partners.values())
+        unused = [name for name in targets if name not in taken]
+        if unused:
+            report_left_out(self.b, {"picture without a partner": unused})
 
         path = Path(folder) / f"{split}_prompts.json"
         prompts = read_prompts(path)
@@ -169,6 +295,11 @@ class PairedFolder(Dataset):
         # A prompts.json must be complete. Without one, captions are optional.
         if prompts is not None:
             check_captions(captions, path)
+            known = {*inputs, *targets}
+            unused = [name for name in prompts if name not in known]
+            if unused:
+                report_left_out(path, {"caption without a picture": unused})
+        report_empty(self.a, captions)
         self.captions = [caption or "" for caption in captions.values()]
 
     def __len__(self) -> int:
@@ -233,6 +364,9 @@ class UnpairedFolder(Dataset):
             read_text(folder / "fixed_prompt_a.txt").strip(),
             read_text(folder / "fixed_prompt_b.txt").strip(),
         )
+        if split == "train":
+            names = ("fixed_prompt_a.txt", "fixed_prompt_b.txt")
+            report_empty(folder, dict(zip(names, self.prompts, strict=True)))
 
     def __len__(self) -> int:
         return max(len(names) for names in self.names)
@@ -301,11 +435,17 @@ class _PictureZip:
             self.opened_by = os.getpid()
         return self.archive
 
-    def names(self) -> list[str]:
-        return sorted(
-            name for name in self._open().namelist()
-            if Path(name).suffix.lower() in SUFFIXES
-        )
+    def contents(self) -> tuple[list[str], LeftOut]:
+        """The sorted names of the pictures, and what else the zip holds."""
+        names = []
+        left_out = {}
+        for name in sorted(self._open().namelist()):
+            kind = _kind_in_zip(name)
+            if kind == "picture":
+                names.append(name)
+            elif kind is not None:
+                left_out.setdefault(kind, []).append(name)
+        return names, left_out
 
     def read(self, name: str) -> bytes:
         expected = f"{MAX_UNZIPPED} bytes at most, whole: make the zip again"
@@ -316,44 +456,114 @@ class _PictureZip:
             return self._open().read(name)
 
 
-def _captions_of_zip(archive: _PictureZip) -> list[tuple[str, str]]:
-    """(name, caption) of all pictures; the caption is "class N", or empty without labels."""
+def _kind_in_zip(name: str) -> str | None:
+    """What an entry of a zip is: picture, something to leave out, or None for what is expected."""
+    path = Path(name)
+    if "__MACOSX" in path.parts or path.name.startswith("._"):
+        return "entry that macOS added"
+    is_picture = path.suffix.lower() in SUFFIXES
+    if name.endswith("/") or name == "dataset.json":
+        return None
+    if path.name.startswith("."):
+        return "hidden picture" if is_picture else None
+    return "picture" if is_picture else "file of another kind"
+
+
+def _captions_of_zip(archive: _PictureZip) -> tuple[list[tuple[str, str]], LeftOut]:
+    """(name, caption) of all pictures; the caption is "class N", or empty without a label.
+
+    And what of the zip is left out.
+    """
     expected = "a zip of pictures with a dataset.json, as EDM's dataset_tool.py writes it"
     with reading(archive.path, expected):
-        names = archive.names()
+        names, left_out = archive.contents()
         labels = json.loads(archive.read("dataset.json"))["labels"] or []
         classes = {name: f"class {int(label)}" for name, label in labels}
-    return [(name, classes.get(name, "")) for name in names]
+    known = set(names)
+    unused = [name for name in classes if name not in known]
+    if unused:
+        left_out["label without a picture"] = unused
+    return [(name, classes.get(name, "")) for name in names], left_out
 
 
-def _captions_of_folder(folder: Path, column: str) -> list[tuple[str, str]]:
-    """(name, caption) of all pictures, from metadata.jsonl or else from .txt files."""
-    names = pictures_in(folder)
+def _captions_of_folder(
+    folder: Path,
+    column: str,
+) -> tuple[list[tuple[str, Caption]], LeftOut]:
+    """(name, caption) of all pictures, from metadata.jsonl or else from .txt files.
+
+    And what of the folder is left out.
+    """
+    names, left_out = list_folder(folder)
     table = folder / "metadata.jsonl"
     if table.is_file():
-        found = _read_metadata(table, column)
+        found, repeated = _read_metadata(table, column)
         captions = {name: found.get(name) for name in names}
         check_captions(captions, table)
-        return list(captions.items())
+        unused = [name for name in found if name not in captions]
+        if unused:
+            left_out["caption without a picture"] = unused
+        if repeated:
+            left_out["repeated caption, of which the last counts"] = repeated
+        return list(captions.items()), left_out
 
     items = []
     for name in names:
         caption = find_caption(folder / name, folder / name, None)
         items.append((name, caption or ""))
-    return items
+    return items, left_out
 
 
-def _read_metadata(table: Path, column: str) -> dict[str, str]:
-    """{file name: caption} of a metadata.jsonl, in which empty lines are allowed."""
+def _read_metadata(table: Path, column: str) -> tuple[dict[str, Caption], list[str]]:
+    """{file name: caption or list of captions} of a metadata.jsonl, where lines may be empty.
+
+    And the file names that have more than one line.
+    """
     captions = {}
+    repeated = []
     # Not splitlines(), which would also split at line separators inside a caption.
     for number, line in enumerate(read_text(table).split("\n"), start=1):
+        if not line.strip():
+            continue
         expected = f"an object with file_name and {column} (--caption_column)"
         with reading(f"{table} line {number}", expected):
-            row = json.loads(line or "null")
-            if row:
-                captions[row["file_name"]] = str(row[column])
-    return captions
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"it holds {_type_name(row)}")
+            name = row["file_name"]
+            if not isinstance(name, str):
+                raise ValueError(f"file_name is {_type_name(name)}, not text")
+            caption = _checked_caption(row[column])
+        if name in captions:
+            repeated.append(name)
+        captions[name] = caption
+    return captions, repeated
+
+
+def _checked_caption(caption: object) -> Caption:
+    """A caption of metadata.jsonl: text, or a list of texts. ValueError for anything else."""
+    if isinstance(caption, str):
+        return caption
+    if not isinstance(caption, list):
+        raise ValueError(f"the caption is {_type_name(caption)}, not text or a list of texts")
+    if not caption:
+        raise ValueError("the caption is an empty list")
+    for text in caption:
+        if not isinstance(text, str):
+            raise ValueError(f"the list of captions holds {_type_name(text)}, not only texts")
+    return caption
+
+
+def _type_name(value: object) -> str:
+    """What JSON calls the type of a value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number"
+    names = {str: "text", list: "a list", dict: "an object"}
+    return names[type(value)]
 
 
 def _captions_of_text(path: Path) -> list[tuple[str, str]]:
@@ -374,7 +584,8 @@ class Captioned(Dataset):
     """Pictures with captions of a folder or a zip, or the captions of a .txt alone.
 
     An item holds target [3, H, W] in [-1, 1] (unless there are captions alone), caption and name.
-    `column` names the captions in metadata.jsonl.
+    `column` names the captions in metadata.jsonl. Of a picture with a list of captions an item
+    has one, and the attribute `captions` the first.
     """
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
@@ -386,11 +597,12 @@ class Captioned(Dataset):
         self.folder = self.source / split if has_splits else self.source
         self.kind = "folder" if self.folder.is_dir() else self.source.suffix
 
+        left_out = {}
         if self.kind == "folder":
-            items = _captions_of_folder(self.folder, column)
+            items, left_out = _captions_of_folder(self.folder, column)
         elif self.kind == ".zip":
             self.archive = _PictureZip(self.source)
-            items = _captions_of_zip(self.archive)
+            items, left_out = _captions_of_zip(self.archive)
         elif self.kind == ".txt":
             items = _captions_of_text(self.source)
         else:
@@ -399,13 +611,18 @@ class Captioned(Dataset):
                 " EDM, a .txt of captions, a cache of python -m dataset cache, or drawn:scenes"
             )
 
+        # Without folders of their own, both splits come from one source, which speaks once.
+        if has_splits or split == "train":
+            report_left_out(self.folder, left_out)
+            report_empty(self.folder, dict(items))
+
         self.items = items if has_splits else _part_for_split(items, split)
         if not self.items:
             raise ValueError(
                 f"{self.folder} holds {len(items)} pictures or captions; expected ten or more,"
                 " because every tenth is for the test"
             )
-        self.captions = [caption for _, caption in self.items]
+        self.captions = [_draw_caption(caption, item=0) for _, caption in self.items]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -413,16 +630,20 @@ class Captioned(Dataset):
     def __getitem__(self, item: Item) -> dict:
         index, rng = _split_item(item)
         name, caption = self.items[index]
+        caption = _draw_caption(caption, item)
         if self.kind == ".txt":
             return dict(caption=caption, name=name)
 
-        path = self.folder / name
-        if self.archive is not None:
-            picture = open_picture(io.BytesIO(self.archive.read(name)), path)
-        else:
-            picture = open_picture(path)
-        (picture,) = self.prepare([picture], rng)
+        (picture,) = self.prepare([self.read_picture(index)], rng)
         return dict(target=_to_signed_tensor(picture), caption=caption, name=name)
+
+    def read_picture(self, index: int) -> Image.Image:
+        """The picture of an item, unprepared. ValueError if it cannot be read."""
+        name, _ = self.items[index]
+        path = self.folder / name
+        if self.archive is None:
+            return open_picture(path)
+        return open_picture(io.BytesIO(self.archive.read(name)), path)
 
 
 def open_captioned(

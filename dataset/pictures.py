@@ -11,23 +11,57 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-SUFFIXES = {
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".ppm",
-    ".pgm",
-}
+# The formats of finished pictures, as Pillow names their readers. Others are left out on purpose:
+# EPS runs the PostScript program that the file is, WMF needs Windows, PSD holds drafts that often
+# lie beside the pictures made of them, FITS, HDF5 and GRIB hold measurements.
+WANTED = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    "GIF",
+    "PPM",
+    "AVIF",
+    "JPEG2000",
+    "DIB",
+    "QOI",
+    "SGI",
+    "PCX",
+    "TGA",
+)
 
-# The formats that Pillow may try. Its EPS reader is left out on purpose: it runs PostScript.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+
+def readable_formats() -> tuple[str, ...]:
+    """The wanted formats that this installation of Pillow can open."""
+    Image.init()
+    formats = []
+    for name in WANTED:
+        needs_codec = name == "JPEG2000"
+        if needs_codec and not features.check_codec("jpg_2000"):
+            continue
+        if name in Image.OPEN:
+            formats.append(name)
+    return tuple(formats)
+
+
+def suffixes_of(formats: tuple[str, ...]) -> set[str]:
+    """The suffixes that Pillow registers for these formats, in lower case with their dot."""
+    suffixes = set()
+    for suffix, name in Image.registered_extensions().items():
+        if name == "MPO":
+            # Two views of a stereo camera; the JPEG reader opens them and gives the first.
+            name = "JPEG"
+        if name in formats:
+            suffixes.add(suffix.lower())
+    # Its floating-point values have no range that is known: depth maps are kept in it.
+    return suffixes - {".pfm"}
+
+
+FORMATS = readable_formats()
+SUFFIXES = suffixes_of(FORMATS)
 
 # Pillow itself refuses larger pictures; as RGB this is half a gigabyte.
 MAX_PIXELS = 178_956_970
@@ -41,8 +75,9 @@ def open_picture(
 ) -> Image.Image:
     """Opens a picture file, or an open binary file, as 8-bit RGB.
 
-    EXIF rotation is applied, and transparency is composited over white. 16-bit grey is rounded to
-    8 bits; Pillow keeps the upper 8 bits of 16-bit colour. An animation gives its first frame.
+    EXIF rotation is applied, and transparency is composited over white, also that of a single
+    level or colour. 16-bit grey is rounded to 8 bits; Pillow keeps the upper 8 bits of 16-bit
+    colour. An animation gives its first frame.
 
     Error messages call the picture `name` (by default its path). ValueError if it cannot be read,
     has no pixels or more than MAX_PIXELS, or holds floating-point or 32-bit values.
@@ -77,12 +112,39 @@ def _load_upright(path: str | Path | BinaryIO) -> Image.Image:
             size = f"{file.width}x{file.height}"
             raise ValueError(f"{size}, expected 1 to {MAX_PIXELS} pixels")
 
+        raw_mode = _raw_mode(file)
         file.load()
+        _scale_transparent_level(file, raw_mode)
         try:
             return ImageOps.exif_transpose(file)
         except Exception:
             # The EXIF data is broken but the picture is not: show it unrotated, as viewers do.
             return file.copy()
+
+
+def _raw_mode(file: Image.Image) -> str:
+    """How a PNG stores its pixels, such as "L;4" for 4-bit grey; empty for other formats.
+
+    To be asked before the pixels are loaded.
+    """
+    if file.format != "PNG" or not file.tile:
+        return ""
+    return str(file.tile[0][3])
+
+
+def _scale_transparent_level(file: Image.Image, raw_mode: str) -> None:
+    """Puts the transparent level of a PNG on the scale of the loaded pixels.
+
+    Pillow converts pixels of 2, 4 and 16 bits to 8 bits but leaves the level as it is in the file.
+    """
+    level = file.info.get("transparency")
+    if raw_mode == "L;2" and isinstance(level, int):
+        file.info["transparency"] = level * 85
+    elif raw_mode == "L;4" and isinstance(level, int):
+        file.info["transparency"] = level * 17
+    elif raw_mode == "RGB;16B" and isinstance(level, tuple):
+        # Of the pixels too, Pillow keeps the upper 8 bits.
+        file.info["transparency"] = tuple(value >> 8 for value in level)
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
@@ -97,6 +159,9 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
         if low < 0 or high > 65535:
             raise ValueError(f"values from {low} to {high}, expected 8 or 16 bits a channel")
         rounded = (values + 128) // 257
+        transparent = picture.info.get("transparency")
+        if isinstance(transparent, int):
+            rounded[values == transparent] = 255
         picture = Image.fromarray(rounded.astype(np.uint8))
     elif picture.has_transparency_data:
         picture = picture.convert("RGBA")

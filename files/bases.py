@@ -44,6 +44,21 @@ OTHER_CONFIGS = dict(
 )
 # The two YOSO bases of the Hub are transformers alone, which need another scheduler than PixArt's.
 YOSO_SCHEDULER = dict(_class_name="LCMScheduler", prediction_type="v_prediction")
+# The kinds of model whose U-Net takes more channels than those of the latent.
+LARGER_INPUTS = {
+    5: "a depth model (latent and depth map)",
+    7: "an upscaler (latent and small picture)",
+    8: "an InstructPix2Pix or another editing model (two latents)",
+    9: "an inpainting model (two latents and a mask)",
+}
+# The names of LoRA files in a folder: of diffusers, of train_yoso.py, and of peft.
+LORA_FILES = [
+    "pytorch_lora_weights.safetensors",
+    "lora.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+]
 ONE_FILE = (
     "a one-file checkpoint of Stable Diffusion 1.x or 2.x (model.diffusion_model...,"
     " first_stage_model...)"
@@ -224,6 +239,7 @@ def load_base(
     if base.schedule and BASES.get(name, name) in (BASES["yoso512"], BASES["yoso1024"]):
         base.schedule = Schedule.from_config(base.schedule.config | YOSO_SCHEDULER)
     check_tokenizer(base)
+    check_networks(base)
     return base
 
 
@@ -285,6 +301,46 @@ def check_tokenizer(base: Base) -> None:
         )
 
 
+def check_networks(base: Base) -> None:
+    """ValueError if the networks of a base do not fit each other; those not loaded do not count.
+
+    The denoiser takes the VAE's latents, and the context of the text encoder.
+    """
+    if base.denoiser is None:
+        return
+    config = base.denoiser.config
+    if base.unet:
+        _check_channels(base.name, config.in_channels, config.out_channels)
+    if base.vae:
+        # Where the VAE is the identity, the latents are the pictures themselves.
+        latent = getattr(base.vae.config, "latent_channels", 3)
+        if latent != config.in_channels:
+            raise ValueError(
+                f"{base.name}: the VAE's latents have {latent} channels; expected"
+                f" {config.in_channels}, which the denoiser takes: copy both from one model"
+            )
+    if base.text_encoder:
+        is_t5 = isinstance(base.text_encoder, t5.T5Encoder)
+        text_config = base.text_encoder.config
+        width = text_config.d_model if is_t5 else text_config.hidden_size
+        wanted = config.caption_channels if base.transformer else config.cross_attention_dim
+        if width != wanted:
+            raise ValueError(
+                f"{base.name}: the text encoder has a width of {width}; expected {wanted}, which"
+                " the denoiser's cross-attention takes: copy both from one model"
+            )
+
+
+def _check_channels(name: str, n_in: int, n_out: int) -> None:
+    """ValueError for a U-Net that takes more, or less, than the latent that it predicts."""
+    if n_in != n_out:
+        kind = LARGER_INPUTS.get(n_in, "a model of an unknown kind")
+        raise ValueError(
+            f"{name}: the U-Net is that of {kind}, with {n_in} input channels, which is not"
+            f" supported; expected a text-to-image model, with {n_out} input channels"
+        )
+
+
 def _load_one_file(
     name: str,
     parts: tuple[str, ...],
@@ -298,6 +354,9 @@ def _load_one_file(
     """
     path = Path(name).expanduser()
     tensors = _read_one_file(path)
+    first = tensors.get("model.diffusion_model.input_blocks.0.0.weight")
+    if "unet" in parts and isinstance(first, Tensor) and first.ndim == 4:
+        _check_channels(name, n_in=first.shape[1], n_out=4)
     is_sd2 = "cond_stage_model.model.positional_embedding" in tensors
     family = "sd21" if is_sd2 else "sd15"
 
@@ -318,6 +377,7 @@ def _load_one_file(
             own = from_original(tensors, config)
         fill(network, {path: own}, f"the {part} of {family}", dtype, device)
         setattr(base, part, network)
+    check_networks(base)
     return base
 
 
@@ -359,6 +419,7 @@ def load_merged(formula: str, dtype: torch.dtype | None = None, device: str = "c
     network = build(type(largest), largest.config, source)
     fill(network, {source: merged}, "the largest of them", device=device)
     setattr(base, denoiser, network)
+    check_networks(base)
     return base
 
 
@@ -403,31 +464,54 @@ def _merge_states(
 def load_lora(spec: str, base: Base) -> None:
     """Adds a LoRA to the weights of a base's networks.
 
-    `spec` is FILE or FILE:SCALE, with a file, a folder or a Hub id for FILE. Keys that belong to no
-    layer are reported on stderr. ValueError if the LoRA is for another base.
+    `spec` is FILE or FILE:SCALE, with a file, a folder or a Hub id for FILE. Keys that are left out
+    are reported on stderr. ValueError if the LoRA is for another base, or another kind of adapter.
     """
     name, scale = _split_scale(spec)
-    path = locate(
-        name,
-        ["pytorch_lora_weights.safetensors", "lora.safetensors"],
-        "a LoRA as safetensors",
-    )
+    path = locate(name, LORA_FILES, "a LoRA as safetensors")
     networks = {part: network for part, network in base.networks.items() if part != "vae"}
     expected = f"a LoRA for the base {base.name}"
     with reading(path, expected):
         tensors, metadata = read_tensors(path, expected)
+        if not isinstance(tensors, dict):
+            raise ValueError(f"it holds a {type(tensors).__name__}")
+        tensors = tensors.get("state_dict", tensors)
+        settings = _peft_settings(name, path)
+        if settings:
+            metadata = dict(lora_adapter_metadata=json.dumps(settings))
         pairs, unused = read_lora(tensors, metadata, networks)
         if not pairs:
             first = next(iter(tensors), "none")
             raise ValueError(f"no tensor, {first} the first, is of {' or '.join(networks)}")
         if unused:
             print(
-                f"{path}: {len(unused)} of {len(tensors)} tensors belong to no layer and are left"
-                f" out: {unused[0]} ...",
+                f"{path}: {len(unused)} of {len(tensors)} tensors are not needed and are left out:"
+                f" {unused[0]} ...",
                 file=sys.stderr,
             )
         for part, own in pairs.items():
             apply_lora(networks[part], own, scale)
+
+
+def _peft_settings(name: str, path: Path) -> dict | None:
+    """The `adapter_config.json` beside peft's `adapter_model.safetensors`; None for other files.
+
+    If it is missing, alpha is taken for the rank, and a line on stderr says so.
+    """
+    if path.stem != "adapter_model":
+        return None
+    config = path.with_name("adapter_config.json")
+    if not Path(name).expanduser().exists():
+        # A Hub id, whose files are downloaded one by one.
+        config = find(name, [config.name]) or config
+    if not config.is_file():
+        print(
+            f"{path}: there is no adapter_config.json beside it, so its alpha is taken to be its"
+            " rank",
+            file=sys.stderr,
+        )
+        return None
+    return dict(lora_alpha=8) | read_json(config)  # 8 is peft's default
 
 
 def _split_scale(spec: str) -> tuple[str, float]:
@@ -449,7 +533,13 @@ def load_controlnet(
     expected = "a ControlNet's folder: config.json and diffusion_pytorch_model.safetensors"
     path = find(name, ["config.json"], expected)
     config = read_config(controlnet.ControlNetConfig, controlnet.FIXED, path)
+    if config.conditioning_channels != 3:
+        raise ValueError(
+            f"{path}: conditioning_channels is {config.conditioning_channels}; expected 3: choose a"
+            " ControlNet whose condition is a picture"
+        )
     for key in (
+        "in_channels",
         "block_out_channels",
         "layers_per_block",
         "cross_attention_dim",

@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from files.bases import NETWORKS, Base, check_tokenizer, class_of, load_base, parts_of
+from files.bases import (
+    NETWORKS,
+    Base,
+    check_networks,
+    check_tokenizer,
+    class_of,
+    load_base,
+    parts_of,
+)
 from files.formats import apply_lora, read_lora
 from files.hub import ROOT, find_url, locate
 from files.tensors import assign, build, from_json, read_tensors, reading, save_tensors
@@ -362,6 +370,7 @@ def _build_embedded(name: str, config: dict, path: Path, strength: float) -> Bas
         cls = class_of(part, config[part])
         own = from_json(NETWORKS[cls].config, config[part])
         setattr(base, part, build(cls, own, path))
+    check_networks(base)
     return base
 
 

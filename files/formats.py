@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,17 @@ from models.lora import LoRAConv2d, LoRALinear, merged_weight
 
 # -------------------- LoRA files
 
-# A LoRA of one network: {layer: (A, B, scale)}, with scale = alpha / rank.
-LoRAPairs = dict[str, tuple[Tensor, Tensor, float]]
+class LoRAPair(NamedTuple):
+    """The change of one layer's weight, for `models.lora.merged_weight`."""
+
+    A: Tensor
+    B: Tensor
+    scale: float  # alpha / rank
+    magnitude: Tensor | None = None  # of DoRA
+
+
+# A LoRA of one network, by the names of its layers.
+LoRAPairs = dict[str, LoRAPair]
 
 # The part of the model for each prefix of kohya's names. The first prefix of a part is written.
 KOHYA = {
@@ -28,7 +38,10 @@ KOHYA = {
 #   diffusers   MODULE.lora.down.weight, or MODULE.lora_linear_layer.down.weight
 #   older       MODULE.processor.to_q_lora.down.weight
 #   kohya       MODULE.lora_down.weight, with underscores for the dots in MODULE
+# and how peft and diffusers name the magnitude of DoRA:
+#   MODULE.lora_magnitude_vector, .lora_magnitude_vector.weight or .ADAPTER.weight
 MATRIX = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[^.]+)?\.weight")
+MAGNITUDE = re.compile(r"(.+?)\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?")
 # Ends of layer names, and how older versions of diffusers wrote them.
 OLDER = {
     "to_out.0": "to_out",
@@ -38,6 +51,64 @@ OLDER = {
     "out_proj": "to_out",
 }
 
+# Keys that are left out, because the picture does not change with them.
+LORA_HARMLESS = {
+    r".+\.alpha": "an alpha without matrices, or beside dotted names: diffusers ignores both",
+    r".*text_model[._]encoder[._]layers[._]23[._].+": "OpenCLIP's last block, which SD 2.x skips",
+    r"(.*[._])?text_projection[._].+": "a layer behind the text encoder's output, not used here",
+    r"(.*[._])?position_ids": "a buffer of the text encoder",
+    r"(global_)?(step|epoch|iteration)s?": "counters of the training",
+}
+# Keys of other kinds of adapter, and their names. None of them is supported.
+OTHER_ADAPTERS = {
+    r"hada_[wt]": "LoHa",
+    r"lokr_[wt]": "LoKr",
+    r"\.boft_|^boft_": "BOFT",
+    r"[._]oft_": "OFT",
+    r"ia3_l|\.on_input$": "IA3",
+    r"\.[ab][12]\.weight$": "GLoRA",
+    r"[._][wb]_norm$|\.(diff|diff_b|set_weight)$": "trained norms or whole weights (LyCORIS)",
+    r"dora_scale": "DoRA in the spelling of LyCORIS",
+    r"lora_mid": "LoCon with Tucker decomposition",
+    r"lora_E|ranknum": "AdaLoRA",
+    r"vera_lambda": "VeRA",
+    r"lora_embedding_[AB]": "LoRA of an embedding",
+    r"lora(_[AB]|_up|_down)?(\.[^.]+)?[._]bias$": "LoRA with a bias",
+    r"modules_to_save": "peft's modules_to_save",
+    r"bundle_emb|emb_params|clip_[lg]$|string_to_": "textual inversion",
+}
+# Keys of LoRA for other models, and their names. Those for Flux come before those for SDXL and
+# SD 3, because its files may have the latter's too.
+OTHER_MODELS = {
+    r"double_blocks|single_blocks|single_transformer_blocks": "Flux",
+    r"joint_blocks|joint_transformer_blocks|add_[qkv]_proj": "Stable Diffusion 3",
+    r"lora_te3_|text_encoder_3": "Stable Diffusion 3",
+    r"img_mlp|txt_mlp|img_mod|txt_mod": "Qwen-Image",
+    r"lora_te2_|text_encoder_2": "SDXL",
+    r"(input|output|middle|down|up|mid)_block.*[._]transformer_blocks[._][1-9]": "SDXL",
+    r"[._]add_embedding|label_emb": "SDXL",
+    r"lora_prior_": "Stable Cascade",
+    r"motion_modules": "AnimateDiff",
+    r"blocks[._]\d+[._](self_attn|cross_attn|ffn)": "Wan",
+    r"context_refiner|noise_refiner": "Lumina",
+}
+# Settings of peft that make another adapter than plain LoRA, rsLoRA or DoRA if they are set.
+PEFT_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "lora_ga_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+# Ways of peft to initialise a LoRA that change the base's weights too.
+PEFT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def read_lora(
     tensors: dict[str, Tensor],
@@ -46,30 +117,62 @@ def read_lora(
 ) -> tuple[dict[str, LoRAPairs], list[str]]:
     """The tensors and the metadata of a LoRA file -> {part: LoRAPairs}, and the unused keys.
 
-    `networks` is {"unet": ..., "text_encoder": ...} or {"transformer": ...}. Unused are the keys of
-    other networks and of other kinds of adapter, and matrices without a partner.
+    `networks` is {"unet": ..., "text_encoder": ...} or {"transformer": ...}. Unused keys are those
+    of `LORA_HARMLESS`.
 
     Alpha is that of `lora_adapter_metadata` in the metadata, else the alpha of the file's own key
     in kohya's files, else the rank. `MODULE.alpha` beside names with dots is unused: `diffusers`
     does not read it either. ValueError if a pair does not fit its layer, which means that the LoRA
-    is for another base, or if a layer has two pairs.
+    is for another base, if a layer has two pairs or half a one, and for any other key, which would
+    be applied in part: of another kind of adapter, or for another model.
     """
     places, unused = _sort_keys(tensors, networks)
+    _check_unused(unused, len(tensors), networks)
     header = json.loads((metadata or {}).get("lora_adapter_metadata") or "{}")
+    for key, value in header.items():
+        _check_peft_setting(key.rpartition(".")[2], value)
 
     found: dict[str, LoRAPairs] = {}
     for (part, name), keys in places.items():
-        if "A" not in keys or "B" not in keys:
+        if keys.keys() == {"alpha"}:
             unused += keys.values()
             continue
-        weight = networks[part].get_submodule(name).weight
-        A, B = _fitting_pair(tensors, keys, weight.shape, f"{part}.{name}")
-        alpha = float(tensors[keys["alpha"]]) if "alpha" in keys else None
         # The keys of the header begin with the part, unless the file is of one part only.
         settings = {key.removeprefix(f"{part}."): value for key, value in header.items()}
-        scale = _lora_scale(name, A.shape[0], alpha, settings)
-        found.setdefault(part, {})[name] = (A, B, scale)
+        weight = networks[part].get_submodule(name).weight
+        pair = _read_pair(tensors, keys, weight.shape, f"{part}.{name}", settings)
+        found.setdefault(part, {})[name] = pair
     return found, unused
+
+
+def _check_unused(unused: list[str], total: int, networks: dict[str, nn.Module]) -> None:
+    """ValueError if a key that belongs to no layer is not in `LORA_HARMLESS`."""
+    left = [key for key in unused if not any(re.fullmatch(p, key) for p in LORA_HARMLESS)]
+    for pattern, name in OTHER_MODELS.items():
+        for key in left:
+            if re.search(pattern, key):
+                raise ValueError(f"it is a LoRA for {name}, as its key {key} shows")
+    for pattern, name in OTHER_ADAPTERS.items():
+        for key in left:
+            if re.search(pattern, key):
+                raise ValueError(f"its key {key} is of {name}, which is not supported")
+    if left:
+        raise ValueError(
+            f"it is for another model: {len(left)} of its {total} tensors belong to no layer of the"
+            f" {' or '.join(networks)}, {left[0]} the first"
+        )
+
+
+def _check_peft_setting(name: str, value: object) -> None:
+    """ValueError for a setting of peft that makes an adapter which is not supported."""
+    is_other_type = name == "peft_type" and value != "LORA"
+    changes_base = (
+        name == "init_lora_weights"
+        and isinstance(value, str)
+        and value.lower().startswith(PEFT_CHANGES_BASE)
+    )
+    if is_other_type or changes_base or (name in PEFT_UNSUPPORTED and value):
+        raise ValueError(f"peft's setting {name} is {value!r:.100}, which is not supported")
 
 
 def _sort_keys(
@@ -94,11 +197,17 @@ def _sort_keys(
 
 
 def _key_role(key: str) -> tuple[str, str]:
-    """The layer's name in a key, and what the key holds: "A", "B", "alpha", or "" if no LoRA."""
+    """The layer's name in a key, and what the key holds.
+
+    That is "A", "B", "alpha", DoRA's "magnitude", or "" if it is no key of a LoRA.
+    """
     match = MATRIX.fullmatch(key)
     if match:
         name, matrix = match.groups()
         return name, "A" if matrix in ("A", "down") else "B"
+    match = MAGNITUDE.fullmatch(key)
+    if match:
+        return match[1], "magnitude"
     if key.startswith(tuple(KOHYA)) and key.endswith(".alpha"):
         return key.removesuffix(".alpha"), "alpha"
     return key, ""
@@ -145,15 +254,30 @@ def _find_layer(spelling: str, names: dict[str, dict[str, str]]) -> tuple[str, s
     return None
 
 
-def _fitting_pair(
+def _read_pair(
     tensors: dict[str, Tensor],
     keys: dict[str, str],
     weight_shape: torch.Size,
     layer: str,
-) -> tuple[Tensor, Tensor]:
-    """A and B of a layer. ValueError if their shapes do not fit the layer's weight."""
-    A = tensors[keys["A"]]
-    B = tensors[keys["B"]]
+    settings: dict,
+) -> LoRAPair:
+    """The pair of a layer, `part.name`, from its `keys` by role and the settings of its part.
+
+    ValueError if it is incomplete or does not fit the layer's weight.
+    """
+    needed = ["A", "B"]
+    if settings.get("use_dora"):
+        needed.append("magnitude")
+    missing = [role for role in needed if role not in keys]
+    if missing:
+        found = ", ".join(keys.values())
+        raise ValueError(
+            f"it is incomplete: for {layer} it holds {found} without the"
+            f" {' and '.join(missing)} that belongs to it"
+        )
+
+    A = _read_floats(tensors, keys["A"])
+    B = _read_floats(tensors, keys["B"])
     rank = A.shape[0] if A.ndim else 0
     n_out, *n_in = weight_shape
     for key, tensor, expected in [
@@ -165,7 +289,27 @@ def _fitting_pair(
                 f"{key} is {list(tensor.shape)}, expected {list(expected)} of rank {rank} for"
                 f" {layer}: the LoRA is for another base"
             )
-    return A, B
+
+    magnitude = None
+    if "magnitude" in keys:
+        magnitude = _read_floats(tensors, keys["magnitude"])
+        if magnitude.numel() != n_out:
+            raise ValueError(
+                f"{keys['magnitude']} is {list(magnitude.shape)}, expected {n_out} numbers for"
+                f" {layer}: the LoRA is for another base"
+            )
+    alpha = float(tensors[keys["alpha"]]) if "alpha" in keys else None
+    name = layer.partition(".")[2]
+    return LoRAPair(A, B, _lora_scale(name, rank, alpha, settings), magnitude)
+
+
+def _read_floats(tensors: dict[str, Tensor], key: str) -> Tensor:
+    """A tensor of a LoRA, in float32 if it is of 8 bits. ValueError if it is not floating point."""
+    tensor = tensors[key]
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        found = getattr(tensor, "dtype", type(tensor).__name__)
+        raise ValueError(f"{key} is of {found}; expected floating point")
+    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def _same_shape(shape: torch.Size, expected: tuple[int, ...]) -> bool:
@@ -196,10 +340,14 @@ def _lora_scale(name: str, rank: int, alpha: float | None, settings: dict) -> fl
 
 
 def apply_lora(network: nn.Module, pairs: LoRAPairs, strength: float) -> None:
-    """Adds strength * scale * B A to the network's weights. Several LoRA add up."""
-    for name, (A, B, scale) in pairs.items():
+    """Adds strength * scale * B A to the network's weights. Several LoRA add up.
+
+    With a magnitude it is DoRA as in `peft`: the strength counts for B A only.
+    """
+    for name, pair in pairs.items():
         layer = network.get_submodule(name)
-        W = merged_weight(layer.weight, A, B, strength * scale)
+        scale = strength * pair.scale
+        W = merged_weight(layer.weight, pair.A, pair.B, scale, pair.magnitude)
         layer.weight = nn.Parameter(W, requires_grad=layer.weight.requires_grad)
 
 
@@ -239,7 +387,8 @@ def current_name(network: nn.Module, name: str) -> str | None:
     """The present name of a tensor from a diffusers or transformers file; None for one to ignore.
 
     Older VAEs name the layers of their attention differently. Text encoders come with or without a
-    prefix, with a buffer of positions, or with their embedding twice.
+    prefix, with a buffer of positions, with their embedding twice, or with what stands beside them
+    in a whole model: a projection, an encoder of pictures, a decoder of texts.
     """
     if isinstance(network, vae.VAE):
         match = re.search(r"attentions\.\d+\.(query|key|value|proj_attn)\.", name)
@@ -248,11 +397,14 @@ def current_name(network: nn.Module, name: str) -> str | None:
             return name[:start] + OLDER_ATTENTION[match[1]] + name[end:]
         return name
     if isinstance(network, t5.T5Encoder):
-        return None if name == "encoder.embed_tokens.weight" else name
+        is_unused = name.startswith(("encoder.embed_tokens.", "decoder.", "lm_head."))
+        return None if is_unused else name
     if isinstance(network, clip.TextEncoder):
-        if name.endswith("position_ids"):
+        own = name.removeprefix("text_model.")
+        beside = own.startswith(("vision_model.", "visual_projection."))
+        if own in CLIP_UNUSED or own.endswith("position_ids") or beside:
             return None
-        return "text_model." + name.removeprefix("text_model.")
+        return "text_model." + own
     return name
 
 # -------------------- one-file models: the U-Net

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from files.formats import current_name
 from files.hub import find
+from models import unet, vae
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # for storing only
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOATS_8)
 Network = typing.TypeVar("Network", bound=nn.Module)
 
 # -------------------- reading files
@@ -144,11 +146,33 @@ def read_config(cls: type, fixed: dict, path: Path):
     with reading(path, expected):
         # The file of a whole CLIP model has the text encoder's options one level deeper.
         found = found.get("text_config", found)
+        kinds = typing.get_type_hints(cls)
+        for key, value in found.items():
+            if not _takes_tuples(kinds.get(key)):
+                found[key] = _one_of_equals(value)
+        # It is the default size of pictures in a U-Net or VAE; in PixArt, weights depend on it.
+        if found.get("sample_size", 0) is None and cls in (unet.UNetConfig, vae.VAEConfig):
+            del found["sample_size"]
+
         for key, value in fixed.items():
             if found.get(key, value) != value:
                 raise ValueError(f"{key} is {found[key]!r}, but only {value!r} is supported")
         known = {field.name: found[field.name] for field in fields(cls) if field.name in found}
         return from_json(cls, known)
+
+
+def _takes_tuples(kind: object) -> bool:
+    """Whether a dataclass field of this type may hold a tuple."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else [kind]
+    return any(typing.get_origin(one) is tuple for one in kinds)
+
+
+def _one_of_equals(value: object) -> object:
+    """The number that a list repeats, one for each block; any other value as it is."""
+    if isinstance(value, list) and value and isinstance(value[0], int | float):
+        if all(item == value[0] for item in value):
+            return value[0]
+    return value
 
 
 def from_json(cls: type, values: dict):
@@ -251,10 +275,12 @@ def fill(
 
     A tensor that has the dtype and the device already, or if `dtype` is None, stays mapped from its
     file. Others are copied one by one, so no more memory is needed than for the network and one
-    tensor.
+    tensor. Of 8-bit floats, which no layer computes with, float32 is made if `dtype` is None.
     """
     tensors = fit(network, files, network.state_dict(), owner)
-    tensors = {name: t.to(device=device, dtype=dtype) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        own = torch.float32 if tensor.dtype in FLOATS_8 else None
+        tensors[name] = tensor.to(device=device, dtype=dtype or own)
     network.load_state_dict(tensors, assign=True)
     return network.requires_grad_(False)
 
@@ -267,17 +293,20 @@ def assign(
 ) -> None:
     """Puts a checkpoint's tensors in the place of the network's trainable ones.
 
-    The tensors must be exactly those, and buffers that have no value yet. Fully trained weights go
-    W0 + strength (W - W0) from their value before; those of a LoRA are taken as they are.
+    The tensors must be exactly those, and buffers that have no value yet; other buffers keep theirs
+    unless the checkpoint has one. Fully trained weights go W0 + strength (W - W0) from their value
+    before; those of a LoRA are taken as they are.
     """
     expected = {name: p for name, p in network.named_parameters() if p.requires_grad}
     for name, buffer in network.named_buffers():
-        if buffer.is_meta:
+        if buffer.is_meta or name in tensors:
             expected[name] = buffer
 
     fitted = fit(network, {path: tensors}, expected, "the generator on this base")
     for name, tensor in fitted.items():
         before = expected[name]
+        if tensor.dtype in FLOATS_8:
+            tensor = tensor.float()
         if not before.is_meta:
             tensor = tensor.to(before.device)
         if strength != 1 and ".lora_" not in name:
@@ -326,7 +355,7 @@ def fingerprint(network: nn.Module, ignored: Iterable[str] = ()) -> str:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file that may be read by those who may read any new file.
 
-    OSError if it cannot be written.
+    Equal tensors and metadata give equal bytes. OSError if it cannot be written.
     """
     # The library makes the file's owner its only reader, so the mode of a new file is kept.
     path.touch()
@@ -337,4 +366,23 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     except safetensors.SafetensorError as error:
         message = f"{path} could not be written ({error}); make room, and run the command again"
         raise OSError(message) from error
+    _sort_metadata(path)
     path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata of a safetensors file in place: the library writes it in random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if not header.get("__metadata__"):
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+
+        # Spaces at the end keep the header's length, which all offsets count from.
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+        content = text.encode().ljust(length)
+        if len(content) != length:
+            raise ValueError(f"{path}: the sorted header has {len(content)} bytes, not {length}")
+        file.seek(8)
+        file.write(content)

@@ -16,17 +16,30 @@ import torch
 from torch import Tensor, nn
 
 
-def merged_weight(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def merged_weight(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    magnitude: Tensor | None = None,
+) -> Tensor:
     """W + scale B A, in the type and on the device of `weight`.
 
-    The sum is computed in float32, or in float64 if one of them is float64, and rounded once.
+    With a `magnitude` of one number per output it is DoRA: each output's row of the sum is scaled
+    to this length (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5).
+    Computed in float32, or in float64 if one of them is float64, and rounded once.
     """
     dtypes = (weight.dtype, A.dtype, B.dtype)
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     W, A, B = (tensor.detach().to(weight.device, dtype) for tensor in (weight, A, B))
 
     change = scale * (B.flatten(1) @ A.flatten(1)).view_as(W)
-    return (W + change).to(weight.dtype)
+    W = W + change
+    if magnitude is not None:
+        lengths = W.flatten(1).norm(dim=1)
+        factors = magnitude.detach().to(weight.device, dtype).flatten() / lengths
+        W = W * factors.view(-1, *[1] * (W.ndim - 1))
+    return W.to(weight.dtype)
 
 
 def plain_conv(layer: nn.Conv2d) -> nn.Conv2d:

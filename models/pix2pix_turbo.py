@@ -214,11 +214,12 @@ def from_official(saved: dict, path: object) -> tuple[Pix2PixTurboConfig, dict[s
     tensors = {}
     for part, adapter in [("unet", "default"), ("vae", "vae_skip")]:
         for name, tensor in saved[f"state_dict_{part}"].items():
-            if "conv_in_pretrained" in name:
-                continue  # the base's own, which we have
             name = name.replace(f".{adapter}.weight", ".weight")
             name = name.replace(".base_layer.", ".")
             name = name.replace("conv_in_curr.", "")
+            # The frozen half of `TwinConv2d`, which need not be the base's own.
+            if "conv_in_pretrained." in name:
+                name = name.replace("conv_in_pretrained.", "") + "0"
             tensors[f"{part}.{name}"] = tensor
 
     config = Pix2PixTurboConfig(

@@ -1,17 +1,22 @@
 """dataset/check.py, and the command line of `python -m dataset`."""
 
 import json
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
-from pictures_helpers import make_pairs, noise
+from pictures_helpers import make_pairs, noise, refused
 from PIL import Image
 
 import dataset
 import training
 from dataset.__main__ import main
+from dataset.cache import write_cache
+from dataset.check import check_readable
+from dataset.folders import open_captioned, open_paired, open_unpaired
 
 
 @pytest.fixture
@@ -24,12 +29,16 @@ def run(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         status = 0
         try:
-            training.run(main)
+            training.run_script(main)
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()
 
     return run
+
+
+def problems_in(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith("problem: ")]
 
 
 def test_check_counts_a_sound_folder(tmp_path, run):
@@ -86,10 +95,12 @@ def test_check_names_every_problem(tmp_path, run):
     (folder / "train_prompts.json").write_text(json.dumps(prompts))
 
     status, out, _ = run("check", folder)
-    problems = [line for line in out.splitlines() if line.startswith("problem: ")]
+    problems = problems_in(out)
     assert status == 2
-    assert len(problems) == 7
+    assert len(problems) == 9
     for wanted in (
+        "train_A/002.png has no partner of its name or stem in train_B (1 of 6 have none)",
+        "test_A is not a folder",
         "train_A/000.png is not a readable picture",
         "train_A/001.png is 40x40 pixels but its partner 41x40",
         "train_A/002.png has no partner in train_B",
@@ -116,6 +127,7 @@ def test_check_reports_broken_prompts_and_a_missing_side(tmp_path, run):
 
 def test_check_reports_text_captions_that_only_some_pictures_have(tmp_path, run):
     folder = make_pairs(tmp_path / "set", 2)
+    make_pairs(folder, 2, split="test")
     (folder / "train_prompts.json").unlink()
     # A data set without any caption is fine.
     assert run("check", folder)[0] == 0
@@ -128,9 +140,10 @@ def test_check_reports_text_captions_that_only_some_pictures_have(tmp_path, run)
 def test_check_knows_the_unpaired_layout(tmp_path, run):
     folder = tmp_path / "set"
     for side, count in (("A", 3), ("B", 2)):
-        (folder / f"train_{side}").mkdir(parents=True)
-        for i in range(count):
-            noise(20 + i, 30).save(folder / f"train_{side}" / f"{side}{i}.jpg")
+        for split in ("train", "test"):
+            (folder / f"{split}_{side}").mkdir(parents=True)
+            for i in range(count):
+                noise(20 + i, 30).save(folder / f"{split}_{side}" / f"{side}{i}.jpg")
         (folder / f"fixed_prompt_{side.lower()}.txt").write_text(f"prompt of {side}\n")
 
     status, out, _ = run("check", folder)
@@ -146,6 +159,219 @@ def test_check_knows_the_unpaired_layout(tmp_path, run):
     assert status == 2
     assert "fixed_prompt_b.txt cannot be used" in out
     assert "partner" not in out
+
+
+# -------------------- what a trainer refuses
+
+@pytest.fixture
+def paired(tmp_path):
+    folder = make_pairs(tmp_path / "set", 3)
+    return make_pairs(folder, 2, split="test")
+
+
+@pytest.fixture
+def unpaired(paired):
+    """The same pictures for CycleGAN."""
+    for path in paired.glob("*_prompts.json"):
+        path.unlink()
+    for side in "ab":
+        (paired / f"fixed_prompt_{side}.txt").write_text(f"a photo of {side}")
+    return paired
+
+
+def captioned(folder: Path, count: int = 20) -> Path:
+    folder.mkdir()
+    for i in range(count):
+        noise(20, 30 + i % 2, i).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"caption {i}")
+    return folder
+
+
+def zipped(folder: Path) -> Path:
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for picture in sorted(folder.glob("*.png")):
+            archive.write(picture, picture.name)
+        archive.writestr("dataset.json", '{"labels": null}')
+    return path
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def test_each_layout_is_checked_for_its_trainer(paired, tmp_path, run):
+    assert "set: checked for pix2pix\n" in run("check", paired)[1]
+    pictures = captioned(tmp_path / "pictures")
+    (tmp_path / "captions.txt").write_text("caption\n" * 20)
+    for source in (pictures, zipped(pictures), tmp_path / "captions.txt"):
+        status, out, _ = run("check", source)
+        assert (status, problems_in(out)) == (0, []), out
+        assert f"{source}: checked for yoso\n" in out
+        assert "train captions: " in out
+    assert (tmp_path / "pictures_check.png").exists()
+    assert (tmp_path / "pictures.zip_check.png").exists()
+    assert "train: 18 pictures, distinct sizes 2, min 30x20" in run("check", pictures)[1]
+
+    # YOSO also takes the targets of pairs.
+    status, out, _ = run("check", paired, "--for", "yoso")
+    assert (status, problems_in(out)) == (0, [])
+
+
+def test_the_unpaired_layout_is_checked_for_cyclegan(unpaired, run):
+    status, out, _ = run("check", unpaired)
+    assert (status, problems_in(out)) == (0, [])
+    assert "checked for cyclegan\n" in out
+
+
+@pytest.mark.parametrize("missing", ["test_A", "test_B", "train_A", "train_B"])
+@pytest.mark.parametrize("trainer", ["pix2pix", "cyclegan"])
+def test_a_missing_side_is_a_problem(unpaired, run, missing, trainer):
+    shutil.rmtree(unpaired / missing)
+    status, out, _ = run("check", unpaired, "--for", trainer)
+    assert status == 2
+    assert sum(f"{missing} is not a folder" in line for line in problems_in(out)) == 1
+
+
+def test_a_set_of_another_trainer_is_a_problem(paired, tmp_path, run):
+    for source, trainer, reason in (
+        (paired, "cyclegan", "fixed_prompt_a.txt cannot be used"),
+        (captioned(tmp_path / "pictures"), "pix2pix", "train_A is not a folder"),
+        (tmp_path / "pictures", "cyclegan", "test_A is not a folder"),
+        (tmp_path / "none", "yoso", "none is no data set"),
+    ):
+        status, out, _ = run("check", source, "--for", trainer)
+        assert status == 2
+        assert reason in "".join(problems_in(out))
+
+
+@pytest.mark.parametrize("name", ["fixed_prompt_a.txt", "fixed_prompt_b.txt"])
+def test_an_empty_fixed_prompt_is_a_problem(unpaired, run, name):
+    (unpaired / name).write_text(" \n")
+    status, out, err = run("check", unpaired)
+    assert status == 2
+    (problem,) = problems_in(out)
+    assert f"{name} is empty" in problem
+    assert f"1 of 2 captions are empty ({name})" in err
+
+
+def test_a_picture_that_cannot_be_prepared_is_a_problem(unpaired, run):
+    for side in "AB":
+        noise(100_000, 1).save(unpaired / f"test_{side}" / "thread.png")
+    status, out, _ = run("check", unpaired, "--for", "pix2pix")
+    assert status == 2
+    problems = "".join(problems_in(out))
+    assert "test_A/thread.png: a picture of 1x100000 pixels becomes 512x51200000" in problems
+    # CycleGAN stretches its test pictures.
+    assert run("check", unpaired, "--for", "cyclegan")[0] == 0
+
+
+def test_every_broken_picture_of_yoso_is_a_problem(tmp_path, run):
+    pictures = captioned(tmp_path / "pictures")
+    for name in ("03.png", "09.png", "18.png"):
+        spoil(pictures / name)
+    for source in (pictures, zipped(pictures)):
+        status, out, _ = run("check", source)
+        assert status == 2
+        problems = problems_in(out)
+        assert len(problems) == 3
+        for name in ("03.png", "09.png", "18.png"):
+            assert sum(f"{source}/{name} is not a readable" in line for line in problems) == 1
+
+
+@pytest.mark.parametrize("spoiled, reason", [
+    ("few", "holds 3 pictures or captions; expected ten or more"),
+    ("metadata", "metadata.jsonl line 2 cannot be used (the caption is null"),
+    ("labels", "cannot be used (Expecting value"),
+    ("not a zip", "cannot be used (BadZipFile"),
+    ("not text", "captions.txt cannot be used"),
+])
+def test_what_yoso_refuses_to_open_is_a_problem(tmp_path, run, spoiled, reason):
+    pictures = captioned(tmp_path / "pictures", 3 if spoiled == "few" else 20)
+    source = pictures
+    if spoiled == "metadata":
+        rows = [dict(file_name="00.png", text="x"), dict(file_name="01.png", text=None)]
+        lines = [json.dumps(row) for row in rows]
+        (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    elif spoiled == "labels":
+        source = tmp_path / "labels.zip"
+        with zipfile.ZipFile(source, "w") as archive:
+            archive.writestr("dataset.json", "oops")
+    elif spoiled == "not a zip":
+        source = tmp_path / "text.zip"
+        source.write_text("text")
+    elif spoiled == "not text":
+        source = tmp_path / "captions.txt"
+        source.write_bytes(b"\xff\xfe\x80")
+
+    status, out, _ = run("check", source)
+    assert status == 2
+    assert reason in "".join(problems_in(out))
+
+
+def test_a_damaged_shard_of_a_cache_is_a_problem(tmp_path, run):
+    write_cache(
+        source=str(captioned(tmp_path / "pictures")),
+        base_name="tiny",
+        output=tmp_path / "cache",
+        prep="resized_crop_8",
+        size=8,
+        column="text",
+        seed=0,
+        batch=4,
+        device="cpu",
+        dtype="float32",
+        shard_items=6,
+    )
+    status, out, _ = run("check", tmp_path / "cache")
+    assert (status, problems_in(out)) == (0, [])
+    assert "train: 18 items in 3 shards" in out
+
+    spoil(tmp_path / "cache" / "train-00001.safetensors")
+    (tmp_path / "cache" / "test-00000.safetensors").unlink()
+    status, out, _ = run("check", tmp_path / "cache")
+    assert status == 2
+    damaged, missing = problems_in(out)
+    assert "train-00001.safetensors is missing or damaged" in damaged
+    assert "test-00000.safetensors is missing or damaged" in missing
+
+
+# -------------------- at the start of a run
+
+def test_test_pictures_are_read_at_the_start(unpaired, tmp_path):
+    pictures = captioned(tmp_path / "pictures", 40)
+    (tmp_path / "captions.txt").write_text("caption\n" * 20)
+    prep = "resize_16"
+    sets = {
+        "test_B/001.png": lambda: open_paired(unpaired, "test", prep),
+        "test_A/001.png": lambda: open_unpaired(unpaired, "test", prep),
+        "pictures/19.png": lambda: open_captioned(pictures, "test", prep),
+        "pictures.zip/19.png": lambda: open_captioned(zipped(pictures), "test", prep),
+    }
+    for name, opened in sets.items():
+        check_readable(opened(), 100)
+        path = unpaired / name
+        if name.startswith("pictures"):
+            path = pictures / "19.png"
+        whole = path.read_bytes()
+        spoil(path)
+        check_readable(opened(), 1)
+        refused(check_readable, opened(), 2, match=f"{name} is not a readable picture")
+        refused(check_readable, opened(), 100, match=f"{name} is not a readable picture")
+        path.write_bytes(whole)
+    check_readable(open_captioned(tmp_path / "captions.txt", "test", prep), 100)
+
+
+def test_how_many_test_pictures_are_broken_is_said(paired):
+    noise(50, 41).save(paired / "test_A" / "000.png")
+    spoil(paired / "test_B" / "001.png")
+    pairs = open_paired(paired, "test", "resize_16")
+    refused(check_readable, pairs, 9, match="000.png and its partner in test_B are 41x50 and 40x40")
+    refused(check_readable, pairs, 9, match="(2 of the 2 test items that are read have problems")
+
+
+def test_drawings_are_not_read_at_the_start():
+    check_readable(open_paired("drawn:scenes", "test", "no_resize", size=4096), 200)
 
 
 def test_check_of_a_bad_folder_is_one_line_and_status_2(tmp_path, run):
@@ -181,6 +407,7 @@ def test_the_command_without_arguments_prints_its_help():
 @pytest.mark.parametrize("arguments, message", [
     (["chek", "x"], "'chek'"),
     (["check", "x", "--ouput", "y"], "did you mean --output?"),
+    (["check", "x", "--for", "gan"], "--for"),
     (["cache", "x", "--output", "y", "--device", "foo"], "--device foo"),
     (["cache", "x", "--output", "y", "--batch", "0"], "--batch 0: expected 1 or more"),
     (["cache", "x"], "--output"),

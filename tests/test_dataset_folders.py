@@ -1,8 +1,12 @@
 """dataset/folders.py: paired, unpaired and captioned data sets."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import torch
 from pictures_helpers import coordinates, make_pairs, noise, pixels, refused
 from PIL import Image
 
+import dataset
 from dataset.cache import write_cache
 from dataset.folders import (
     PairedFolder,
@@ -18,9 +23,134 @@ from dataset.folders import (
     open_captioned,
     open_paired,
     open_unpaired,
+    pictures_in,
 )
 from dataset.loader import batches
 from dataset.pictures import to_picture, to_tensor
+
+# -------------------- what is left out
+
+def test_what_a_folder_holds_beside_pictures_is_named_in_one_line(tmp_path, capsys):
+    for name in ("a.png", "b.jfif", "c.AVIF", "d.e.png"):
+        noise(16, 16).save(tmp_path / name)
+    for name in ("a.txt", "d.e.txt", ".DS_Store", "Thumbs.db"):
+        (tmp_path / name).write_text("not missed")
+    assert pictures_in(tmp_path) == ["a.png", "b.jfif", "c.AVIF", "d.e.png"]
+    assert capsys.readouterr() == ("", "")
+
+    for name in ("lost.txt", "b.jfif.txt", "x.heic", "notes.md", "a.caption", "._a.png"):
+        (tmp_path / name).write_text("x")
+    for i in range(5):
+        (tmp_path / f"nested{i}").mkdir()
+    (tmp_path / "nested0.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert len(pictures_in(tmp_path)) == 4
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    for part in (
+        f"{tmp_path}: left out ",
+        "1 hidden picture (._a.png)",
+        "3 files of another kind (a.caption, notes.md, x.heic)",
+        "1 broken link (gone.png)",
+        "6 folders (nested0, nested0.png, nested1, ...)",
+        "2 caption files without a picture (b.jfif.txt, lost.txt)",
+    ):
+        assert part in err
+
+
+def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "a.heic").write_text("x")
+    found = "holds no picture but 1 file of another kind (a.heic), 1 folder (train): expected"
+    refused(pictures_in, tmp_path, match=found)
+
+
+def test_odd_names_are_told_in_one_line_and_by_one_process(tmp_path):
+    noise(8, 8).save(tmp_path / "a.png")
+    for name in (b"two\nlines.md", b"\xff\xfe.md", "żółć.md".encode()):
+        Path(os.fsdecode(bytes(tmp_path) + b"/" + name)).write_text("x")
+    code = "import sys, pathlib; from dataset.folders import pictures_in;"
+    code += " pictures_in(pathlib.Path(sys.argv[1]))"
+    for rank, lines in (("0", 1), ("1", 0)):
+        process = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            cwd=Path(dataset.__file__).parent.parent,
+            env=os.environ | {"PYTHONIOENCODING": "cp1252", "RANK": rank},
+            capture_output=True,
+        )
+        assert process.returncode == 0, process.stderr
+        assert process.stderr.count(b"\n") == lines
+
+
+def test_pairs_say_what_they_leave_out(tmp_path, capsys):
+    make_pairs(tmp_path, 3)
+    PairedFolder(tmp_path, "train", "no_resize")
+    assert capsys.readouterr().err == ""
+
+    noise(8, 8).save(tmp_path / "train_B" / "lonely.png")
+    (tmp_path / "train_A" / "deep").mkdir()
+    prompts = {"000.png": "x", "001.png": "", "002.png": "", "y.png": "y", "lonely.png": "z"}
+    (tmp_path / "train_prompts.json").write_text(json.dumps(prompts))
+    PairedFolder(tmp_path, "train", "no_resize")
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}/train_A: left out 1 folder (deep)",
+        f"{tmp_path}/train_B: left out 1 picture without a partner (lonely.png)",
+        f"{tmp_path}/train_prompts.json: left out 1 caption without a picture (y.png)",
+        f"{tmp_path}/train_A: 2 of 3 captions are empty (001.png, 002.png)",
+    ]
+
+
+def test_captioned_folders_say_what_they_leave_out_once(tmp_path, capsys):
+    for i in range(10):
+        noise(6, 8, i).save(tmp_path / f"{i}.png")
+    (tmp_path / "0.txt").write_text("zero")
+    (tmp_path / "more").mkdir()
+    for split in ("train", "test"):
+        open_captioned(tmp_path, split, "no_resize")
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}: left out 1 folder (more)",
+        f"{tmp_path}: 9 of 10 captions are empty (1.png, 2.png, 3.png, ...)",
+    ]
+
+    rows = [json.dumps(dict(file_name=f"{i}.png", text="x")) for i in (*range(10), 4, 11)]
+    write_metadata(tmp_path, rows)
+    open_captioned(tmp_path, "train", "no_resize")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 caption without a picture (11.png)" in line
+    assert "1 repeated caption, of which the last counts (4.png)" in line
+
+
+def test_a_zip_of_macos_holds_only_its_pictures(tmp_path, capsys):
+    noise(6, 8).save(tmp_path / "one.png")
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.mkdir("pictures")
+        for i in range(10):
+            archive.write(tmp_path / "one.png", f"pictures/{i}.png")
+            archive.writestr(f"__MACOSX/pictures/._{i}.png", b"Mac OS X resource fork")
+        archive.writestr("pictures/._x.png", b"Mac OS X resource fork")
+        archive.writestr("pictures/.y.png", b"")
+        archive.writestr("pictures/z.heic", b"")
+        labels = [[f"pictures/{i}.png", i] for i in (0, 1, 2, 3, 4, 5, 6, 7, 12)]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+
+    train = open_captioned(tmp_path / "set.zip", "train", "no_resize")
+    test = open_captioned(tmp_path / "set.zip", "test", "no_resize")
+    assert [train[i]["name"] for i in range(9)] == [f"pictures/{i}.png" for i in range(9)]
+    assert test[0]["name"] == "pictures/9.png"
+    left_out, empty = capsys.readouterr().err.splitlines()
+    for part in (
+        "set.zip: left out 11 entries that macOS added (__MACOSX/pictures/._0.png, ",
+        "1 hidden picture (pictures/.y.png)",
+        "1 file of another kind (pictures/z.heic)",
+        "1 label without a picture (pictures/12.png)",
+    ):
+        assert part in left_out
+    assert "set.zip: 2 of 10 captions are empty (pictures/8.png, pictures/9.png)" in empty
+
+
+def write_metadata(folder, rows: list[str]) -> None:
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
 
 # -------------------- pairs
 
@@ -238,6 +368,50 @@ def test_captions_come_from_metadata_or_text_files_and_every_tenth_item_is_for_t
     )
     table.write_text("\n".join(rows[:-1]))
     refused(open_captioned, tmp_path, "train", "no_resize", match="no caption for '19.png'")
+
+
+@pytest.mark.parametrize("row, reason", [
+    ('{"file_name": "1.png", "text": null}', "line 2 cannot be used (the caption is null,"),
+    ('{"file_name": "1.png", "text": {"en": "x"}}', "the caption is an object, not text"),
+    ('{"file_name": "1.png", "text": []}', "the caption is an empty list"),
+    ('{"file_name": "1.png", "text": ["x", null]}', "the list of captions holds null"),
+    ('{"file_name": "1.png", "text": [["x"]]}', "the list of captions holds a list"),
+    ('{"file_name": "1.png", "text": true}', "the caption is true or false"),
+    ('{"file_name": "1.png", "text": 7}', "the caption is a number"),
+    ('{"file_name": "1.png", "text": NaN}', "the caption is a number"),
+    ('{"file_name": null, "text": "x"}', "file_name is null, not text"),
+    ('{"file_name": ["1.png"], "text": "x"}', "file_name is a list, not text"),
+    ('{"file_name": "1.png"}', "line 2 cannot be used (KeyError: 'text')"),
+    ("null", "line 2 cannot be used (it holds null)"),
+    ("[]", "line 2 cannot be used (it holds a list)"),
+    ('"1.png"', "line 2 cannot be used (it holds text)"),
+    ("{oops", "line 2 cannot be used (Expecting property name"),
+])
+def test_a_caption_that_is_not_text_is_refused_by_its_line(tmp_path, row, reason):
+    noise(6, 8).save(tmp_path / "0.png")
+    write_metadata(tmp_path, ['{"file_name": "0.png", "text": "x"}', row])
+    refused(open_captioned, tmp_path, "train", "no_resize", match=reason)
+    refused(open_captioned, tmp_path, "train", "no_resize", match="metadata.jsonl line 2")
+
+
+def test_one_of_several_captions_is_drawn_from_the_key(tmp_path):
+    coordinates(40, 40).save(tmp_path / "0.png")
+    prep = "resized_randomcrop_16_hflip"
+    write_metadata(tmp_path, ['{"file_name": "0.png", "text": "one"}'])
+    plain = open_captioned(tmp_path, "train", prep)
+    write_metadata(tmp_path, ['{"file_name": "0.png", "text": ["one", "two", "three"]}', " "])
+    several = open_captioned(tmp_path, "train", prep)
+
+    assert several[0]["caption"] == "one"
+    assert several.captions == plain.captions == ["one"]
+    drawn = []
+    for step in range(40):
+        item = several[0, (7, step, 0)]
+        drawn.append(item["caption"])
+        # The list of captions changes no other random number.
+        assert torch.equal(item["target"], plain[0, (7, step, 0)]["target"])
+    assert drawn == [several[0, (7, step, 0)]["caption"] for step in range(40)]
+    assert set(drawn) == {"one", "two", "three"}
 
 
 def test_a_folder_with_train_and_test_is_not_split_again(tmp_path):

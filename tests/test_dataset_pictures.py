@@ -22,7 +22,14 @@ from dataset.pictures import (
 )
 
 
-def png(width: int, height: int, depth: int, colour: int, raw: bytes) -> bytes:
+def png(
+    width: int,
+    height: int,
+    depth: int,
+    colour: int,
+    raw: bytes,
+    transparent: tuple[int, ...] = (),
+) -> bytes:
     """A PNG file made by hand, for what Pillow does not write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -30,9 +37,13 @@ def png(width: int, height: int, depth: int, colour: int, raw: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    level = b""
+    if transparent:
+        level = chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
+        + level
         + chunk(b"IDAT", zlib.compress(raw))
         + chunk(b"IEND", b"")
     )
@@ -117,6 +128,39 @@ def test_16_bit_colour_and_16_bit_transparency_open(tmp_path):
     grey_and_alpha = b"\0" + struct.pack(">HH", 257 * 100, 257 * 51)
     (tmp_path / "la.png").write_bytes(png(1, 1, 16, 4, grey_and_alpha))
     assert pixels(open_picture(tmp_path / "la.png")).tolist() == [[[224] * 3]]
+
+
+GREY = 0
+COLOUR = 2
+
+
+@pytest.mark.parametrize("depth, kind, raw, transparent, expected", [
+    (1, GREY, b"\0\xa0", (1,), [255, 0, 255, 0]),
+    (1, GREY, b"\0\xa0", (0,), [255] * 4),
+    (2, GREY, b"\0\x1b", (1,), [0, 255, 170, 255]),
+    (4, GREY, b"\0\x5a\x0f", (10,), [85, 255, 0, 255]),
+    (8, GREY, b"\0\x05\x5a\0\xff", (5,), [255, 90, 0, 255]),
+    (16, GREY, b"\0\0\0\x12\x34\0\1\0\xff", (0,), [255, 18, 0, 1]),
+    (16, GREY, b"\0\0\0\x12\x34\x12\x33\0\xff", (0x1234,), [0, 255, 18, 1]),
+    (16, GREY, b"\0\0\0\x12\x34\x12\x33\0\xff", (7,), [0, 18, 18, 1]),
+    (16, COLOUR, b"\0" + b"\x12\x34" * 3 + bytes(18), (0x1234,) * 3, [255, 0, 0, 0]),
+    (16, COLOUR, b"\0" + b"\x12\x34" * 3 + bytes(18), (0,) * 3, [18, 255, 255, 255]),
+])
+def test_a_transparent_level_is_white_at_every_depth(
+    tmp_path, depth, kind, raw, transparent, expected
+):
+    (tmp_path / "a.png").write_bytes(png(4, 1, depth, kind, raw, transparent))
+    opened = pixels(open_picture(tmp_path / "a.png"))
+    assert (opened == opened[..., :1]).all()
+    assert opened[0, :, 0].tolist() == expected
+
+
+def test_a_transparent_level_survives_rotation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    picture = Image.fromarray(np.array([[0, 65535, 257]], dtype=np.uint16))
+    picture.save(tmp_path / "a.png", exif=exif, transparency=0)
+    assert pixels(open_picture(tmp_path / "a.png"))[0, :, 0].tolist() == [1, 255, 255]
 
 
 def test_cmyk_becomes_rgb(tmp_path):
@@ -234,6 +278,39 @@ def test_values_without_a_known_range_are_refused(tmp_path):
     refused(open_picture, tmp_path / "float.tif", match="floating-point")
     Image.fromarray(np.full((2, 2), 70_000, np.int32)).save(tmp_path / "wide.tif")
     refused(open_picture, tmp_path / "wide.tif", match="from 70000 to 70000")
+
+
+@pytest.mark.parametrize("suffix", [
+    *("jfif", "jpe", "apng", "avif", "jp2", "j2k", "dib", "tga", "pcx", "sgi", "qoi"),
+    *("pnm", "mpo", "JPG"),
+])
+def test_what_pillow_writes_under_a_listed_suffix_opens(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    assert path.suffix.lower() in dataset.pictures.SUFFIXES
+    flat = Image.new("RGB", (16, 12), (200, 100, 50))
+    flat.save(path)
+    opened = pixels(open_picture(path))
+    assert opened.shape == (12, 16, 3)
+    assert np.abs(opened - pixels(flat)).max() <= 3
+
+
+def test_suffixes_are_those_of_the_formats_that_are_opened():
+    registered = Image.registered_extensions()
+    for suffix in dataset.pictures.SUFFIXES:
+        assert registered[suffix] in (*dataset.pictures.FORMATS, "MPO")
+        assert suffix == suffix.lower()
+    earlier = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+    assert earlier <= dataset.pictures.SUFFIXES
+    for suffix in (".eps", ".ps", ".pdf", ".wmf", ".psd", ".h5", ".mpg", ".pfm"):
+        assert suffix not in dataset.pictures.SUFFIXES
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "eps", "tga"])
+def test_postscript_is_never_run_whatever_its_suffix(tmp_path, suffix):
+    noise(8, 8).save(tmp_path / "real.eps")
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes((tmp_path / "real.eps").read_bytes())
+    refused(open_picture, path, match="not a picture of a known format")
 
 
 # -------------------- tensors

@@ -118,7 +118,7 @@ def command(available, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu", *map(str, arguments)])
         capsys.readouterr()
         try:
-            training.run(evaluate.main)
+            training.run_script(evaluate.main)
             status = 0
         except SystemExit as stop:
             status = stop.code
@@ -567,6 +567,21 @@ def test_equal_pairs_have_no_finite_psnr_and_json_says_null(results, command, tm
     assert row.split()[:3] == ["psnr", "inf", "-"]
 
 
+def test_captions_longer_than_the_text_encoder_reads_are_counted(results, folders, networks):
+    kept = networks["clip"].tokenizer.length - 2
+    captions = {"0.png": "a " * kept, "1.bmp": "a " * kept + "red", "2.png": "a " * 999}
+
+    def note() -> str | None:
+        Path("c.json").write_text(json.dumps(captions))
+        flags = ["--fake", folders[1], "--metrics", "clip", "--captions", "c.json"]
+        return results(*flags)["metrics"]["clip"]["note"]
+
+    captions["3.png"] = "red"
+    assert note().startswith(f"2 of 4 captions are longer than {kept + 2} tokens")
+    captions |= {"1.bmp": "red", "2.png": "a " * (kept - 1)}
+    assert note() is None
+
+
 def first_words(rows: str) -> list[str]:
     return [row.split()[0] for row in rows.splitlines()]
 
@@ -605,6 +620,144 @@ def test_same_names_with_different_sizes_are_not_pairs_without_paired(command, f
     assert status == 0 and first_words(out)[1:3] == ["fid", "kid"]
     assert "psnr is left out: the folders are not pairs" in err
     assert "24x20 pixels and its partner" in err
+
+
+# -------------------- pictures that fail
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", "cut short"])
+def test_a_picture_that_cannot_be_read_is_left_out_of_all_figures_and_named(
+    command, results, folders, tmp_path, content
+):
+    """The figures are those of the folders without it, whichever folder it lies in."""
+    captions = {f"{i}.png": word for i, word in enumerate(("red", "a blue square", "a", "green"))}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    real, fake = folders
+    names = ["--real", real, "--fake", fake, "--captions", "captions.json"]
+    parts = [real / "1.png", fake / "1.bmp"]
+    whole = [path.read_bytes() for path in parts]
+    for path in parts:
+        path.unlink()
+    expected = results(*names)["metrics"]
+
+    for bad in parts:
+        for path, data in zip(parts, whole):
+            path.write_bytes(data)
+        bad.write_bytes(whole[0][: len(whole[0]) // 2] if content == "cut short" else content)
+        status, out, err = command(*names, "--json")
+        report = json.loads(out)
+        assert status == 2 and err.count("\n") == 1 and err.count(str(bad)) == 1, err
+        assert report["failed"][0].startswith(f"{bad} is not a")
+        for name in ("psnr", "ssim", "lpips", "structure"):
+            found = report["metrics"][name]
+            assert found["value"] == pytest.approx(expected[name]["value"], rel=1e-5), name
+            assert found["n"] == dict(pairs=3)
+        assert report["metrics"]["fid"]["n"] == dict(
+            real=3 + (bad != parts[0]), fake=3 + (bad != parts[1])
+        )
+        if bad == parts[1]:
+            clip = report["metrics"]["clip"]
+            assert clip["value"] == pytest.approx(expected["clip"]["value"], rel=1e-5)
+            assert clip["n"] == dict(pairs=3)
+
+
+@pytest.fixture
+def uneven(tmp_path) -> list:
+    """Pairs of several sizes. SSIM takes 11 pixels a side and LPIPS 16."""
+    sizes = {"a": (24, 20), "b": (10, 40), "c": (15, 16), "d": (11, 11), "e": (16, 16), "f": (1, 1)}
+    for folder, seed in (("real", 0), ("fake", 10)):
+        pictures = {f"{name}.png": picture(seed, *size) for name, size in sizes.items()}
+        fill(tmp_path / folder, pictures)
+    return ["--real", "real", "--fake", "fake"]
+
+
+TOO_SMALL = {"ssim": "bf", "lpips": "bcdf"}
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_metric_names_the_pairs_that_are_too_small_for_it(uneven, command, results, batch):
+    arguments = [*uneven, "--batch", batch]
+    found = results(*arguments)["metrics"]
+    assert found["psnr"]["n"] == dict(pairs=6) and found["psnr"]["note"] is None
+    assert {"fid", "kid", "structure"} < found.keys()
+    status, _, err = command(*arguments)
+    assert status == 0
+    for name, small in TOO_SMALL.items():
+        assert found[name]["n"] == dict(pairs=6 - len(small))
+        assert f"not computed for {len(small)} of 6: fake/{small[0]}.png" in found[name]["note"]
+        assert re.findall(r"fake/(.)", found[name]["note"]) == list(small)
+        assert f"{name}: {found[name]['note']}" in err.splitlines()
+
+    for name in small:
+        for folder in ("real", "fake"):
+            Path(folder, f"{name}.png").unlink()
+    alone = results(*uneven)["metrics"]["lpips"]
+    assert alone["value"] == pytest.approx(found["lpips"]["value"], rel=1e-5)
+    assert alone["note"] is None
+
+
+def test_a_metric_asked_for_that_some_pairs_are_too_small_for_ends_with_status_2(uneven, command):
+    status, out, err = command(*uneven, "--metrics", "psnr,ssim,clip", "--captions", "c.json")
+    assert status == 2 and out == ""  # there are no captions
+    status, out, err = command(*uneven, "--metrics", "psnr,ssim")
+    assert status == 2 and first_words(out)[1:3] == ["psnr", "ssim"]
+    assert err.startswith("evaluate.py: error: ssim: not computed for 2 of 6: fake/b.png")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+])
+@pytest.mark.parametrize("function", ["psnr", "ssim", "features", "clip_score"])
+def test_a_picture_too_large_for_memory_is_left_out_and_named(
+    function, error, command, folders, tmp_path, monkeypatch
+):
+    """The third pair is wider than the others."""
+    (tmp_path / "c.json").write_text(json.dumps({f"{i}.png": "red" for i in range(4)}))
+    compute = getattr(evaluate, function)
+
+    def short_of_memory(*arguments):
+        if any(isinstance(x, Tensor) and x.shape[-1] == 30 for x in arguments):
+            raise error
+        return compute(*arguments)
+
+    monkeypatch.setattr(evaluate, function, short_of_memory)
+    arguments = ["--real", folders[0], "--fake", folders[1], "--captions", "c.json"]
+    status, out, err = command(*arguments, "--stats", "kept.npz")
+    assert status == 2 and len(first_words(out)) >= 8, err
+    assert f"{folders[1] / '2.png'} needs too much memory" in err.splitlines()[-1]
+    # Statistics of a part of the pictures are not kept.
+    assert Path("kept.npz").exists() == (function != "features")
+
+
+def test_a_bug_keeps_its_traceback(command, folders, monkeypatch):
+    def wrong(*arguments):
+        raise RuntimeError("expected a tensor")
+
+    monkeypatch.setattr(evaluate, "ssim", wrong)
+    with pytest.raises(RuntimeError, match="expected a tensor"):
+        command("--real", folders[0], "--fake", folders[1])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_names_that_stdout_cannot_say_are_printed_with_escapes(tmp_path, encoding):
+    names = ["a", "\u0142\xf3d\u017a \u65e5\u672c", os.fsdecode(b"latin-\xe9")]
+    for folder, seed in (("real", 0), ("fake", 10)):
+        pictures = {f"{name}.png": picture(seed, 8, 8) for name in names[1:]}
+        fill(tmp_path / folder, pictures | {"a.png": picture(seed)})
+    flags = ["--real", "real", "--fake", "fake", "--metrics", "ssim,psnr", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, evaluate.__file__, *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 2 and b"Traceback" not in done.stderr, done.stderr
+    out = done.stdout.decode(encoding)
+    assert first_words(out) == ["metric", "psnr", "ssim", "ssim:"]
+    for name in names[1:]:
+        assert name.encode(encoding, errors="backslashreplace").decode(encoding) in out
 
 
 # -------------------- kept statistics

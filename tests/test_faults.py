@@ -613,7 +613,7 @@ def outcome(call: Callable[[], object]) -> str | None:
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**30, limit[1]))
     try:
         with contextlib.redirect_stderr(stderr):
-            training.run(call)
+            training.run_script(call)
     except SystemExit as end:
         assert end.code == 2
         line = stderr.getvalue().splitlines()[-1]
@@ -1036,7 +1036,7 @@ class Runs:
         self.monkeypatch.setattr(sys, "argv", argv)
         # Lifts afterwards the limit that a fault may have set.
         with file_size_limit(resource.RLIM_INFINITY):
-            training.run(self.trainer.main)
+            training.run_script(self.trainer.main)
 
     def _error_lines(self) -> list[str]:
         prefix = f"{self.trainer.__name__}.py: error: "
@@ -1108,7 +1108,7 @@ def main():
         if step == 2:
             multiprocessing.active_children()[0].kill()
 
-training.run(main)
+training.run_script(main)
 """
 
 

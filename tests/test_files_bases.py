@@ -12,11 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import normal, randomise, relative
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from pipelines import (
     PARTS,
     TEXTS,
     UNET,
+    VAE,
     assert_same_networks,
     edit,
     refusal,
@@ -24,9 +31,13 @@ from pipelines import (
     tokenizer_folder,
     weight_file,
 )
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from files.bases import load_base, save_folder
+from files.bases import load_base, load_controlnet, load_merged, save_folder
+from files.formats import current_name
+from models import t5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -318,9 +329,13 @@ DAMAGED_WEIGHTS = {
         changed("vae", "quant_conv.bias", lambda t: t.long()),
         [VAE_FILE, "quant_conv.bias", "int64"],
     ),
-    "8-bit floats": (
-        changed("vae", "quant_conv.bias", lambda t: t.to(torch.float8_e4m3fn)),
-        ["float8_e4m3fn"],
+    "8-bit floats with scales": (
+        with_tensor("vae", "quant_conv.scale_weight"),
+        [VAE_FILE, "quant_conv.scale_weight"],
+    ),
+    "booleans": (
+        changed("vae", "quant_conv.bias", lambda t: t > 0),
+        [VAE_FILE, "quant_conv.bias", "bool"],
     ),
     "no bytes": (truncated("unet", 0), [UNET_FILE, "these are 0 bytes"]),
     "cut in the length": (truncated("unet", 5), [UNET_FILE, "these are 5 bytes"]),
@@ -384,6 +399,13 @@ DAMAGED_CONFIGURATIONS = {
         [UNET_FILE, "expected"],
     ),
     "a word for a number": (config("vae", norm_num_groups="four"), [VAE_CONFIG, "'four'"]),
+    "unequal numbers": (config("unet", layers_per_block=[1, 2]), [UNET_CONFIG, "(1, 2)"]),
+    "unequal transformers": (
+        config("unet", transformer_layers_per_block=[1, 2]),
+        [UNET_CONFIG, "transformer_layers_per_block", "[1, 2]"],
+    ),
+    "a list of nothing": (config("unet", layers_per_block=[]), [UNET_CONFIG, "()"]),
+    "no groups of the U-Net": (config("unet", norm_num_groups=None), [UNET_CONFIG, "None"]),
     "a number for a list": (config("vae", block_out_channels=8), [VAE_CONFIG]),
     "groups that do not divide": (config("vae", norm_num_groups=7), [VAE_CONFIG, "7"]),
     "no groups": (config("vae", norm_num_groups=0), [VAE_CONFIG]),
@@ -432,6 +454,199 @@ def test_a_damaged_folder_is_refused_in_one_line_that_names_the_file(folder, dam
     message = refusal(lambda: load_base(str(folder)))
     assert str(folder) in message
     assert all(words in message for words in says), message
+
+
+# -------------------- harmless differences
+
+BESIDE_TEXT = {
+    "a projection": ["text_projection.weight"],
+    "a projection and a scale": ["text_projection.weight", "logit_scale"],
+    "OpenCLIP's projection": ["text_model.text_projection"],
+    "a whole CLIP": [
+        "vision_model.embeddings.class_embedding",
+        "visual_projection.weight",
+        "text_projection.weight",
+        "logit_scale",
+        "vision_model.embeddings.position_ids",
+    ],
+}
+
+
+@pytest.mark.parametrize("names", BESIDE_TEXT.values(), ids=BESIDE_TEXT.keys())
+def test_what_stands_beside_a_text_encoder_is_left_out(pipe, folder, names):
+    def add(tensors: dict[str, Tensor]) -> None:
+        for name in names:
+            tensors[name] = torch.ones(2)
+
+    edit(weight_file(folder, "text_encoder"), add)
+    assert_same_networks(load_base(str(folder)), pipe)
+
+
+def test_a_clip_text_model_with_projection_is_read(pipe, folder):
+    config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    peer = CLIPTextModelWithProjection(config)
+    weights = {}
+    for name, tensor in pipe.text_encoder.state_dict().items():
+        weights[f"text_model.{name.removeprefix('text_model.')}"] = tensor
+    missing, unexpected = peer.load_state_dict(weights, strict=False)
+    assert missing == ["text_projection.weight"]
+    assert unexpected == []
+    shutil.rmtree(folder / "text_encoder")
+    peer.save_pretrained(folder / "text_encoder")
+    assert_same_networks(load_base(str(folder)), pipe)
+
+
+def test_the_decoder_of_a_whole_t5_is_left_out():
+    config = t5.T5Config(vocab_size=8, d_model=4, d_kv=2, num_heads=2, d_ff=4, num_layers=1)
+    with torch.device("meta"):
+        network = t5.T5Encoder(config)
+    for name in ("decoder.block.0.layer.0.SelfAttention.q.weight", "lm_head.weight"):
+        assert current_name(network, name) is None
+    for name in network.state_dict():
+        assert current_name(network, name) == name
+
+
+HARMLESS_CONFIGURATIONS = {
+    "layers per block": config("unet", layers_per_block=[1, 1]),
+    "widths of the context": config("unet", cross_attention_dim=[32, 32]),
+    "transformers per block": config("unet", transformer_layers_per_block=[1, 1]),
+    "kinds of attention": config("unet", only_cross_attention=[False, False]),
+    "heads": config("unet", attention_head_dim=[4, 4]),
+    "the U-Net's size": config("unet", sample_size=[8, 8]),
+    "no size of the U-Net": config("unet", sample_size=None),
+    "no size of the VAE": config("vae", sample_size=None),
+    "layers of the VAE": config("vae", layers_per_block=[1, 1]),
+}
+
+
+@pytest.mark.parametrize(
+    "change", HARMLESS_CONFIGURATIONS.values(), ids=HARMLESS_CONFIGURATIONS.keys()
+)
+def test_other_spellings_of_the_same_configuration_are_read(pipe, folder, change):
+    change(folder)
+    base = load_base(str(folder))
+    assert_same_networks(base, pipe)
+    assert type(base.unet.config.sample_size) is int
+    assert type(base.unet.config.layers_per_block) is int
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_8_bit_floats_are_read_and_cast(saved, folder, kind, dtype):
+    def to_8_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(kind) for name, tensor in tensors.items()}
+
+    edit(weight_file(folder, "unet"), to_8_bits)
+    ours = load_base(str(folder), ("unet",), dtype).unet.state_dict()
+    before = load_base(str(saved), ("unet",)).unet.state_dict()
+    for name, tensor in ours.items():
+        assert tensor.dtype == (dtype or torch.float32)
+        assert torch.equal(tensor, before[name].to(kind).to(tensor.dtype))
+
+
+# -------------------- networks that do not fit each other
+
+def unet_like(**sizes) -> Damage:
+    """Another U-Net, complete in itself."""
+
+    def change(folder: Path) -> None:
+        shutil.rmtree(folder / "unet")
+        UNet2DConditionModel(**(UNET | sizes)).save_pretrained(folder / "unet")
+
+    return change
+
+
+def vae_like(**sizes) -> Damage:
+    def change(folder: Path) -> None:
+        shutil.rmtree(folder / "vae")
+        AutoencoderKL(**(VAE | sizes)).save_pretrained(folder / "vae")
+
+    return change
+
+
+def text_encoder_of_width(width: int) -> Damage:
+    def change(folder: Path) -> None:
+        config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+        config.hidden_size = width
+        shutil.rmtree(folder / "text_encoder")
+        CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+
+    return change
+
+
+UNLIKE = {
+    "inpainting": (unet_like(in_channels=9), ["inpainting", "9 input channels"]),
+    "InstructPix2Pix": (unet_like(in_channels=8), ["InstructPix2Pix", "8 input channels"]),
+    "depth": (unet_like(in_channels=5), ["depth", "5 input channels"]),
+    "upscaler": (unet_like(in_channels=7), ["upscaler", "7 input channels"]),
+    "6 channels": (unet_like(in_channels=6), ["unknown kind", "6 input channels"]),
+    "8 predicted": (unet_like(out_channels=8), ["4 input channels", "8 input channels"]),
+    "a U-Net of 16 latents": (
+        unet_like(in_channels=16, out_channels=16),
+        ["latents have 4 channels; expected 16"],
+    ),
+    "a VAE of 16 latents": (
+        vae_like(latent_channels=16),
+        ["latents have 16 channels; expected 4"],
+    ),
+    "a wide text encoder": (text_encoder_of_width(64), ["width of 64; expected 32"]),
+    "a narrow text encoder": (text_encoder_of_width(16), ["width of 16; expected 32"]),
+    "wide cross-attention": (
+        unet_like(cross_attention_dim=40),
+        ["width of 32; expected 40"],
+    ),
+}
+
+
+@pytest.mark.parametrize("change, says", UNLIKE.values(), ids=UNLIKE.keys())
+def test_networks_that_do_not_fit_each_other_are_refused(folder, change, says):
+    change(folder)
+    message = refusal(lambda: load_base(str(folder)))
+    assert str(folder) in message
+    assert all(words in message for words in says), message
+
+
+def test_an_inpainting_unet_is_refused_without_the_vae_too(folder):
+    unet_like(in_channels=9)(folder)
+    assert "inpainting" in refusal(lambda: load_base(str(folder), ("unet",)))
+    assert load_base(str(folder), ("vae", "text_encoder", "tokenizer")).vae is not None
+
+
+def test_a_merge_is_refused_for_its_first_base(folder, saved):
+    vae_like(latent_channels=16)(folder)
+    message = refusal(lambda: load_merged(f"{folder} + {saved} - {saved}"))
+    assert "latents have 16 channels" in message
+
+
+@pytest.mark.parametrize(
+    "channels, kind", [(9, "inpainting"), (8, "InstructPix2Pix"), (5, "depth")]
+)
+def test_a_one_file_model_of_another_input_is_named(tmp_path, channels, kind):
+    tensors = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(320, channels, 3, 3),
+        "first_stage_model.encoder.conv_in.weight": torch.ones(1),
+        "cond_stage_model.transformer.text_model.x": torch.ones(1),
+    }
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    assert kind in refusal(lambda: load_base(str(path)))
+
+
+@pytest.mark.parametrize(
+    "sizes, says",
+    [
+        (dict(in_channels=9), "in_channels is 9; expected 4"),
+        (dict(in_channels=16), "in_channels is 16; expected 4"),
+        (dict(conditioning_channels=6), "conditioning_channels is 6; expected 3"),
+        (dict(cross_attention_dim=40), "cross_attention_dim is 40; expected 32"),
+    ],
+)
+def test_a_controlnet_of_other_channels_is_refused(saved, tmp_path, sizes, says):
+    own = ("block_out_channels", "layers_per_block", "norm_num_groups", "cross_attention_dim")
+    control = {key: UNET[key] for key in (*own, "attention_head_dim", "down_block_types")}
+    ControlNetModel(**(control | sizes)).save_pretrained(tmp_path)
+    unet = load_base(str(saved), ("unet",)).unet
+    assert says in refusal(lambda: load_controlnet(str(tmp_path), unet))
 
 
 # -------------------- writing a folder

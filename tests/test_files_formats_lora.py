@@ -15,7 +15,7 @@ from conftest import normal, randomise, relative
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -23,7 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from files.formats import apply_lora, read_lora, unet_original_name, write_lora
+from files.bases import Base, load_lora
+from files.formats import (
+    LoRAPair,
+    apply_lora,
+    read_lora,
+    unet_original_name,
+    write_lora,
+)
 from models.clip import TextConfig, TextEncoder
 from models.lora import add_lora
 from models.unet import UNet, UNetConfig
@@ -232,8 +239,13 @@ ALPHA_PATTERNS = dict(
 
 @pytest.mark.parametrize(
     "options",
-    [dict(alpha=6.0), dict(alpha=6.0, use_rslora=True), ALPHA_PATTERNS],
-    ids=["one alpha", "rslora", "patterns"],
+    [
+        dict(alpha=6.0),
+        dict(alpha=6.0, use_rslora=True),
+        ALPHA_PATTERNS,
+        dict(alpha=6.0, use_dora=True),
+    ],
+    ids=["one alpha", "rslora", "patterns", "dora"],
 )
 def test_the_alpha_of_the_metadata_overrules_the_rank(tmp_path, options):
     peer = peer_pipeline()
@@ -251,7 +263,9 @@ def test_the_alpha_of_the_metadata_overrules_the_rank(tmp_path, options):
         text_encoder_lora_adapter_metadata=settings(peer.text_encoder, TEXT_TARGETS),
     )
     check(tmp_path, peer)
-    check(tmp_path)
+    # The peer does not find the magnitudes of its own text encoder.
+    if "use_dora" not in options:
+        check(tmp_path)
 
 
 def test_a_file_of_the_unet_alone_names_no_part_anywhere(tmp_path):
@@ -431,6 +445,136 @@ def test_several_at_once_with_their_strengths(tmp_path):
     assert max(differences(networks, peer).values()) < 1e-9
 
 
+# -------------------- peft's own folders
+
+PEFT_OPTIONS = {
+    "the defaults": {},
+    "alpha": dict(r=4, lora_alpha=16),
+    "rsLoRA": dict(r=4, lora_alpha=16, use_rslora=True),
+    "alpha_pattern": dict(
+        r=4,
+        lora_alpha=16,
+        alpha_pattern={"to_k": 2, "^conv_in": 3, r"down_blocks\.0.*to_v": 5.5},
+    ),
+    "rank_pattern": dict(r=4, lora_alpha=6, rank_pattern={"to_k": 2, "conv_out": 7}),
+    "both patterns and rsLoRA": dict(
+        r=4,
+        lora_alpha=6,
+        rank_pattern={"to_k": 2},
+        alpha_pattern={"attn1.to_k": 3},
+        use_rslora=True,
+    ),
+    "DoRA": dict(r=4, lora_alpha=6, use_dora=True),
+    "DoRA and rsLoRA": dict(r=4, lora_alpha=6, use_dora=True, use_rslora=True),
+}
+
+
+def save_peft(folder: Path, **options):
+    """The peer's U-Net with a random adapter, saved by `peft` into a folder."""
+    targets = list(UNET_TARGETS)
+    _, unet = copy.deepcopy(peer_networks())
+    network = get_peft_model(unet, LoraConfig(target_modules=targets, **options))
+    for i, (name, p) in enumerate(network.named_parameters()):
+        if ".lora_" in name:
+            p.data = 0.3 * normal(*p.shape, seed=i)
+    network.save_pretrained(folder)
+    return network
+
+
+def our_base() -> Base:
+    return Base("tiny", **our_networks())
+
+
+@torch.no_grad()
+def unet_difference(base: Base, peer: nn.Module) -> float:
+    x = normal(2, 4, 8, 8)
+    context = normal(2, 7, 12, seed=1)
+    return relative(base.unet(x, 999, context), peer(x, 999, context).sample)
+
+
+@pytest.mark.parametrize("options", PEFT_OPTIONS.values(), ids=PEFT_OPTIONS.keys())
+def test_the_adapter_config_of_peft_is_obeyed(tmp_path, capsys, options):
+    peer = save_peft(tmp_path, **options)
+    assert unet_difference(our_base(), peer) > 1e-3
+    for name in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        base = our_base()
+        load_lora(str(name), base)
+        assert unet_difference(base, peer) < 1e-9
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_strength_of_peft_counts_for_the_product_of_the_matrices(tmp_path, dora):
+    peer = save_peft(tmp_path, r=4, lora_alpha=6, use_dora=dora)
+    for layer in peer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(0.4)
+    base = our_base()
+    load_lora(f"{tmp_path}:0.4", base)
+    assert unet_difference(base, peer) < 1e-9
+
+
+def test_a_missing_adapter_config_is_reported(tmp_path, capsys):
+    peer = save_peft(tmp_path, r=4, lora_alpha=4)
+    (tmp_path / "adapter_config.json").unlink()
+    base = our_base()
+    load_lora(str(tmp_path), base)
+    assert unet_difference(base, peer) < 1e-9
+    assert "no adapter_config.json" in capsys.readouterr().err
+
+
+PEFT_REFUSED = {
+    "another type": (dict(peft_type="LOHA"), "peft_type is 'LOHA'"),
+    "AdaLoRA": (dict(peft_type="ADALORA"), "peft_type is 'ADALORA'"),
+    "PiSSA": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
+    "OLoRA": (dict(init_lora_weights="olora"), "init_lora_weights is 'olora'"),
+    "biases": (dict(lora_bias=True), "lora_bias is True"),
+    "some tokens": (dict(alora_invocation_tokens=[3]), "alora_invocation_tokens is [3]"),
+    "alpha in words": (dict(lora_alpha="many"), "TypeError"),
+    "no alpha": (dict(lora_alpha=None, alpha_pattern=3), "adapter_model.safetensors"),
+    "DoRA without magnitudes": (dict(use_dora=True), "without the magnitude"),
+}
+
+
+@pytest.mark.parametrize("changes, says", PEFT_REFUSED.values(), ids=PEFT_REFUSED.keys())
+def test_settings_of_peft_that_are_not_supported_are_refused(tmp_path, changes, says):
+    save_peft(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError) as error:
+        load_lora(str(tmp_path), our_base())
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_ways_to_initialise_that_leave_the_base_alone_are_accepted(tmp_path, init):
+    peer = save_peft(tmp_path, r=4)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(init_lora_weights=init)))
+    base = our_base()
+    load_lora(str(tmp_path), base)
+    assert unet_difference(base, peer) < 1e-9
+
+
+@pytest.mark.parametrize("ending", ["pt", "bin", "ckpt"])
+def test_a_lora_under_state_dict_is_read(tmp_path, ending):
+    peer = peer_pipeline()
+    adapt(peer)
+    path = tmp_path / f"lora.{ending}"
+    torch.save({"state_dict": adapter_tensors(peer), "epoch": 3}, path)
+    base = our_base()
+    load_lora(str(path), base)
+    assert max(differences(base.networks, peer).values()) < 1e-9
+
+
+@pytest.mark.parametrize("saved", [[torch.ones(2)], torch.ones(2), 3], ids=type)
+def test_a_saved_object_that_is_no_dictionary_is_refused(tmp_path, saved):
+    path = tmp_path / "lora.pt"
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match="it holds a (list|Tensor|int)"):
+        load_lora(str(path), our_base())
+
+
 # -------------------- shapes
 
 class Layers(nn.Module):
@@ -465,8 +609,7 @@ def test_shapes_of_linear_layers_and_convolutions_fit_either(name, a, b):
     found, unused = read_lora(file, None, {"unet": network})
     assert unused == []
     assert found["unet"].keys() == {name}
-    _, _, scale = found["unet"][name]
-    assert scale == 1.0
+    assert found["unet"][name].scale == 1.0
 
     apply_lora(network, found["unet"], 0.5)
     change = torch.einsum("or,ri->oi", B.reshape(5, -1), A.reshape(a[0], -1))
@@ -482,7 +625,7 @@ def test_a_change_of_half_precision_weights_is_rounded_once(dtype):
     A = 0.01 * normal(2, 6).half()
     B = 0.1 * normal(5, 2, seed=1).half()
     exact = network.linear.weight.float() + 0.3 * (B.float() @ A.float())
-    apply_lora(network, {"linear": (A, B, 0.6)}, 0.5)
+    apply_lora(network, {"linear": LoRAPair(A, B, 0.6)}, 0.5)
     assert network.linear.weight.dtype == dtype
     assert torch.equal(network.linear.weight, exact.to(dtype))
 
@@ -527,30 +670,105 @@ def test_a_kernel_of_another_size_is_refused():
 
 # -------------------- unknown keys
 
-def test_keys_that_belong_to_no_layer_are_named():
-    A = normal(2, 8)
-    B = normal(8, 2)
-    one = torch.tensor(1.0)
-    kohya_q = f"lora_unet_{Q.replace('.', '_')}"
-    good = {f"unet.{Q}.lora_A.weight": A, f"unet.{Q}.lora_B.weight": B}
-    strange = {
-        f"unet.{Q}.alpha": one,
-        "text_encoder_2.text_model.x.lora_A.weight": A,
-        "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": A,
-        "lora_unet_nothing.alpha": one,
-        f"unet.{Q}.lora_magnitude_vector": A,
-        f"{kohya_q}.dora_scale": A,
-        f"{kohya_q}.hada_w1_a": A,
-        f"unet.{Q.replace('to_q', 'to_k')}.lora_A.weight": A,
-        "text_encoder.conv_in.lora_A.weight": A,
-        "step": A,
-    }
-    found, unused = read_lora(good | strange, None, our_networks())
+KOHYA_Q = f"lora_unet_{Q.replace('.', '_')}"
+TE2 = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+
+HARMLESS = [
+    f"unet.{Q}.alpha",
+    "lora_unet_nothing.alpha",
+    f"{KOHYA_Q.replace('to_q', 'to_v')}.alpha",
+    "lora_te_text_model_encoder_layers_23_mlp_fc1.lora_down.weight",
+    "lora_te_text_projection.lora_up.weight",
+    "text_model.embeddings.position_ids",
+    "step",
+    "global_step",
+]
+
+
+@pytest.mark.parametrize("key", HARMLESS)
+def test_harmless_keys_are_left_out_and_named(key):
+    good = {f"unet.{Q}.lora_A.weight": normal(2, 8), f"unet.{Q}.lora_B.weight": normal(8, 2)}
+    found, unused = read_lora(good | {key: torch.tensor(1.0)}, None, our_networks())
     assert list(found) == ["unet"]
     assert list(found["unet"]) == [Q]
-    _, _, scale = found["unet"][Q]
-    assert scale == 1.0
-    assert sorted(unused) == sorted(strange)
+    assert found["unet"][Q].scale == 1.0
+    assert unused == [key]
+
+
+# Keys beside a pair that fits, and the words that the error must have.
+APPLIED_IN_PART = {
+    "text_encoder_2.text_model.x.lora_A.weight": "SDXL",
+    f"{TE2}.lora_down.weight": "SDXL",
+    "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight": "SDXL",
+    "lora_unet_input_blocks_7_1_transformer_blocks_9_attn1_to_q.lora_up.weight": "SDXL",
+    "unet.mid_block.attentions.0.transformer_blocks.3.ff.net.2.lora_A.weight": "SDXL",
+    "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": "Flux",
+    "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": "Flux",
+    "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": "Stable Diffusion 3",
+    "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight": "Stable Diffusion 3",
+    "diffusion_model.blocks.0.self_attn.q.lora_A.weight": "Wan",
+    "down_blocks.0.motion_modules.0.proj_in.lora_A.weight": "AnimateDiff",
+    f"{KOHYA_Q}.dora_scale": "DoRA in the spelling of LyCORIS",
+    f"{KOHYA_Q}.hada_w1_a": "LoHa",
+    f"base_model.model.{Q}.hada_w2_b": "LoHa",
+    f"{KOHYA_Q}.hada_t1": "LoHa",
+    f"{KOHYA_Q}.lokr_w1": "LoKr",
+    f"{KOHYA_Q}.lokr_t2": "LoKr",
+    f"{KOHYA_Q}.oft_blocks": "OFT",
+    f"base_model.model.{Q}.oft_R.weight": "OFT",
+    f"base_model.model.{Q}.boft_R": "BOFT",
+    f"base_model.model.{Q}.ia3_l": "IA3",
+    f"{KOHYA_Q}.on_input": "IA3",
+    f"{KOHYA_Q}.a1.weight": "GLoRA",
+    "lora_unet_conv_norm_out.w_norm": "norms",
+    "lora_unet_conv_norm_out.b_norm": "norms",
+    f"{KOHYA_Q}.diff_b": "whole weights",
+    f"{KOHYA_Q}.lora_mid.weight": "Tucker",
+    f"unet.{Q}.lora_E": "AdaLoRA",
+    f"unet.{Q}.lora_B.bias": "LoRA with a bias",
+    f"base_model.model.{Q}.vera_lambda_b": "VeRA",
+    "bundle_emb.word.string_to_param.*": "textual inversion",
+    "clip_l": "textual inversion",
+    f"unet.{Q.replace('to_q', 'to_k')}.lora_A.weight": "without the B",
+    f"unet.{Q.replace('to_q', 'to_k')}.lora_B.weight": "without the A",
+    f"unet.{Q.replace('to_q', 'to_k')}.lora_magnitude_vector": "without the A and B",
+    "text_encoder.conv_in.lora_A.weight": "belong to no layer",
+    "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": "belong to no layer",
+    "lora_vae_decoder_conv_in.lora_down.weight": "belong to no layer",
+    "unet.nothing.lora_A.weight": "belong to no layer",
+}
+
+
+@pytest.mark.parametrize("key, says", APPLIED_IN_PART.items(), ids=APPLIED_IN_PART.keys())
+def test_a_file_of_which_only_a_part_would_apply_is_refused_by_name(key, says):
+    good = {f"unet.{Q}.lora_A.weight": normal(2, 8), f"unet.{Q}.lora_B.weight": normal(8, 2)}
+    with pytest.raises(ValueError) as error:
+        read_lora(good | {key: normal(2, 8)}, None, our_networks())
+    assert says in str(error.value)
+    assert key in str(error.value)
+    # `reading` passes on this many characters.
+    assert str(error.value).index(says) < 200
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool])
+def test_integers_in_the_place_of_a_matrix_are_refused(dtype):
+    file = {
+        f"unet.{Q}.lora_A.weight": normal(2, 8),
+        f"unet.{Q}.lora_B.weight": torch.ones(8, 2, dtype=dtype),
+    }
+    with pytest.raises(ValueError, match="lora_B.weight is of .*; expected floating point"):
+        read_lora(file, None, our_networks())
+
+
+def test_8_bit_floats_are_read():
+    A = normal(2, 8).to(torch.float8_e4m3fn)
+    B = normal(8, 2).to(torch.float8_e5m2)
+    file = {f"unet.{Q}.lora_A.weight": A, f"unet.{Q}.lora_B.weight": B}
+    networks = our_networks()
+    before = networks["unet"].get_submodule(Q).weight
+    found, _ = read_lora(file, None, networks)
+    after = apply(found, networks)["unet"].get_submodule(Q).weight
+    assert torch.equal(after, before + (B.float() @ A.float()).double())
 
 
 def test_two_lora_of_one_layer_in_a_file_are_refused():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from files.bases import load_base, save_folder
-from files.tensors import cast_frozen, fingerprint, read_tensors
+from files.tensors import cast_frozen, fingerprint, read_tensors, save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,6 +95,41 @@ def test_files_are_readable_by_whom_the_umask_allows(saved, tmp_path):
     finally:
         os.umask(before)
     assert stat.S_IMODE(weight_file(tmp_path, "vae").stat().st_mode) == 0o640
+
+
+METADATA = {
+    "none": {},
+    "one": {"format": "pt"},
+    "many": {f"key {i}": f"value {i}" for i in range(20)},
+    "escapes": {
+        "json": '{"a": ["\\n", 1e-5]}\t\x00\x1f\x7f',
+        "slash": "a/b\\c",
+        "\x08": "\x0c\r\n",
+    },
+    "other scripts": {"prompts": "zażółć 夜の街 🌃 \u2028", "é": "e\u0301"},
+}
+
+
+@pytest.mark.parametrize("metadata", METADATA.values(), ids=METADATA.keys())
+def test_equal_tensors_and_metadata_give_equal_bytes(tmp_path, metadata):
+    tensors = {
+        "b": torch.arange(3.0),
+        "a": torch.ones(2, dtype=torch.bfloat16),
+        "é\n": torch.ones(0),
+    }
+    contents = set()
+    for i in range(8):
+        path = tmp_path / f"{i}.safetensors"
+        # The order in which they are named must not count either.
+        order = sorted(metadata.items(), reverse=i % 2 == 1)
+        save_tensors(path, dict(sorted(tensors.items(), reverse=i % 2 == 1)), dict(order))
+        contents.add(path.read_bytes())
+
+        read, read_metadata = read_tensors(path)
+        assert read_metadata == metadata
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert len(contents) == 1
 
 
 # -------------------- networks

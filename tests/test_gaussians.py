@@ -88,7 +88,15 @@ def test_samples_of_a_perfect_denoiser_are_the_prior_on_the_way_to_the_data():
 
 
 @pytest.mark.parametrize("kind", ["coop", "data", "noisy"])
-def test_a_training_depends_on_its_seed_alone_and_moves_towards_the_data(kind):
+def test_a_training_depends_on_its_seed_alone_and_moves_towards_the_data(monkeypatch, kind):
+    build, made = gaussians.MLP, []
+
+    def build_and_keep(c_out):
+        made.append(build(c_out))
+        return made[-1]
+
+    monkeypatch.setattr(gaussians, "MLP", build_and_keep)
+
     def train(seed):
         cfg = gaussians.Config(adversarial=kind, max_train_steps=30, lambda_con=0.1, seed=seed)
         return gaussians.train(cfg)
@@ -100,8 +108,9 @@ def test_a_training_depends_on_its_seed_alone_and_moves_towards_the_data(kind):
     for one, same, different in zip(first.parameters(), again.parameters(), other.parameters()):
         assert torch.equal(one, same) and not torch.equal(one, different)
     torch.manual_seed(0)
-    start = gaussians.MLP(2)  # the denoiser that training began with
-    assert not torch.equal(start.conv_in.weight, first.conv_in.weight)
+    start, start_of_d = build(2), build(1)  # what training began with
+    for p, q in zip(start_of_d.parameters(), made[1].parameters()):
+        assert not torch.equal(p, q)
 
     def error(denoiser):  # of predictions at little noise
         rng = generator(2)
@@ -113,6 +122,22 @@ def test_a_training_depends_on_its_seed_alone_and_moves_towards_the_data(kind):
         return (made - x0).square().mean()
 
     assert error(first) < error(start)
+
+
+def test_a_training_returns_the_ema_of_the_weights(monkeypatch):
+    averages, weights, decays, update = [], [], [], gaussians.update_ema
+
+    def watched(ema, trained, decay):
+        update(ema, trained, decay)
+        averages.append({name: p.clone() for name, p in ema.items()})
+        weights.append({name: p.detach().clone() for name, p in trained.items()})
+        decays.append(decay)
+
+    monkeypatch.setattr(gaussians, "update_ema", watched)
+    denoiser, _ = gaussians.train(gaussians.Config(max_train_steps=3, ema_decay=0.2))
+    for name, p in denoiser.named_parameters():
+        assert torch.equal(p, averages[-1][name]) and not torch.equal(p, weights[-1][name])
+    assert decays == [1 / 10, 2 / 11, 0.2]  # a warm-up
 
 
 def run(monkeypatch, *argv):

@@ -242,6 +242,52 @@ def test_official_files_give_the_official_pictures(official, merged):
         assert bool(adapters) != merged
 
 
+@pytest.fixture
+def another_conv_in(tmp_path) -> Official:
+    """A stochastic generator whose original `conv_in` is not its base's."""
+    official = Official(tmp_path, stochastic=True)
+    for i, p in enumerate(official.unet.conv_in.conv_in_pretrained.parameters()):
+        p.data = draw(p, seed=40 + i)
+    official.save()
+    return official
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_original_conv_in_is_the_files_and_not_the_bases(another_conv_in, merged):
+    ours = []
+    for args in calls(another_conv_in):
+        generator = load(another_conv_in, args[2], merged=merged)
+        ours.append(generator(*args))
+        assert relative(ours[-1], another_conv_in(*args)) < 1e-9
+
+    # With the base's the picture is another one, except at r = 1.
+    own = bases.load_base(str(another_conv_in.base), ("unet",)).unet.conv_in
+    another_conv_in.unet.conv_in.conv_in_pretrained.load_state_dict(own.state_dict())
+    for picture, args in zip(ours, calls(another_conv_in)):
+        differs = relative(picture, another_conv_in(*args)) > 1e-3
+        assert differs == (args[2] < 1)
+
+
+@torch.no_grad()
+def test_at_strength_0_the_original_conv_in_is_the_bases(another_conv_in):
+    generator = load(another_conv_in, 0.4, strength=0.0)
+    pretrained = bases.load_base(str(another_conv_in.base), ("unet",)).unet.conv_in
+    assert torch.equal(generator.unet.conv_in.weight, pretrained.weight)
+    assert torch.equal(generator.unet.conv_in.bias, pretrained.bias)
+
+
+@pytest.mark.parametrize("change", ["shape", "integers"])
+def test_an_original_conv_in_that_does_not_fit_is_refused(another_conv_in, change):
+    saved = another_conv_in.contents()
+    name = "conv_in.conv_in_pretrained.weight"
+    tensor = saved["state_dict_unet"][name]
+    saved["state_dict_unet"][name] = tensor[:3] if change == "shape" else tensor.long()
+    torch.save(saved, another_conv_in.pkl)
+    with pytest.raises(ValueError, match="unet.conv_in.weight0 is .*expected floating point"):
+        load(another_conv_in, 0.4)
+
+
 @torch.no_grad()
 def test_one_step_of_the_official_scheduler_is_our_x0(official, generator):
     for args in calls(official):

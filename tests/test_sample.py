@@ -30,7 +30,7 @@ import sample
 import training
 from dataset.pictures import canny, open_picture, pad_to_multiple, sketch, to_picture, to_tensor
 from files import bases, checkpoints, tokenizers
-from models import clip, unet, vae
+from models import clip, t5, unet, vae
 from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig
 from models.diffusion import Schedule
 from models.lora import set_scale
@@ -269,7 +269,7 @@ def command(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            training.run(sample.main)
+            training.run_script(sample.main)
             status = 0
         except SystemExit as stop:
             status = stop.code
@@ -456,6 +456,135 @@ def test_a_bad_picture_in_a_folder_does_not_stop_the_others(trained_files, comma
     assert str(folder / "b.png") in err.splitlines()[-1]
 
 
+# What befalls the second of three pictures, by name: its file, or what computing it comes to.
+# The error must say what stands behind it.
+MISHAPS = {
+    "not a picture": (b"not a picture", ["not a picture of a known format"]),
+    "cut short": (b"\x89PNG\r\n\x1a\n\0\0", ["b.png is not a"]),
+    "empty": (b"", ["b.png is not a"]),
+    "NaN": (None, ["out/b.png", "NaN", "damaged"]),
+    "out of GPU memory": (torch.OutOfMemoryError("CUDA out of memory"), ["memory", "--tile"]),
+    "out of memory": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["--tile"]),
+    "Python's memory": (MemoryError(), ["too much memory", "--tile"]),
+    "a disk": (OSError(5, "Input/output error"), ["Input/output error"]),
+    "a bug": (KeyError("weight"), ["Traceback", "KeyError"]),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mishap, says", MISHAPS.values(), ids=MISHAPS.keys())
+def test_whatever_befalls_one_picture_the_others_are_made_and_it_is_named(
+    trained_files, command, tmp_path, monkeypatch, mishap, says, batch
+):
+    folder = tmp_path / "in"
+    for i, name in enumerate("abc"):
+        picture(folder / f"{name}.png", 16, 16, seed=i)
+    bad = to_tensor(open_picture(folder / "b.png"))
+    translate = sample.translate_pictures
+
+    def translate_or_fail(model, pictures, *inputs, **options):
+        translated = translate(model, pictures, *inputs, **options).clone()
+        for i, x in enumerate(map(to_tensor, pictures)):
+            if torch.equal(x, bad) and mishap is None:
+                translated[i, 0, 3, 5] = torch.nan
+            elif torch.equal(x, bad):
+                raise mishap
+        return translated
+
+    if isinstance(mishap, bytes):
+        (folder / "b.png").write_bytes(mishap)
+    else:
+        monkeypatch.setattr(sample, "translate_pictures", translate_or_fail)
+    flags = ["--checkpoint", trained_files["one caption"], "--input", folder, "--batch", batch]
+    status, paths, err = command(*flags)
+    assert (status, paths) == (2, ["out/a.png", "out/c.png"]), err
+    assert err.splitlines()[-1].startswith("sample.py: error: 1 of 3 pictures were not made: ")
+    assert "b.png" in err.splitlines()[-1]
+    assert all(piece in err for piece in says), err
+
+
+def test_a_failed_preparation_and_an_edit_that_fails_are_kept_for_the_end_too(
+    base, trained_files, command, tmp_path, monkeypatch
+):
+    folder = tmp_path / "in"
+    for name, side in [("a", 16), ("b", 24), ("c", 16)]:
+        picture(folder / f"{name}.png", side, side)
+
+    def short_of_memory(x: Image.Image | Tensor, *rest) -> Image.Image:
+        if max(x.size if isinstance(x, Image.Image) else x.shape) == 24:
+            raise MemoryError
+        return x
+
+    encode = sample.encode_pictures
+
+    def encode_or_fail(network: vae.VAE, x: Tensor, tile: int) -> Tensor:
+        return encode(network, short_of_memory(x), tile)
+
+    monkeypatch.setattr(sample, "canny", short_of_memory)
+    monkeypatch.setattr(sample, "encode_pictures", encode_or_fail)
+    translator = ["--checkpoint", trained_files["one caption"], "--preprocess", "canny"]
+    for flags in (translator, [PROMPT, "--base", base]):
+        status, paths, err = command(*flags, "--input", folder)
+        assert (status, paths) == (2, ["out/a.png", "out/c.png"]), err
+        assert f"{folder / 'b.png'} needs too much memory" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("dtype, advice", [("fp16", "try --dtype float32"), ("float32", "weights")])
+def test_nan_is_answered_with_flags_of_this_script(base, command, monkeypatch, dtype, advice):
+    def draw_nan(*arguments, **options) -> Tensor:
+        return torch.full((1, 3, 16, 16), torch.nan)
+
+    monkeypatch.setattr(sample, "text_to_image", draw_nan)
+    status, paths, err = command(PROMPT, "--base", base, "--dtype", dtype)
+    assert (status, paths, err.count("\n")) == (2, [], 1)
+    assert "out.png" in err and advice in err and "--mixed_precision" not in err
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8", "shift_jis"])
+def test_names_that_stdout_cannot_say_are_printed_with_escapes(
+    trained_files, tmp_path, encoding
+):
+    """Some file systems refuse the last name, which is not UTF-8; then there is none such."""
+    names = ["\u0142\xf3d\u017a", "\u65e5\u672c", "plain", "\U0001f408", "x" * 245]
+    names.append(os.fsdecode(b"latin-\xe9"))
+    folder = tmp_path / "in"
+    for name in names:
+        picture(folder / "plain.png", 16, 16)
+        (folder / f"{name}.png").write_bytes((folder / "plain.png").read_bytes())
+    flags = ["--checkpoint", trained_files["one caption"], "--input", folder, "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, sample.__file__, *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == sorted(names)
+    said = done.stdout.decode(encoding).splitlines()
+    expected = [
+        f"out/{name}.png".encode(encoding, errors="backslashreplace").decode(encoding)
+        for name in names
+    ]
+    assert sorted(said) == sorted(expected)
+
+
+@pytest.mark.parametrize("names, made", [
+    ("x.png x.jpg x.png.jpg", "x.png.png x.jpg.png x.png.jpg.png"),
+    ("x.png x.jpg x.png.jpg x.png.jpg.gif",
+     "x.png.png x.jpg.png x.png.jpg.png x.png.jpg.gif.png"),
+    ("x.png y.png x.jpg", "x.png.png y.png x.jpg.png"),
+    ("x.png y.png.jpg", "x.png y.png.png"),
+    ("X.png x.png", "X.png x.png"),
+])
+def test_no_two_inputs_share_an_output(tmp_path, names, made):
+    for name in names.split():
+        picture(tmp_path / name, 4, 4)
+    targets = sample.plan_folder(tmp_path, Path("made"))
+    assert {path.name: target.name for path, target in targets.items()} == dict(
+        zip(names.split(), made.split())
+    )
+
+
 def canny_with_thresholds(source: Image.Image) -> Image.Image:
     return canny(source, 20, 30)
 
@@ -506,6 +635,43 @@ def test_other_types_draw_nearly_the_same_picture(
         assert (levels("out.png") - levels("other.png")).abs().mean() < difference
 
 
+# Prompts, and what of them is beyond the 22 pieces that the tiny text encoder takes.
+LONG_TEXTS = {
+    "none": ("", None),
+    "just fits": ("a " * 22, None),
+    "one word": ("a " * 22 + "red", "red"),
+    "two lines": ("a, " * 10 + "a red circle,  \n blue", "circle, blue"),
+    "other scripts": ("  a" * 22 + " \u017b\xf3\u0142 \u65e5", "\u017b\xf3\u0142 \u65e5"),
+    "very long": ("a " * 22 + "red " * 100, "red " * 50 + "..."),
+}
+
+
+@pytest.mark.parametrize("text, cut", LONG_TEXTS.values(), ids=LONG_TEXTS.keys())
+def test_what_the_text_encoder_does_not_see_is_said(
+    base, trained_files, command, tmp_path, text, cut
+):
+    source = picture(tmp_path / "in.png", 16, 16)
+    expected = ""
+    if cut is not None:
+        expected = f"the text encoder takes 24 tokens; this was cut off and has no effect: {cut}\n"
+    for flags in (
+        [text, "--base", base],
+        ["a", "--base", base, "--guidance", 2, "--negative", text],
+        [text, "--base", base, "--input", source],
+        [text, "--checkpoint", trained_files["many captions"], "--input", source],
+    ):
+        status, _, err = command(*flags)
+        assert (status, err) == (0, expected)
+
+
+def test_t5s_texts_are_cut_at_its_own_length():
+    pieces = tokenizers.load_tokenizer("tiny").pieces
+    pieces.add_special_tokens(["<pad>", "</s>"])
+    tokenizer = t5.T5Tokenizer(pieces, length=120)
+    assert sample.cut_off(tokenizer, "a " * 119) is None
+    assert sample.cut_off(tokenizer, " " + "a " * 119 + "Red circle ") == "red circle"
+
+
 # -------------------- speed
 
 def test_the_next_item_is_computed_while_the_caller_works_and_errors_come_in_their_turn():
@@ -532,6 +698,58 @@ def test_the_default_type_is_bf16_where_the_processor_computes_in_it(monkeypatch
     weights = [*loaded.base.vae.parameters(), *loaded.base.unet.parameters()]
     assert {weight.dtype for weight in weights} == {dtype}
     assert sample.DTYPES[loaded.precision] == dtype
+
+
+@pytest.mark.parametrize("use", ["translate", "edit"])
+def test_a_picture_that_takes_long_says_so_and_keeps_its_bits(
+    base, trained_files, command, tmp_path, monkeypatch, use
+):
+    flags = ["--checkpoint", trained_files["stochastic"], "--preprocess", "sketch"]
+    if use == "edit":
+        flags = [PROMPT, "--base", base]
+    source = picture(tmp_path / "in.png", 40, 24)
+    assert command(*flags, "--input", source)[2] == ""
+    monkeypatch.setattr(sample, "LARGE", 24 * 24)
+    monkeypatch.setattr(sample, "CORNER", 32)
+    assert command(*flags, "--input", source, "--output", "fast.png")[2] == ""
+    monkeypatch.setattr(sample, "PATIENCE", 0)
+    status, _, err = command(*flags, "--input", source, "--output", "slow.png")
+    assert status == 0 and err.count("\n") == 1
+    assert err.startswith(f"{source} (40x24 pixels): about 1 min; --tile 512 computes")
+    assert torch.equal(levels("slow.png"), levels("out.png"))
+    assert command(*flags, "--input", source, "--output", "tiles.png", "--tile", 32)[2] == ""
+
+    # In a folder it is said once, as all take as long.
+    for name in "abc":
+        picture(tmp_path / "in" / f"{name}.png", 40, 24)
+    status, paths, err = command(*flags, "--input", tmp_path / "in", "--batch", 2)
+    assert status == 0 and len(paths) == 3
+    assert f"{tmp_path / 'in' / 'a.png'} and 1 more at a time (40x24 pixels)" in err
+    assert err.count("about 1 min") == 1 and "3/3" in err
+
+
+def test_the_estimate_grows_from_the_pixels_to_their_square(monkeypatch):
+    now = iter(range(0, 1000, 3))
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(now))
+    seen = []
+
+    def transform(pictures: list[Image.Image]) -> Tensor:
+        seen.append(pictures[0].size)
+        return torch.zeros(1)
+
+    def seconds(width: int, height: int) -> float:
+        return sample.estimate_seconds(Image.new("RGB", (width, height)), transform)
+
+    assert seconds(256, 256) == pytest.approx(3)
+    assert seconds(512, 512) == pytest.approx(3 * 1.2 / 0.2625)
+    assert seconds(1024, 1024) / seconds(512, 512) == pytest.approx(6)  # 89 s and 15 s
+    assert seconds(8192, 8192) / seconds(4096, 4096) == pytest.approx(16, rel=0.1)
+    assert set(seen) == {(64, 64), (256, 256)}
+
+    def fail(pictures: list[Image.Image]) -> Tensor:
+        raise MemoryError
+
+    assert sample.estimate_seconds(Image.new("RGB", (999, 999)), fail) == 0
 
 
 def test_tiles_bound_what_the_networks_see_and_small_pictures_keep_their_bits(
@@ -712,6 +930,14 @@ REFUSED = {
     "program of a folder": (
         "--checkpoint C --input D --export a.pt2",
         ["--export", "a folder"],
+    ),
+    "program over the output": (
+        "--checkpoint C --input P --export a.png --output a.png",
+        ["--export a.png", "another name"],
+    ),
+    "program over the input": (
+        "--checkpoint C --input P --export P",
+        ["--export", "another name"],
     ),
     "LoRA on a translator": (
         "--checkpoint C --input P --lora x",

@@ -332,6 +332,13 @@ def test_resuming_wants_the_same_text_encoder_and_lets_intervals_change(
     assert helpers.read_log(run)[-1]["step"] == 2
 
 
+def test_a_validation_that_fails_costs_no_step(monkeypatch, capsys, tmp_path, domains):
+    flags = ["--dataset_folder", domains, *ONE_PICTURE]
+    runs = helpers.train_with_failing_validation(monkeypatch, trainer, tmp_path, *flags)
+    assert "error: a test picture cannot be read" in capsys.readouterr().err
+    helpers.assert_same_bits(*runs)
+
+
 def test_a_run_begun_under_older_names_of_settings_goes_on(monkeypatch, tmp_path, domains):
     run = tmp_path / "run"
     flags = ["--dataset_folder", domains, *ONE_PICTURE, "--max_train_steps", 1]

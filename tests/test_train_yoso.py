@@ -977,6 +977,15 @@ def test_resuming_beside_other_frozen_weights_is_refused(
     assert "fingerprint" in capsys.readouterr().err
 
 
+def test_a_validation_that_fails_costs_no_step(monkeypatch, capsys, tmp_path, pairs):
+    """Weights and EMA are in their places again before the state is saved."""
+    flags = ["--dataset_folder", pairs, *SMALL_PICTURES]
+    whole, cut = helpers.train_with_failing_validation(monkeypatch, trainer, tmp_path, *flags)
+    assert "error: a test picture cannot be read" in capsys.readouterr().err
+    helpers.assert_same_bits(whole, cut)
+    assert_same(helpers.read_state(whole), helpers.read_state(cut), 0)
+
+
 def test_resuming_makes_good_a_last_save_that_failed(monkeypatch, tmp_path, pairs):
     save, calls = checkpoints.save_yoso, []
 

@@ -310,6 +310,25 @@ def test_ema_and_weights_change_places_within_the_context_only():
     assert trained["q"].tolist() == [1, 1]
 
 
+def test_ema_and_weights_change_back_and_the_step_is_saved_when_validation_fails():
+    p, ema, saved = torch.nn.Parameter(torch.zeros(2)), {"p": torch.ones(2)}, []
+
+    def save(step):
+        saved.append((step, p.tolist(), ema["p"].tolist()))
+
+    with training.saved_on_failure(save, 3), training.swapped({"p": p}, ema):
+        pass
+    assert saved == []
+
+    def fail():
+        with training.saved_on_failure(save, 4), training.swapped({"p": p}, ema):
+            raise ValueError("no picture")
+
+    with pytest.raises(ValueError, match="no picture"):
+        fail()
+    assert saved == [(4, [0, 0], [1, 1])]
+
+
 def test_a_discriminators_accuracy_counts_all_levels():
     real = [torch.tensor([1.0, -1.0]), torch.tensor([2.0, 3.0])]
     fake = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, 1.0, 1.0, 1.0])]

@@ -104,6 +104,27 @@ def train_in_three_ways(
     return folders
 
 
+def train_with_failing_validation(
+    monkeypatch, trainer: ModuleType, folder: Path, *argv
+) -> tuple[Path, Path]:
+    """Trains for three steps, undisturbed, and again with a validation that fails after the
+    second, resumed. Returns the folders of both runs."""
+    whole, cut = folder / "whole", folder / "cut"
+    flags = [*argv, "--max_train_steps", 3, "--validation_steps", 2]
+    train(monkeypatch, trainer, *flags, "--output_dir", whole)
+
+    def fail(*_):
+        raise ValueError("a test picture cannot be read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "validate", fail)
+        with pytest.raises(SystemExit) as caught:
+            train(patch, trainer, *flags, "--output_dir", cut)
+    assert caught.value.code == 2 and read_state(cut)["step"] == 2
+    train(monkeypatch, trainer, "--resume", cut)
+    return whole, cut
+
+
 def rename_settings(folder: Path, **old_names: str) -> None:
     """Rewrites a run's config.json with the older names of settings, given by new name."""
     path = folder / "config.json"
