@@ -207,7 +207,9 @@ def check_readable(items: Dataset, count: int) -> None:
 
 # -------------------- pictures with captions
 
-def _check_captioned(opened: dict[str, Dataset | None], problems: list[str]) -> list[Tile]:
+def _check_captioned(
+    opened: dict[str, Captioned | Cached | None], problems: list[str]
+) -> list[Tile]:
     """Reads every item of a folder, a zip, a caption file or a cache. Returns the sheet's tiles."""
     tiles = []
     for split, items in opened.items():

@@ -127,9 +127,10 @@ def _raw_mode(file: Image.Image) -> str:
 
     To be asked before the pixels are loaded.
     """
-    if file.format != "PNG" or not file.tile:
+    tile = getattr(file, "tile", None)  # how Pillow will decode the file
+    if file.format != "PNG" or not tile:
         return ""
-    return str(file.tile[0][3])
+    return str(tile[0][3])
 
 
 def _scale_transparent_level(file: Image.Image, raw_mode: str) -> None:

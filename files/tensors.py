@@ -169,10 +169,10 @@ def _takes_tuples(kind: object) -> bool:
 
 def _one_of_equals(value: object) -> object:
     """The number that a list repeats, one for each block; any other value as it is."""
-    if isinstance(value, list) and value and isinstance(value[0], int | float):
-        if all(item == value[0] for item in value):
-            return value[0]
-    return value
+    if not isinstance(value, list) or not value or not isinstance(value[0], int | float):
+        return value
+    equal = all(item == value[0] for item in value)
+    return value[0] if equal else value
 
 
 def from_json(cls: type, values: dict):
