@@ -490,16 +490,3 @@ def test_a_broken_test_picture_is_found_before_the_first_step(monkeypatch, capsy
         train(monkeypatch, "--dataset_folder", folder, "--output_dir", tmp_path / "run", *SMALL)
     assert "1.png is not a picture" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_a_validation_that_fails_costs_no_steps(monkeypatch, capsys, tmp_path, pairs):
-    def failing(*args):
-        raise ValueError("no memory for this picture")
-
-    monkeypatch.setattr(trainer, "validate", failing)
-    flags = ["--dataset_folder", pairs, "--output_dir", tmp_path / "run", *SMALL]
-    with pytest.raises(SystemExit):
-        train(monkeypatch, *flags, "--validation_steps", 3, "--max_train_steps", 5)
-    assert "no memory for this picture" in capsys.readouterr().err
-    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == 3
-    assert (tmp_path / "run" / "model.safetensors").exists()
