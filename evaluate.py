@@ -899,18 +899,9 @@ def main() -> None:
         )
         print(json.dumps(report, indent=1))
     else:
-        say(table(results))
+        print(table(results))
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def say(text: str) -> None:
-    """Prints to stdout, with escapes for what the encoding of stdout cannot say."""
-    try:
-        print(text)
-    except UnicodeEncodeError:
-        encoding = sys.stdout.encoding
-        print(text.encode(encoding, errors="backslashreplace").decode(encoding))
 
 
 if __name__ == "__main__":

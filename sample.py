@@ -28,9 +28,7 @@ in [0, 1] and, for a stochastic model, noise.
 """
 
 import argparse
-import inspect
 import io
-import re
 import sys
 import time
 import traceback
@@ -167,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Options), re.M))
+    comments = training.field_comments(Options)
     for field in fields(Options):
         text = comments[field.name]
         if field.default not in (None, False, ""):
@@ -416,10 +414,10 @@ def load_base(options: Options, device: torch.device, strength: float = 1.0) -> 
 def save_base(folder: Path, base: bases.Base, prior: tuple[Tensor, Tensor] | None) -> None:
     """Writes the base as a folder and, if sampling starts from it, the prior into it."""
     bases.save_folder(folder, base)
-    say(folder)
+    print(folder)
     if prior is not None and not ends_in_noise(base.schedule):
         bases.save_prior(folder / "prior.safetensors", *prior)
-        say(folder / "prior.safetensors")
+        print(folder / "prior.safetensors")
 
 
 def ends_in_noise(schedule: diffusion.Schedule) -> bool:
@@ -819,7 +817,7 @@ def export_program(path: Path, translator: Translator, picture: Image.Image, see
     contents = io.BytesIO()
     torch.export.save(program, contents)
     training.write_file(path, lambda temporary: temporary.write_bytes(contents.getbuffer()))
-    say(path)
+    print(path)
 
 
 def speed_up_translator(
@@ -1327,16 +1325,7 @@ def save(picture: Tensor, path: Path, facts: dict[str, object]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     training.write_file(path, write)
-    say(path)
-
-
-def say(line: object) -> None:
-    """Prints a line to stdout, with escapes for what the encoding of stdout cannot say."""
-    try:
-        print(line)
-    except UnicodeEncodeError:
-        encoding = sys.stdout.encoding
-        print(str(line).encode(encoding, errors="backslashreplace").decode(encoding))
+    print(path)
 
 
 def save_all(

@@ -66,7 +66,7 @@ GanLoss = Literal["multilevel_sigmoid", "multilevel_sigmoid_s"]
 class Config:
     # data
     dataset_folder: str = "drawn:day2night"  # two domains, or drawn:day2night, drawn:clear2rain
-    train_image_prep: str | None = None  # how pictures are resized and cropped [see open_data]
+    train_image_prep: str | None = None  # how pictures are cropped [random N of N * 286/256, flip]
     test_image_prep: str | None = None  # the same for test pictures [resize_N]
     resolution: int = 256  # N of the default preparations
     dataloader_num_workers: int = 0  # processes that load pictures

@@ -98,7 +98,7 @@ def parse(
 
 
 def build_parser(cls: type, aliases: dict[str, str], description: str) -> argparse.ArgumentParser:
-    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
+    comments = field_comments(cls)
     parser = argparse.ArgumentParser(
         description=description,
         allow_abbrev=False,
@@ -113,6 +113,11 @@ def build_parser(cls: type, aliases: dict[str, str], description: str) -> argpar
         text = text.strip().replace("%", "%%")
         parser.add_argument(*names, dest=field.name, default=None, help=text, **kind_of(field.type))
     return parser
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, which is its help text."""
+    return dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.M))
 
 
 def kind_of(annotation: type) -> dict:
