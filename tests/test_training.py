@@ -125,13 +125,17 @@ class RunConfig:
     learning_rate: float = 1.0
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 10
+    dataset_folder: str = "drawn:scenes"
     report_to: str = "none"
     tracker_project_name: str = "p"
+    validation_steps: int = 3
+    viz_freq: int = 1
+    plan_steps: int | None = None
 
 
 def make_run(items: int = 100, **settings) -> training.Run:
     run = training.Run(RunConfig(**settings), "kind")
-    run.plan(items)
+    run.prepare(range(items))
     return run
 
 
@@ -160,7 +164,7 @@ def test_micro_batches_are_rows_of_the_global_batch_with_their_noise(monkeypatch
     start_ranks = training.start_ranks
     whole = make_run(train_batch_size=8)
     monkeypatch.setattr(
-        training, "start_ranks", lambda name: (rank, 2, start_ranks(name)[2])
+        training.run, "start_ranks", lambda name: (rank, 2, start_ranks(name)[2])
     )
     run = make_run(train_batch_size=2, gradient_accumulation_steps=2)
     assert run.global_batch == 8
@@ -209,6 +213,13 @@ def test_update_takes_no_step_with_a_norm_that_is_not_finite(value):
         run.check_finite({"l2": 1.0, "grad_norm": norm}, 7, {"name": ["a.png", "b.png"]})
 
 
+@pytest.mark.parametrize("step, wrong_advice", [(0, "a lower --learning_rate"), (1, "the base")])
+def test_the_learning_rate_is_not_blamed_before_anything_is_trained(step, wrong_advice):
+    with pytest.raises(ValueError, match=f"step {step}: the loss became .*a.png") as refused:
+        make_run().check_finite({"l2": math.nan}, step, {"name": ["a.png"]})
+    assert wrong_advice not in str(refused.value)
+
+
 def test_fp16_skips_a_step_that_overflows_and_tries_a_smaller_scale():
     run = make_run(mixed_precision="fp16", dtype="float32")
     p, optimizer = parameter(0.0)
@@ -242,10 +253,10 @@ def test_mixed_precision_sets_autocast_scaler_and_types(precision, half):
 
 def test_periodic_jobs_are_due_after_every_so_many_steps_and_after_the_last():
     run = make_run(max_train_steps=7)
-    assert [step for step in range(7) if run.due(step, 3)] == [2, 5, 6]
-    assert run.due(0, 3, also=True)
+    assert [step for step in range(7) if run.due("validation", step)] == [2, 5, 6]
+    assert run.due("validation", 0, also=True) and run.due("preview", 0)
     run.rank = 1  # only the first process validates, draws and saves
-    assert not any(run.due(step, 1, also=True) for step in range(7))
+    assert not any(run.due("preview", step, also=True) for step in range(7))
 
 
 def test_the_best_validation_is_the_lowest_and_survives_a_resume(tmp_path):
@@ -379,7 +390,7 @@ def test_a_state_goes_back_into_what_it_was_taken_from(tmp_path):
 def test_a_state_of_other_batches_is_refused(tmp_path):
     training.save_state(tmp_path / "state.pt", dict(step=1, base="abc", batch=8))
     assert training.restore(tmp_path, "abc", {}, "step", batch=8) == [1]
-    said = "steps of 8 items and these would be of 2; start as many processes as before"
+    said = "steps of 8 items and these would be of 2; .* so that their product is 8"
     with pytest.raises(ValueError, match=said):
         training.restore(tmp_path, "abc", {}, "step", batch=2)
 

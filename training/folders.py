@@ -1,0 +1,198 @@
+"""Run folders: files that are written whole or not at all, and the state of a run."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from training.exits import first_line
+
+# The folders of a data set in which trainers read pictures, beside the data set's own.
+PARTS = ("train", "test", "train_A", "train_B", "test_A", "test_B")
+# Files that systems put beside pictures.
+CLUTTER = ("thumbs.db", "desktop.ini")
+
+
+def open_run(config, kind: str, rank: int) -> pathlib.Path:
+    """The run's folder with its config.json. An earlier run there is never overwritten."""
+    if config.output_dir is None:
+        name = [f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"]
+        if dist.is_initialized():
+            dist.broadcast_object_list(name)
+        config.output_dir = name[0]
+    folder = pathlib.Path(config.output_dir)
+    if rank != 0:
+        return folder
+
+    results = [folder / "state.pt", folder / "model.safetensors"]
+    if not config.resume and any(path.exists() for path in results):
+        raise ValueError(
+            f"{folder} holds a run already; continue it with --resume {folder}, or choose another"
+            " --output_dir"
+        )
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while writing
+        leftover.unlink()
+    if not config.resume:  # the log of a run that ended before its first save
+        (folder / "log.jsonl").unlink(missing_ok=True)
+        write_settings(folder, config)
+    return folder
+
+
+def write_settings(folder: pathlib.Path, config) -> None:
+    """Writes config.json, in which the data set's path holds from any working folder."""
+    settings = asdict(config)
+    source = settings.get("dataset_folder")
+    if source and os.path.exists(source):
+        settings["dataset_folder"] = os.path.abspath(source)
+    text = json.dumps(settings, indent=1)
+    write_file(folder / "config.json", lambda path: path.write_text(text))
+
+
+def data_fingerprint(source: str) -> str:
+    """The hash of the names and sizes of a data set's files, wherever they are.
+
+    A name that is no path (drawn:scenes) stands for itself, and of a single file the size counts.
+    """
+    path = pathlib.Path(source)
+    facts = [source]
+    if path.is_file():
+        facts = [f"{path.suffix} {path.stat().st_size}"]
+    elif path.is_dir():
+        folders = [path, *[path / part for part in PARTS]]
+        facts = [fact for folder in folders for fact in names_and_sizes(folder, path)]
+    return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()[:16]
+
+
+def names_and_sizes(folder: pathlib.Path, root: pathlib.Path) -> list[str]:
+    """The visible files of a folder: path below `root` and bytes. None if there is no folder."""
+    if not folder.is_dir():
+        return []
+    facts = []
+    for path in sorted(folder.iterdir()):
+        hidden = path.name.startswith(".") or path.name.lower() in CLUTTER
+        if path.is_file() and not hidden:
+            facts.append(f"{path.relative_to(root).as_posix()} {path.stat().st_size}")
+    return facts
+
+
+def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+    """Calls `write` with a temporary file beside `path`, then renames that file.
+
+    Whatever happens, `path` is the old file or the new one, complete.
+    """
+    # A short name: the file's own may be as long as the system allows.
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
+    temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception as error:
+        raise OSError(
+            f"{path} could not be written ({first_line(error)}); the file that was there is"
+            " untouched: make room, and run the command again (a trainer's with --resume)"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def save_state(path: pathlib.Path, state: dict) -> None:
+    """Writes values, tensors, and the state dictionaries of networks, optimizers and scalers."""
+    saved = {}
+    for name, part in state.items():
+        saved[name] = part.state_dict() if hasattr(part, "state_dict") else part
+    write_file(path, lambda temporary: torch.save(saved, temporary))
+
+
+@torch.no_grad()
+def restore(
+    folder: pathlib.Path,
+    base: str,
+    parts: dict,
+    *names: str,
+    batch: int | None = None,
+    data: str | None = None,
+) -> list:
+    """Puts a saved state back into `parts` and returns the saved values of `names`.
+
+    Parts are networks, optimizers, scalers, dictionaries of tensors, or None. Only tensors and
+    plain values are read, never code. `base` is the fingerprint of the frozen weights, `batch`
+    the number of items in a step, over all processes, `data` the fingerprint of the data set.
+    ValueError where they differ.
+    """
+    path = folder / "state.pt"
+    state = read_state(path)
+    if state["base"] != base:
+        raise ValueError(
+            f"{path} was trained with frozen weights of fingerprint {state['base']}, and these"
+            f" have {base}; restore the original frozen weights"
+        )
+    before = state.get("batch", batch)
+    if before != batch:
+        raise ValueError(
+            f"{path} has steps of {before} items and these would be of {batch}; choose"
+            " --train_batch_size, --gradient_accumulation_steps and the number of processes so"
+            f" that their product is {before}"
+        )
+    if state.get("data", data) != data:
+        raise ValueError(
+            f"{path} was trained on a data set of other files: their names or sizes are not"
+            " those of before; restore them, or start a new run on these"
+        )
+    try:
+        if not isinstance(state["step"], int):
+            raise TypeError(f"its step is {state['step']!r:.100}")
+        for name, part in parts.items():
+            if isinstance(part, dict):
+                for key, tensor in part.items():
+                    tensor.copy_(state[name][key])
+            elif part is not None:
+                keep_fused(part, state[name])
+                part.load_state_dict(state[name])
+        return [state[name] for name in names]
+    except Exception as error:  # other tensors, other shapes, a missing entry
+        raise ValueError(
+            f"{path} is not of this run ({type(error).__name__}: {first_line(error)}); put its"
+            " own state.pt back, or start a new run"
+        ) from error
+
+
+def keep_fused(part, saved: dict) -> None:
+    """An optimizer's `fused` belongs to its device, and the saved state may be of another."""
+    if isinstance(part, torch.optim.Optimizer):
+        for group, saved_group in zip(part.param_groups, saved["param_groups"]):
+            saved_group["fused"] = group.get("fused")
+
+
+def read_state(path: pathlib.Path) -> dict:
+    folder = path.parent
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no state.pt to resume from: the run ended before its first save;"
+            " start again"
+        )
+    try:
+        # torch.save never compresses. A compressed file may unpack to any size.
+        if zipfile.is_zipfile(path):
+            entries = zipfile.ZipFile(path).infolist()
+            if any(entry.compress_type for entry in entries):
+                raise ValueError("it is compressed, which torch.save never does")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["base"]  # noqa: B018  raises where the entry is missing
+        return state
+    except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage
+        raise ValueError(
+            f"{path} is damaged ({first_line(error)}); the trained weights so far are in"
+            f" {folder / 'model.safetensors'}: copy state.pt again, or start a new run"
+        ) from None
