@@ -4,56 +4,195 @@ A noisy latent is x_t = alpha_t x0 + sigma_t eps, with t from 0 (almost clean) t
 entirely noise). A schedule holds alpha and sigma as tables in float64; they are cast where they are
 used.
 
-A sampler is a function of (model, x, timesteps). `model(x, t)` is the network's prediction at a
-timestep; the caller has bound everything else to it (context, guidance).
+A sampler is a function of (model, x, timesteps, schedule). `model(x, t)` is the network's
+prediction at a timestep; the caller has bound everything else to it (context, guidance).
+
+Bases come with a `scheduler_config.json`, which names a scheduler class of `diffusers` and some of
+its settings. It is read as that class reads it, and `for_sampler` as the sampler's own class does.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 KINDS = ("epsilon", "v_prediction")  # what a network may predict
+# (x_t, t) -> prediction. Where t is a fraction, x_t lies between two timesteps.
+Model = Callable[[Tensor, float], Tensor]
+# What samplers that divide by alpha take for an alpha of 0, as in `diffusers`.
+LEAST_ALPHA = 2**-12
 
-Model = Callable[[Tensor, int], Tensor]  # (x_t, t) -> prediction
+# -------------------- the schedulers of diffusers
+
+class Scheduler(NamedTuple):
+    """A scheduler class: the sampler that does its work here, and its own defaults."""
+
+    sampler: str
+    beta_schedule: str
+    beta_start: float
+    beta_end: float
+    timestep_spacing: str
 
 
-def make_betas(config: dict) -> Tensor:
-    """The noise variance [T] that each timestep adds, in float64, from a `scheduler_config.json`.
+SCHEDULERS = {
+    "DDIMScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
+    "DDIMParallelScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
+    "DDPMScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
+    "DDPMParallelScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
+    "PNDMScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
+    "LCMScheduler": Scheduler("lcm", "scaled_linear", 0.00085, 0.012, "leading"),
+    "TCDScheduler": Scheduler("lcm", "scaled_linear", 0.00085, 0.012, "leading"),
+    "EulerDiscreteScheduler": Scheduler("euler", "linear", 0.0001, 0.02, "linspace"),
+    "EulerAncestralDiscreteScheduler": Scheduler("euler", "linear", 0.0001, 0.02, "linspace"),
+    "LMSDiscreteScheduler": Scheduler("euler", "linear", 0.0001, 0.02, "linspace"),
+    "HeunDiscreteScheduler": Scheduler("euler", "linear", 0.00085, 0.012, "linspace"),
+    "KDPM2DiscreteScheduler": Scheduler("euler", "linear", 0.00085, 0.012, "linspace"),
+    "KDPM2AncestralDiscreteScheduler": Scheduler("euler", "linear", 0.00085, 0.012, "linspace"),
+    "DPMSolverMultistepScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
+    "DPMSolverSinglestepScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
+    "DPMSolverSDEScheduler": Scheduler("dpm", "linear", 0.00085, 0.012, "linspace"),
+    "DEISMultistepScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
+    "SASolverScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
+    "UniPCMultistepScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
+}
+# The class that a sampler was built after. For all other classes it stands in.
+OWN_CLASS = dict(
+    ddim="DDIMScheduler",
+    lcm="LCMScheduler",
+    euler="EulerDiscreteScheduler",
+    dpm="DPMSolverMultistepScheduler",
+)
+# The defaults in which the classes agree. They hold for classes without the setting, too: YOSO's
+# adaption sets rescale_betas_zero_snr on all.
+SHARED_DEFAULTS = dict(
+    num_train_timesteps=1000,
+    prediction_type="epsilon",
+    rescale_betas_zero_snr=False,
+    steps_offset=0,
+    use_karras_sigmas=False,
+    original_inference_steps=50,
+    timestep_scaling=10.0,
+)
+# Settings that change the picture, and the values of them that are built, by sampler.
+BUILT: dict[str, dict[str, tuple]] = dict(
+    ddim=dict(thresholding=(False,), clip_sample=(False,)),
+    lcm=dict(thresholding=(False,), clip_sample=(False,)),
+    euler=dict(
+        interpolation_type=("linear",),
+        timestep_type=("discrete",),
+        use_exponential_sigmas=(False,),
+        use_beta_sigmas=(False,),
+        sigma_min=(None,),
+        sigma_max=(None,),
+        final_sigmas_type=("zero",),
+    ),
+    dpm=dict(
+        # "deis" and the later solver types are those of the classes that dpm stands in for.
+        algorithm_type=("dpmsolver++", "sde-dpmsolver++", "deis", "data_prediction"),
+        solver_type=("midpoint", "logrho", "bh1", "bh2"),
+        solver_order=(2,),
+        thresholding=(False,),
+        use_exponential_sigmas=(False,),
+        use_beta_sigmas=(False,),
+        use_lu_lambdas=(False,),
+        use_flow_sigmas=(False,),
+        final_sigmas_type=("zero",),
+    ),
+)
+# Settings that have an effect only where another has this value.
+ONLY_WITH = dict(
+    sigma_min=("use_karras_sigmas", True),
+    sigma_max=("use_karras_sigmas", True),
+    timestep_type=("prediction_type", "v_prediction"),
+)
+# Settings that have an effect on a single step, too.
+IN_ONE_STEP = ("thresholding", "clip_sample", "final_sigmas_type", "use_flow_sigmas")
+
+
+def class_of(config: dict) -> str:
+    """The scheduler class that a `scheduler_config.json` names, DDIM's where it names none.
+
+    Raises ValueError for a class that is not in the table.
+    """
+    name = str(config.get("_class_name") or "DDIMScheduler")
+    if name in SCHEDULERS:
+        return name
+    if "Flow" in name:
+        raise ValueError(
+            f"the scheduler's class {name!r:.60} is for flow matching (Stable Diffusion 3, Flux),"
+            " another kind of model; expected DDIMScheduler or another of Stable Diffusion's"
+        )
+    raise ValueError(
+        f"the scheduler's class {name!r:.60} is not supported; expected"
+        f" {', '.join(OWN_CLASS.values())} or a relative"
+    )
+
+
+def read_settings(config: dict) -> dict:
+    """The settings of a `scheduler_config.json`; those that it lacks are its class's.
+
+    Raises ValueError for a value of the wrong type.
+    """
+    name = class_of(config)
+    defaults = SHARED_DEFAULTS | SCHEDULERS[name]._asdict()
+    del defaults["sampler"]
+    # The one default that a class has to itself.
+    defaults["set_alpha_to_one"] = name != "PNDMScheduler"
+
+    settings = {}
+    for key, default in defaults.items():
+        value = config.get(key, default)
+        if value is None and isinstance(default, bool):
+            value = False
+        check_type(key, value, default)
+        settings[key] = value
+    return settings
+
+
+def check_type(key: str, value: object, default: object) -> None:
+    """ValueError if a setting is not of the type of its default."""
+    kind = type(default)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    is_right = type(value) is kind
+    if kind is float:
+        is_right = type(value) in (int, float) and abs(value) < 1e9
+    if not is_right:
+        raise ValueError(
+            f"the scheduler's {key} is {value!r:.60}; expected {words[kind]}, as {default!r}"
+        )
+
+# -------------------- schedules
+
+def make_betas(settings: dict) -> Tensor:
+    """The noise variance [T] that each timestep adds, in float64, from `read_settings`.
 
     Raises ValueError for a schedule that is not supported.
     """
-    T = config.get("num_train_timesteps", 1000)
-    if not isinstance(T, int) or not 1 < T <= 100_000:
+    T = settings["num_train_timesteps"]
+    if not 1 < T <= 100_000:
         raise ValueError(f"the scheduler's num_train_timesteps is {T!r}; expected 2 to 100000")
-    if config.get("trained_betas") is not None:
-        raise ValueError(
-            "the scheduler's configuration holds trained_betas, which is not supported; expected a"
-            " beta_schedule by name"
-        )
 
-    kind = config.get("beta_schedule", "linear")
-    first = config.get("beta_start", 0.0001)
-    last = config.get("beta_end", 0.02)
-    if kind == "linear":
-        betas = torch.linspace(first, last, T, dtype=torch.float64)
-    elif kind == "scaled_linear":
-        betas = torch.linspace(first**0.5, last**0.5, T, dtype=torch.float64) ** 2
-    elif kind == "squaredcos_cap_v2":
-        betas = cosine_betas(T)
-    else:
-        raise ValueError(
-            f"the scheduler's beta_schedule is {kind!r}; only 'scaled_linear', 'linear' and"
-            " 'squaredcos_cap_v2' are supported"
-        )
-
-    if not ((0 < betas) & (betas < 1)).all():
+    kind = settings["beta_schedule"]
+    first = settings["beta_start"]
+    last = settings["beta_end"]
+    if kind == "squaredcos_cap_v2":
+        return cosine_betas(T)
+    if not (0 < first < 1 and 0 < last < 1):
         raise ValueError(
             f"the scheduler's betas go from {first} to {last}; expected numbers between 0 and 1"
         )
-    return betas
+    if kind == "linear":
+        return torch.linspace(first, last, T, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(first**0.5, last**0.5, T, dtype=torch.float64) ** 2
+    raise ValueError(
+        f"the scheduler's beta_schedule is {kind!r}; only 'scaled_linear', 'linear' and"
+        " 'squaredcos_cap_v2' are supported"
+    )
 
 
 def cosine_betas(T: int) -> Tensor:
@@ -76,62 +215,107 @@ class Schedule:
     steps_offset: int = 0
     # Where DDIM goes from its last timestep: to no noise at all, or to the noise of t = 0.
     last_alpha_is_one: bool = True
+    # Whether Euler and DPM-Solver space their noise levels as in Karras et al. 2022.
+    karras: bool = False
+    # The timesteps that a latent consistency model was distilled on, and the factor of t in its
+    # boundary condition.
+    original_steps: int = 50
+    timestep_scaling: float = 10.0
     # The scheduler_config.json that it was made from, to be saved again.
     config: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self._alpha_numbers = self.alpha.tolist()
         self._sigma_numbers = self.sigma.tolist()
+        alpha = self.alpha.clamp(min=LEAST_ALPHA)
+        self._ratios = ((1 - alpha**2).sqrt() / alpha).tolist()
 
     @classmethod
     def from_config(cls, config: dict) -> "Schedule":
         """The schedule of a `scheduler_config.json`.
 
-        Raises ValueError for a schedule or a kind of prediction that is not supported.
+        Raises ValueError for a class, a schedule or a kind of prediction that is not supported.
         """
-        betas = make_betas(config)
-        prediction_type = config.get("prediction_type", "epsilon")
+        settings = read_settings(config)
+        prediction_type = settings["prediction_type"]
         if prediction_type not in KINDS:
             raise ValueError(
                 f"the scheduler's prediction_type is {prediction_type!r}; only"
                 f" {' and '.join(map(repr, KINDS))} are supported"
             )
+        if config.get("trained_betas") is not None:
+            raise ValueError(
+                "the scheduler's configuration holds trained_betas, which is not supported;"
+                " expected a beta_schedule by name"
+            )
 
-        alpha_bar = torch.cumprod(1 - betas, dim=0)
+        alpha_bar = torch.cumprod(1 - make_betas(settings), dim=0)
+        # A class's own noise schedule is written down, for when another class is to sample from it.
+        noise = {key: settings[key] for key in ("beta_schedule", "beta_start", "beta_end")}
         schedule = cls(
             alpha=alpha_bar.sqrt(),
             sigma=(1 - alpha_bar).sqrt(),
             prediction_type=prediction_type,
-            timestep_spacing=config.get("timestep_spacing", "leading"),
-            steps_offset=config.get("steps_offset", 0),
-            last_alpha_is_one=config.get("set_alpha_to_one", True),
-            config=config,
+            config=noise | config,
+            **how_to_sample(settings),
         )
-        if config.get("rescale_betas_zero_snr"):
+        if settings["rescale_betas_zero_snr"]:
             return zero_terminal_snr(schedule)
         return schedule
 
-    def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def ratio(self, t: float) -> float:
+        """sigma / alpha at t. Between two timesteps it is taken from the straight line through
+        both, in Karras's spacing from that through its logarithms."""
+        low = min(int(t), len(self._ratios) - 2)
+        weight = t - low
+        if self.karras:
+            return self._ratios[low] ** (1 - weight) * self._ratios[low + 1] ** weight
+        return self._ratios[low] * (1 - weight) + self._ratios[low + 1] * weight
+
+    def at(self, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, on the device of `like` [B, ...] and of a shape to multiply it.
 
-        t is one timestep or [B] of them. The type is that of `like`, but float32 at least: in half
-        precision the rounding errors would grow with 1 / alpha (14.6 at SD-Turbo's t = 999).
+        t is one timestep, which may be a fraction, or [B] whole ones. The type is that of `like`,
+        but float32 at least: in half precision the rounding errors would grow with 1 / alpha (14.6
+        at SD-Turbo's t = 999).
         """
         device = like.device
         dtype = torch.promote_types(like.dtype, torch.float32)
         ones = (1,) * (like.ndim - 1)
 
-        if isinstance(t, int):
+        if not isinstance(t, Tensor):
             # Python numbers: a copy from the tables would make the CPU wait for the GPU, and break
             # a compiled graph in two.
-            alpha = torch.full((1, *ones), self._alpha_numbers[t], device=device, dtype=dtype)
-            sigma = torch.full((1, *ones), self._sigma_numbers[t], device=device, dtype=dtype)
+            if isinstance(t, int):
+                numbers = self._alpha_numbers[t], self._sigma_numbers[t]
+            else:
+                numbers = alpha_and_sigma(self.ratio(t))
+            alpha = torch.full((1, *ones), numbers[0], device=device, dtype=dtype)
+            sigma = torch.full((1, *ones), numbers[1], device=device, dtype=dtype)
             return alpha, sigma
 
         t = t.cpu()
         alpha = self.alpha[t].to(device=device, dtype=dtype).reshape(-1, *ones)
         sigma = self.sigma[t].to(device=device, dtype=dtype).reshape(-1, *ones)
         return alpha, sigma
+
+
+def how_to_sample(settings: dict) -> dict:
+    """The fields of a schedule that its sampler reads, from `read_settings`."""
+    return dict(
+        timestep_spacing=settings["timestep_spacing"],
+        steps_offset=settings["steps_offset"],
+        last_alpha_is_one=settings["set_alpha_to_one"],
+        karras=settings["use_karras_sigmas"],
+        original_steps=settings["original_inference_steps"],
+        timestep_scaling=settings["timestep_scaling"],
+    )
+
+
+def alpha_and_sigma(ratio: float) -> tuple[float, float]:
+    """The two numbers with alpha^2 + sigma^2 = 1 and sigma / alpha = ratio."""
+    alpha = (1 + ratio**2) ** -0.5
+    return alpha, ratio * alpha
 
 
 def zero_terminal_snr(schedule: Schedule) -> Schedule:
@@ -143,8 +327,73 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     alpha = (schedule.alpha - last) * first / (first - last)
     return replace(schedule, alpha=alpha, sigma=(1 - alpha**2).sqrt())
 
+# -------------------- the sampler of a schedule
 
-def add_noise(x0: Tensor, eps: Tensor, t: Tensor | int, schedule: Schedule) -> Tensor:
+def sampler_of(schedule: Schedule) -> str:
+    """The sampler that goes with the class of a base's scheduler."""
+    return SCHEDULERS[class_of(schedule.config)].sampler
+
+
+def replaced_scheduler(schedule: Schedule) -> str | None:
+    """What `sampler_of` stands in for, as that is not built; None where it is built."""
+    name = class_of(schedule.config)
+    algorithm = str(schedule.config.get("algorithm_type"))
+    if name not in OWN_CLASS.values():
+        return name
+    if name == "DPMSolverMultistepScheduler" and algorithm.startswith("sde"):
+        return f"{name} with {algorithm}"
+    return None
+
+
+def for_sampler(schedule: Schedule, sampler: str, steps: int) -> Schedule:
+    """The schedule with the settings that a sampler uses for so many steps.
+
+    If it is not the sampler of the scheduler's class, they are what the sampler's own class makes
+    of the same `scheduler_config.json`, as with `from_config` of `diffusers`: where the spacing is
+    not given, say, it becomes that of the other class. The noise schedule stays.
+
+    Raises ValueError for a setting that would change the picture and is not built.
+    """
+    config = schedule.config
+    if sampler_of(schedule) != sampler:
+        config = config | {"_class_name": OWN_CLASS[sampler]}
+    check_built(config, sampler, steps, schedule)
+    schedule = replace(schedule, config=config, **how_to_sample(read_settings(config)))
+    if sampler in ("euler", "dpm"):
+        # Of a schedule that ends in pure noise. As in `diffusers`, these come close to it only.
+        alpha = schedule.alpha.clamp(min=LEAST_ALPHA)
+        schedule = replace(schedule, alpha=alpha, sigma=(1 - alpha**2).sqrt())
+    return schedule
+
+
+def check_built(config: dict, sampler: str, steps: int, schedule: Schedule) -> None:
+    """ValueError if a `scheduler_config.json` asks for what the sampler does not have."""
+    for key, built in BUILT[sampler].items():
+        if steps == 1 and key not in IN_ONE_STEP:
+            continue
+        if key in ONLY_WITH:
+            other, needed = ONLY_WITH[key]
+            if config.get(other) != needed:
+                continue
+        value = config.get(key)
+        if value is not None and value not in built:
+            raise ValueError(
+                f"the scheduler's {key} is {value!r:.60}, which is not built for the {sampler}"
+                f" sampler; expected {built[0]!r}, or another sampler"
+            )
+
+    clipped = config.get("lambda_min_clipped")
+    lowest = -math.log(schedule.ratio(len(schedule.alpha) - 1))
+    is_high = isinstance(clipped, int | float) and clipped > lowest
+    if sampler == "dpm" and steps > 1 and is_high:
+        raise ValueError(
+            f"the scheduler's lambda_min_clipped is {clipped}, which leaves out timesteps and is"
+            f" not built; expected {lowest:.2f} at most, or another sampler than dpm"
+        )
+
+# -------------------- noise and predictions
+
+def add_noise(x0: Tensor, eps: Tensor, t: Tensor | float, schedule: Schedule) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps."""
     alpha, sigma = schedule.at(t, x0)
     return alpha * x0 + sigma * eps
@@ -153,7 +402,7 @@ def add_noise(x0: Tensor, eps: Tensor, t: Tensor | int, schedule: Schedule) -> T
 def predict_x0(
     prediction: Tensor,
     x: Tensor,
-    t: Tensor | int,
+    t: Tensor | float,
     schedule: Schedule,
     kind: str,
 ) -> Tensor:
@@ -172,13 +421,12 @@ def less_noisy(t: Tensor, steps: int) -> Tensor:
     return (t - steps).clamp(min=0)
 
 
-def start(noise: Tensor, t: int, schedule: Schedule) -> Tensor:
+def start(noise: Tensor, t: float, schedule: Schedule) -> Tensor:
     """The first latent of text-to-image sampling, from standard normal noise [B, 4, h, w].
 
     Euler samplers (SD-Turbo's) start at sigma_t noise, as if x0 were 0; all others at the noise.
     """
-    euler = schedule.config.get("_class_name", "").startswith("Euler")
-    if euler and schedule.timestep_spacing != "leading":
+    if sampler_of(schedule) == "euler" and schedule.timestep_spacing != "leading":
         _, sigma = schedule.at(t, noise)
         return sigma * noise
     return noise
@@ -189,7 +437,7 @@ def start_from_prior(
     n: Tensor,
     mean: Tensor,
     std: Tensor,
-    t: int,
+    t: float,
     schedule: Schedule,
 ) -> Tensor:
     """The first latent with YOSO's informative prior, for schedules that do not end in pure noise.
@@ -218,6 +466,7 @@ def mean_and_std(latents: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         raise ValueError("there are no latents; expected those of at least one picture")
     return mean, (squares / count).sqrt()
 
+# -------------------- timesteps
 
 def timesteps(schedule: Schedule, steps: int) -> list[int]:
     """`steps` timesteps, from high to low, spaced as the checkpoint's scheduler says: "leading",
@@ -236,7 +485,9 @@ def timesteps(schedule: Schedule, steps: int) -> list[int]:
     if spacing == "trailing":
         return [round(T - i * T / steps) - 1 for i in range(steps)]
     if spacing == "leading":
-        return [i * (T // steps) + schedule.steps_offset for i in reversed(range(steps))]
+        ts = [i * (T // steps) + schedule.steps_offset for i in reversed(range(steps))]
+        check_range(ts, schedule)
+        return ts
     if spacing == "linspace":
         return [round(i * (T - 1) / (steps - 1)) for i in reversed(range(steps))]
     raise ValueError(
@@ -245,33 +496,83 @@ def timesteps(schedule: Schedule, steps: int) -> list[int]:
     )
 
 
-def dpm_timesteps(schedule: Schedule, steps: int) -> list[int]:
+def check_range(ts: list[int], schedule: Schedule) -> None:
+    """ValueError if steps_offset moves some of the timesteps out of the schedule."""
+    last = len(schedule.alpha) - 1
+    if ts[-1] < 0 or ts[0] > last:
+        raise ValueError(
+            f"{len(ts)} steps with the scheduler's steps_offset of {schedule.steps_offset} go from"
+            f" timestep {ts[0]} to {ts[-1]}; expected 0 to {last}: take fewer steps"
+        )
+
+
+def euler_timesteps(schedule: Schedule, steps: int) -> list[float]:
+    """The timesteps of Euler's method, from high to low, as in `diffusers`.
+
+    They are those of DDIM, but not rounded for "linspace"; or with Karras's noise levels between
+    the first and the last of them.
+    """
+    ts = timesteps(schedule, steps)
+    if schedule.karras and steps > 1:
+        return karras_timesteps(schedule, ts[0], ts[-1], steps)
+    if schedule.timestep_spacing == "linspace" and steps > 1:
+        T = len(schedule.alpha)
+        return [i * (T - 1) / (steps - 1) for i in reversed(range(steps))]
+    return ts
+
+
+def dpm_timesteps(schedule: Schedule, steps: int) -> list[float]:
     """The timesteps of DPM-Solver, from high to low, as in `diffusers`.
 
     For "leading" and "linspace" they divide the range into one interval more than those of DDIM;
     the lowest interval is left to the last step, which goes to 0. "trailing" is as for DDIM.
+    Karras's noise levels go from the highest timestep to 0.
     """
     T = len(schedule.alpha)
     spacing = schedule.timestep_spacing
+    if schedule.karras and 1 < steps <= T:
+        return karras_timesteps(schedule, T - 1, 0, steps)
     if spacing == "leading" and 1 < steps < T - 1:
         interval = T // (steps + 1)
-        return [i * interval + schedule.steps_offset for i in reversed(range(1, steps + 1))]
+        ts = [i * interval + schedule.steps_offset for i in reversed(range(1, steps + 1))]
+        check_range(ts, schedule)
+        return ts
     if spacing == "linspace" and 1 < steps < T:
         return timesteps(schedule, steps + 1)[:-1]
     return timesteps(schedule, steps)
 
 
-def lcm_timesteps(schedule: Schedule, steps: int, original: int = 50) -> list[int]:
+def karras_timesteps(schedule: Schedule, first: int, last: int, steps: int) -> list[float]:
+    """`steps` timesteps from `first` to `last`, at evenly spaced (sigma / alpha)^(1/7).
+
+    They are fractions (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based
+    Generative Models", equation 5).
+    """
+    highest = schedule.ratio(first) ** (1 / 7)
+    lowest = schedule.ratio(last) ** (1 / 7)
+    ratios = np.linspace(highest, lowest, steps) ** 7
+    known = [schedule.ratio(t) for t in range(len(schedule.alpha))]
+    return np.interp(np.log(ratios), np.log(known), range(len(known))).tolist()
+
+
+def lcm_timesteps(schedule: Schedule, steps: int, original: int | None = None) -> list[int]:
     """The timesteps of a latent consistency model: `steps` of the `original` timesteps that it was
     distilled on, from high to low."""
+    T = len(schedule.alpha)
+    original = original or schedule.original_steps
+    if not 1 <= original <= T:
+        raise ValueError(
+            f"the scheduler's original_inference_steps is {original}; expected 1 to its"
+            f" num_train_timesteps, {T}: choose another sampler"
+        )
     if not 1 <= steps <= original:
         raise ValueError(f"{steps} steps were asked for; the LCM sampler takes 1 to {original}")
-    interval = len(schedule.alpha) // original
+    interval = T // original
     distilled = [(i + 1) * interval - 1 for i in reversed(range(original))]
     return [distilled[i * original // steps] for i in range(steps)]
 
 
-def at_strength(ts: list[int], strength: float) -> list[int]:
+def at_strength(ts: list[float], strength: float) -> list[int]:
     """The timesteps for editing a picture: as many, from a lower noise level.
 
     Strength 1 keeps them, 0.5 halves them. Timesteps that become equal are taken once.
@@ -279,13 +580,35 @@ def at_strength(ts: list[int], strength: float) -> list[int]:
     lower = [max(round((t + 1) * strength) - 1, 0) for t in ts]
     return list(dict.fromkeys(lower))
 
+# -------------------- samplers
+
+def denoise(
+    sampler: str,
+    model: Model,
+    x: Tensor,
+    ts: list,
+    schedule: Schedule,
+    noise: Callable[[], Tensor],
+) -> Tensor:
+    """The clean latent to which a sampler leads x; `noise` is for LCM.
+
+    `schedule` is that of `for_sampler`.
+    """
+    if sampler == "lcm":
+        return lcm(model, x, ts, schedule, noise)
+    if sampler == "dpm":
+        return dpm(model, x, ts, schedule)
+    if sampler == "euler":
+        return euler(model, x, ts, schedule)
+    return ddim(model, x, ts, schedule)
+
 
 def ddim(model: Model, x: Tensor, ts: list[int], schedule: Schedule) -> Tensor:
     """DDIM with eta = 0, from the noisy latent x at ts[0] (Song et al. 2021, "Denoising Diffusion
     Implicit Models").
 
-    With SD-Turbo's "trailing" timesteps this takes the same path as the Euler sampler of
-    `diffusers`: both follow the same ODE, in straight lines over sigma / alpha.
+    A step from t to s: eps = (x_t - alpha_t x0) / sigma_t, x_s = alpha_s x0 + sigma_s eps. s is the
+    next timestep; `diffusers` goes down by T // steps, which misses it where that does not divide.
     """
     for i, t in enumerate(ts):
         alpha, sigma = schedule.at(t, x)
@@ -300,6 +623,24 @@ def ddim(model: Model, x: Tensor, ts: list[int], schedule: Schedule) -> Tensor:
     return x
 
 
+def euler(model: Model, x: Tensor, ts: list[float], schedule: Schedule) -> Tensor:
+    """Euler's method without noise, from the noisy latent x at ts[0] (Karras et al. 2022, algorithm
+    2, without churn and correction).
+
+    With y = x / alpha and r = sigma / alpha the ODE is dy/dr = eps, so a step from r to q is
+    y + (q - r) eps = x0 + q eps: one of DDIM. The last goes to q = 0, so its result is x0.
+    """
+    for i, t in enumerate(ts):
+        alpha, sigma = schedule.at(t, x)
+        x0 = predict_x0(model(x, t), x, t, schedule, schedule.prediction_type)
+        eps = (x - alpha * x0) / sigma
+        if i + 1 < len(ts):
+            x = add_noise(x0, eps, ts[i + 1], schedule)
+        else:
+            x = x0
+    return x
+
+
 def lcm(
     model: Model,
     x: Tensor,
@@ -311,7 +652,7 @@ def lcm(
     "Latent Consistency Models"). `noise()` draws standard normal noise of the shape of x."""
     for i, t in enumerate(ts):
         # The boundary condition: a consistency model returns its input at t = 0.
-        s = 10.0 * t
+        s = schedule.timestep_scaling * t
         c_skip = 0.25 / (s**2 + 0.25)
         c_out = s / (s**2 + 0.25) ** 0.5
 
@@ -324,27 +665,27 @@ def lcm(
     return x
 
 
-def dpm(model: Model, x: Tensor, ts: list[int], schedule: Schedule) -> Tensor:
+def dpm(model: Model, x: Tensor, ts: list[float], schedule: Schedule) -> Tensor:
     """DPM-Solver++(2M), the midpoint variant (Lu et al. 2022, "DPM-Solver++").
 
     A step is one of DDIM, with x0 extrapolated to the middle of the step: in a straight line
     through the last two predictions, over lambda = log(alpha / sigma). The first step has one
     prediction only and does not extrapolate. The last goes to sigma = 0, so its result is x0.
     """
-    # As in `diffusers`, an alpha of 0 counts as 2^-12 here, because its logarithm is infinite.
-    lambdas = schedule.alpha.clamp(min=2**-12).log() - schedule.sigma.log()
+    lambdas = [-math.log(schedule.ratio(t)) for t in ts]
     previous_x0 = None
     for i, t in enumerate(ts):
-        x0 = predict_x0(model(x, t), x, t, schedule, schedule.prediction_type)
+        # As in `diffusers`, the network is told Karras's timesteps rounded.
+        x0 = predict_x0(model(x, round(t)), x, t, schedule, schedule.prediction_type)
         if i + 1 == len(ts):
             return x0
 
         middle = x0
         if previous_x0 is not None:
-            last_step = lambdas[t] - lambdas[ts[i - 1]]
-            this_step = lambdas[ts[i + 1]] - lambdas[t]
+            last_step = lambdas[i] - lambdas[i - 1]
+            this_step = lambdas[i + 1] - lambdas[i]
             r = last_step / this_step
-            middle = x0 + 0.5 / r.item() * (x0 - previous_x0)
+            middle = x0 + 0.5 / r * (x0 - previous_x0)
 
         alpha, sigma = schedule.at(t, x)
         eps = (x - alpha * middle) / sigma

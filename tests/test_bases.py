@@ -24,6 +24,7 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -533,6 +534,189 @@ def test_a_one_file_model_is_the_folder_it_was_made_from(tmp_path, monkeypatch, 
         assert torch.equal(made[0], made[2])
 
 
+# -------------------- schedulers
+
+def write_scheduler(folder: Path, name: str, **settings) -> None:
+    """Gives a base another scheduler, with only these settings written down."""
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text())
+    index["scheduler"] = ["diffusers", name]
+    index_file.write_text(json.dumps(index))
+    config = dict(settings, _class_name=name)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def folder(sd, tmp_path) -> Path:
+    """A copy of the small Stable Diffusion, to be given other schedulers."""
+    return Path(shutil.copytree(sd, tmp_path / "base"))
+
+
+# What SD-Turbo's file says beside the betas; three of the settings are of other classes.
+TURBO = dict(
+    SCHEDULE,
+    clip_sample=False,
+    set_alpha_to_one=False,
+    skip_prk_steps=True,
+    steps_offset=1,
+    timestep_spacing="trailing",
+)
+KARRAS = dict(SCHEDULE, use_karras_sigmas=True)
+OLD_DDIM = dict(SCHEDULE, set_alpha_to_one=False)
+LEADING = dict(SCHEDULE, timestep_spacing="leading")
+DPM = "DPMSolverMultistepScheduler"
+EULER = "EulerDiscreteScheduler"
+# A scheduler with all its settings, steps, and how far from the pipeline's picture the one was
+# before these settings were read (relative; None: a traceback).
+SCHEDULER_FILES = {
+    "Euler's spacing": (EULER, SCHEDULE, 4, 1.3e-1),
+    "Euler, leading": (EULER, LEADING, 6, 2.7e-2),
+    "Euler with Karras's sigmas": (EULER, KARRAS, 6, 8.8e-2),
+    "SD-Turbo": (EULER, TURBO, 4, 1.0e-3),
+    "SD-Turbo in one step": (EULER, TURBO, 1, 1.2e-3),
+    "DPM-Solver's spacing": (DPM, SCHEDULE, 6, 7.3e-2),
+    "DPM-Solver with Karras's sigmas": (DPM, KARRAS, 6, 8.7e-2),
+    "DDIM from before steps_offset": ("DDIMScheduler", OLD_DDIM, 4, 2.8e-2),
+    "DDIM without an offset": ("DDIMScheduler", dict(OLD_DDIM, steps_offset=None), 4, None),
+    "LCM's betas": ("LCMScheduler", {}, 2, 1.1e-1),
+    "LCM of 20 timesteps": ("LCMScheduler", dict(original_inference_steps=20), 3, 2.2e-1),
+    "LCM's factor": ("LCMScheduler", dict(timestep_scaling=0.001), 2, 1.3e-1),
+}
+
+
+@pytest.mark.parametrize(
+    "name, settings, steps, before", SCHEDULER_FILES.values(), ids=SCHEDULER_FILES.keys()
+)
+def test_a_scheduler_is_read_as_its_pipeline_reads_it(
+    folder, float32_noise, name, settings, steps, before
+):
+    """The bound is 1e-5, because the peer's tables are in float32."""
+    write_scheduler(folder, name, **settings)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    base = bases.load_base(str(folder), dtype=torch.float64)
+    ours, theirs = ours_and_theirs(pipe, base, (16, 16), steps, 2.0, sampler=None)
+    assert relative(ours, theirs) < 1e-5
+    assert before is None or before > 1e-4
+
+
+# Schedulers that are not built, flags, and the sampler that stands in for them.
+STANDING_IN = [
+    ("PNDMScheduler", {}, [], "ddim"),
+    ("DDPMScheduler", {}, [], "ddim"),
+    ("EulerAncestralDiscreteScheduler", {}, [], "euler"),
+    ("EulerAncestralDiscreteScheduler", {}, ["--steps", 3], "euler"),
+    ("EulerAncestralDiscreteScheduler", {}, ["--sampler", "ddim"], None),
+    ("HeunDiscreteScheduler", {}, ["--steps", 3], "euler"),
+    ("UniPCMultistepScheduler", {}, ["--steps", 3], "dpm"),
+    ("UniPCMultistepScheduler", {}, ["--sampler", "euler", "--steps", 3], None),
+    ("DPMSolverSinglestepScheduler", {}, ["--steps", 3], "dpm"),
+    (
+        "DPMSolverMultistepScheduler",
+        dict(algorithm_type="sde-dpmsolver++"),
+        ["--steps", 3],
+        "dpm",
+    ),
+    ("TCDScheduler", {}, ["--steps", 2], "lcm"),
+    ("EulerDiscreteScheduler", {}, ["--steps", 2], None),
+    ("LCMScheduler", {}, ["--steps", 2], None),
+]
+
+
+@pytest.mark.parametrize("name, settings, flags, sampler", STANDING_IN)
+def test_a_sampler_that_stands_in_is_named_in_one_line(
+    folder, command, name, settings, flags, sampler,  # noqa: F811
+):
+    write_scheduler(folder, name, **SCHEDULE, **settings)
+    status, paths, err = command(PROMPT, "--base", folder, *flags)
+    assert (status, paths) == (0, ["out.png"]), err
+    lines = [line for line in err.splitlines() if "stands in" in line]
+    if sampler is None:
+        assert lines == []
+        return
+    (line,) = lines
+    assert str(folder) in line
+    assert name in line
+    assert f"the sampler {sampler} stands in" in line
+    assert Image.open("out.png").text["sampler"] == sampler
+
+
+TEN = dict(SCHEDULE, num_train_timesteps=10)
+DDIM = "DDIMScheduler"
+LCM = "LCMScheduler"
+UNIPC = "UniPCMultistepScheduler"
+EXPONENTIAL = dict(SCHEDULE, use_exponential_sigmas=True)
+OFFSET = dict(LEADING, steps_offset=1)
+# A scheduler with its settings, steps, and words of the error. The groups say what came before.
+UNDRAWABLE = {
+    # An IndexError.
+    "all steps, with an offset": (DDIM, OFFSET, 1000, ["steps_offset of 1", "1000 to 1"]),
+    "all of 10 steps": (DDIM, OFFSET | TEN, 10, ["steps_offset of 1", "10 to 1"]),
+    "Euler, all steps": (EULER, OFFSET, 1000, ["steps_offset of 1", "take fewer steps"]),
+    "DPM-Solver, all steps": (DPM, OFFSET, 1000, ["steps_offset of 1", "take fewer steps"]),
+    # A picture of the timestep -1 alone.
+    "LCM of 10 timesteps": (LCM, TEN, 2, ["original_inference_steps is 50", "10"]),
+    "LCM of 10 timesteps in one step": (LCM, TEN, 1, ["original_inference_steps is 50", "10"]),
+    # A picture, as if the setting were not there.
+    "third order": (DPM, dict(SCHEDULE, solver_order=3), 4, ["solver_order is 3", "--sampler"]),
+    "first order": (DPM, dict(SCHEDULE, solver_order=1), 4, ["solver_order is 1", "--sampler"]),
+    "thresholding": (DPM, dict(SCHEDULE, thresholding=True), 1, ["thresholding is True", "dpm"]),
+    "exponential sigmas": (EULER, EXPONENTIAL, 4, ["use_exponential_sigmas is True", "euler"]),
+    "a sampler that stands in": (UNIPC, EXPONENTIAL, 4, ["use_exponential_sigmas is True", "dpm"]),
+    "noise left": (EULER, dict(SCHEDULE, final_sigmas_type="sigma_min"), 1, ["is 'sigma_min'"]),
+    # A picture by DDIM.
+    "flow matching": ("FlowMatchEulerDiscreteScheduler", {}, 1, ["for flow matching"]),
+    "EDM": ("EDMEulerScheduler", {}, 1, ["EDMEulerScheduler", "not supported"]),
+    "one's own": ("MyScheduler", {}, 1, ["MyScheduler", "not supported"]),
+    # A line that shows Python's TypeError or None without what was expected; the last a picture.
+    "no betas": ("PNDMScheduler", dict(SCHEDULE, beta_start=None), 1, ["beta_start is None"]),
+    "no timesteps": (DDIM, dict(num_train_timesteps=None), 1, ["num_train_timesteps is None"]),
+    "no spacing": (EULER, dict(SCHEDULE, timestep_spacing=None), 4, ["timestep_spacing is None"]),
+    "no prediction": (LCM, dict(prediction_type=None), 1, ["prediction_type is None"]),
+    "no factor": (LCM, dict(timestep_scaling=None), 1, ["timestep_scaling is None"]),
+    # As now.
+    "20 of 10 steps": (DDIM, TEN, 20, ["20 steps", "1 to 10"]),
+    "20 of Euler's 10 steps": (EULER, TEN, 20, ["20 steps", "1 to 10"]),
+    "20 of DPM-Solver's 10 steps": (DPM, TEN, 20, ["20 steps", "1 to 10"]),
+}
+
+
+@pytest.mark.parametrize(
+    "name, settings, steps, says", UNDRAWABLE.values(), ids=UNDRAWABLE.keys()
+)
+def test_a_scheduler_that_cannot_be_followed_is_refused_in_one_line(
+    folder, command, name, settings, steps, says,  # noqa: F811
+):
+    write_scheduler(folder, name, **settings)
+    status, out, err = command(PROMPT, "--base", folder, "--steps", steps)
+    assert (status, out) == (2, []), err
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert "expected" in line
+    assert all(words in line for words in says), line
+    assert not any(Path().iterdir())
+
+
+def test_what_is_not_built_for_a_sampler_hinders_no_other(folder, command):  # noqa: F811
+    write_scheduler(folder, DPM, **SCHEDULE, solver_order=3)
+    for sampler in ("ddim", "euler", "lcm"):
+        flags = ["--base", folder, "--steps", 2, "--sampler", sampler]
+        status, _, err = command(PROMPT, *flags)
+        assert status == 0, err
+    # Nor does it hinder a single step, or what draws nothing.
+    assert command(PROMPT, "--base", folder)[0] == 0
+    assert command("--base", folder, "--save", "copy")[0] == 0
+
+
+def test_the_flag_decides_on_the_settings_too(folder, command):  # noqa: F811
+    write_scheduler(folder, DDIM, **SCHEDULE, use_lu_lambdas=True, num_train_timesteps=40)
+    assert command(PROMPT, "--base", folder, "--steps", 2)[0] == 0
+    for sampler, says in [("dpm", "use_lu_lambdas"), ("lcm", "original_inference_steps is 50")]:
+        flags = ["--base", folder, "--steps", 2, "--sampler", sampler]
+        status, _, err = command(PROMPT, *flags)
+        assert status == 2
+        assert says in err
+
+
 # -------------------- editing and priors
 
 @torch.no_grad()
@@ -637,7 +821,7 @@ def wrong_files(sd, dit, tmp_path) -> dict[str, Path]:
         if name.endswith("to_q.lora_A.weight"):
             lora[name] = torch.cat([tensor, tensor], 1)
     save_file(lora, tmp_path / "other.safetensors")
-    save_file({"words": torch.ones(2)}, tmp_path / "nothing.safetensors")
+    save_file({"words": torch.ones(2, 3, 4)}, tmp_path / "nothing.safetensors")
 
     torch.save({"state_dict": Code()}, tmp_path / "code.ckpt")
     torch.save(Code(), tmp_path / "code.pt")

@@ -1,8 +1,13 @@
-"""models/diffusion.py agrees with its peers, the schedulers of `diffusers`: in tables, timesteps,
-single steps, and whole sampling runs."""
+"""models/diffusion.py agrees with its peers, the schedulers of `diffusers`: in settings, tables,
+timesteps, single steps, and whole sampling runs."""
 
+import importlib
+import inspect
 import math
+import sys
+import types
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -14,22 +19,34 @@ from diffusers import (
     EulerDiscreteScheduler,
     LCMScheduler,
 )
-from diffusers.schedulers import scheduling_dpmsolver_multistep
+from diffusers.schedulers import scheduling_dpmsolver_multistep, scheduling_euler_discrete
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
 from models.diffusion import (
+    BUILT,
+    IN_ONE_STEP,
+    OWN_CLASS,
+    SCHEDULERS,
+    SHARED_DEFAULTS,
     Schedule,
     add_noise,
     at_strength,
     ddim,
+    denoise,
     dpm,
     dpm_timesteps,
+    euler_timesteps,
+    for_sampler,
     lcm,
     lcm_timesteps,
     less_noisy,
     mean_and_std,
     predict_x0,
+    read_settings,
+    replaced_scheduler,
+    sampler_of,
+    start,
     start_from_prior,
     timesteps,
 )
@@ -91,6 +108,301 @@ def sampled_by(peer, x: Tensor) -> Tensor:
     for t in peer.timesteps:
         x = peer.step(smooth(x, t), t, x).prev_sample
     return x
+
+
+# ------------------------------------------------------------------------------------ settings
+
+TIMESTEPS = dict(
+    ddim=timesteps,
+    euler=euler_timesteps,
+    lcm=lcm_timesteps,
+    dpm=dpm_timesteps,
+)
+
+
+@pytest.fixture
+def peer_class(monkeypatch):
+    """A scheduler class of the installed `diffusers`, by name."""
+
+    def find(name: str) -> type:
+        if name != "DPMSolverSDEScheduler":
+            return getattr(diffusers, name)
+        # Its signature does not need the library without which `diffusers` hides it.
+        monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+        module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+        return getattr(module, name)
+
+    return find
+
+
+def defaults_of(cls: type) -> dict:
+    """The settings of a scheduler class, with their defaults."""
+    parameters = inspect.signature(cls.__init__).parameters
+    return {key: value.default for key, value in parameters.items() if key != "self"}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_defaults_are_those_of_the_class(peer_class, name):
+    theirs = defaults_of(peer_class(name))
+    ours = read_settings({"_class_name": name})
+    shared = ours.keys() & theirs.keys()
+    assert shared >= {"num_train_timesteps", "beta_schedule", "beta_start", "beta_end"}
+    assert {key: ours[key] for key in shared} == {key: theirs[key] for key in shared}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_timesteps_of_the_defaults_are_the_peers(name):
+    if SCHEDULERS[name].sampler == "dpm":
+        pytest.importorskip("scipy")
+    own = OWN_CLASS[SCHEDULERS[name].sampler]
+    peer = getattr(diffusers, own)()
+    peer.set_timesteps(7)
+    schedule = Schedule.from_config({"_class_name": name})
+    ours = TIMESTEPS[sampler_of(schedule)](schedule, 7)
+    assert ours == pytest.approx(peer.timesteps.tolist(), rel=1e-6)
+
+
+def test_all_classes_that_stable_diffusions_pipeline_takes_are_known():
+    """EDM's scale what the network takes in another way."""
+    for name in DDIMScheduler._compatibles:
+        assert name in SCHEDULERS or name.startswith("EDM")
+
+
+# Settings without an effect here, and why.
+HARMLESS = dict(
+    trained_betas="refused where the betas are made",
+    dynamic_thresholding_ratio="of thresholding only",
+    sample_max_value="of thresholding only",
+    clip_sample_range="of clip_sample only",
+    lower_order_final="the last step goes to no noise, and is of first order for it",
+    euler_at_final="the last step goes to no noise, and is of first order for it",
+    flow_shift="of use_flow_sigmas only",
+    use_dynamic_shifting="of use_flow_sigmas only",
+    time_shift_type="of use_flow_sigmas only",
+    variance_type="the network has dropped its variances already",
+    lambda_min_clipped="refused where it has an effect",
+)
+
+
+@pytest.mark.parametrize("sampler, name", OWN_CLASS.items())
+def test_every_setting_of_a_samplers_class_is_read_or_refused_or_harmless(sampler, name):
+    read = read_settings({"_class_name": name})
+    for key, default in defaults_of(getattr(diffusers, name)).items():
+        assert key in read or key in BUILT[sampler] or key in HARMLESS, key
+        if key in BUILT[sampler] and key != "clip_sample":
+            assert default == BUILT[sampler][key][0]
+
+
+def path_of_peer(sampler: str, settings: dict) -> Tensor:
+    """Where the peer's scheduler of a sampler arrives after 7 steps."""
+    torch.manual_seed(0)
+    peer = getattr(diffusers, OWN_CLASS[sampler])(**SD, **settings)
+    peer.set_timesteps(7)
+    noise = 3 * normal(2, 4, 5, 6)
+    return sampled_by_euler(peer, noise) if sampler == "euler" else sampled_by(peer, noise)
+
+
+# Samplers, settings that change the peer's path, the last of them one that is not built.
+NOT_BUILT = [
+    ("ddim", dict(clip_sample=False, thresholding=True)),
+    ("ddim", dict(clip_sample=True)),
+    ("lcm", dict(thresholding=True)),
+    ("lcm", dict(clip_sample=True)),
+    ("euler", dict(interpolation_type="log_linear")),
+    ("euler", dict(use_exponential_sigmas=True)),
+    ("euler", dict(use_beta_sigmas=True)),
+    ("euler", dict(final_sigmas_type="sigma_min")),
+    ("euler", dict(use_karras_sigmas=True, sigma_min=0.1)),
+    ("euler", dict(use_karras_sigmas=True, sigma_max=10.0)),
+    ("euler", dict(prediction_type="v_prediction", timestep_type="continuous")),
+    ("dpm", dict(solver_order=3)),
+    ("dpm", dict(solver_order=1)),
+    ("dpm", dict(solver_type="heun")),
+    ("dpm", dict(final_sigmas_type="sigma_min")),
+    ("dpm", dict(final_sigmas_type="sigma_min", algorithm_type="dpmsolver")),
+    ("dpm", dict(thresholding=True)),
+    ("dpm", dict(use_exponential_sigmas=True)),
+    ("dpm", dict(use_beta_sigmas=True)),
+    ("dpm", dict(use_lu_lambdas=True)),
+    ("dpm", dict(use_flow_sigmas=True)),
+    ("dpm", dict(lambda_min_clipped=-2.0)),
+]
+
+
+@pytest.mark.parametrize("sampler, settings", NOT_BUILT, ids=str)
+def test_what_changes_the_picture_and_is_not_built_is_refused_by_name(sampler, settings):
+    *_, (key, value) = settings.items()
+    rest = {other: settings[other] for other in settings if other != key}
+    if sampler == "ddim":
+        rest["clip_sample"] = False
+    if "use_beta_sigmas" in settings:
+        pytest.importorskip("scipy")
+    assert relative(path_of_peer(sampler, settings), path_of_peer(sampler, rest)) > 1e-3
+
+    schedule = Schedule.from_config(dict(SD, _class_name=OWN_CLASS[sampler], **settings))
+    with pytest.raises(ValueError) as raised:
+        for_sampler(schedule, sampler, 7)
+    message = str(raised.value)
+    assert f"the scheduler's {key} is {value!r}" in message
+    assert "expected" in message
+    assert "another sampler" in message
+    # Other samplers do not know the setting, as their classes do not.
+    for other in OWN_CLASS:
+        if key not in defaults_of(getattr(diffusers, OWN_CLASS[other])):
+            for_sampler(Schedule.from_config(dict(SD, **{key: value})), other, 7)
+
+
+@pytest.mark.parametrize("sampler, settings", NOT_BUILT, ids=str)
+def test_a_single_step_needs_little_of_it(sampler, settings):
+    schedule = Schedule.from_config(dict(SD, _class_name=OWN_CLASS[sampler], **settings))
+    if any(settings.get(key) for key in IN_ONE_STEP):
+        with pytest.raises(ValueError, match="another sampler"):
+            for_sampler(schedule, sampler, 1)
+    else:
+        for_sampler(schedule, sampler, 1)
+
+
+@pytest.mark.parametrize(
+    "sampler, settings",
+    [
+        ("euler", dict(sigma_min=0.002, sigma_max=80.0)),
+        ("euler", dict(timestep_type="continuous")),
+        ("dpm", dict(lambda_min_clipped=-5.1)),
+        ("dpm", dict(variance_type="fixed_small")),
+        ("dpm", dict(lower_order_final=False)),
+        ("dpm", dict(euler_at_final=True)),
+        ("dpm", dict(solver_type="bh2")),
+        ("lcm", dict(clip_sample=None)),
+        ("lcm", dict(sample_max_value=3.0)),
+    ],
+    ids=str,
+)
+def test_settings_without_an_effect_are_not_refused(sampler, settings):
+    assert torch.equal(path_of_peer(sampler, settings), path_of_peer(sampler, {}))
+    config = dict(SD, _class_name=OWN_CLASS[sampler], **settings)
+    for_sampler(Schedule.from_config(config), sampler, 7)
+
+
+@pytest.mark.parametrize("sampler", OWN_CLASS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_another_sampler_reads_the_settings_as_its_class_does_from_the_peers(
+    peer_class, name, sampler
+):
+    """`diffusers` hands settings on by `from_config`, which leaves defaults behind."""
+    config = dict(SD, _class_name=name)
+    schedule = for_sampler(Schedule.from_config(config), sampler, 7)
+    own = OWN_CLASS[SCHEDULERS[name].sampler]
+    peer = getattr(diffusers, OWN_CLASS[sampler]).from_config(getattr(diffusers, own)(**SD).config)
+    peer.set_timesteps(7)
+    ours = TIMESTEPS[sampler](schedule, 7)
+    assert ours == pytest.approx(peer.timesteps.tolist(), rel=1e-6)
+
+
+def test_another_sampler_keeps_the_noise_schedule_of_the_class():
+    schedule = Schedule.from_config({"_class_name": "DDPMScheduler"})
+    for sampler in OWN_CLASS:
+        assert torch.equal(for_sampler(schedule, sampler, 7).alpha, schedule.alpha)
+    again = Schedule.from_config(schedule.config | {"_class_name": "LCMScheduler"})
+    assert torch.equal(again.alpha, schedule.alpha)
+
+
+# The class of a base, its sampler here, and what that stands in for.
+SAMPLERS = [
+    (None, "ddim", None),
+    ("DDIMScheduler", "ddim", None),
+    ("PNDMScheduler", "ddim", "PNDMScheduler"),
+    ("DDPMScheduler", "ddim", "DDPMScheduler"),
+    ("LCMScheduler", "lcm", None),
+    ("TCDScheduler", "lcm", "TCDScheduler"),
+    ("EulerDiscreteScheduler", "euler", None),
+    ("EulerAncestralDiscreteScheduler", "euler", "EulerAncestralDiscreteScheduler"),
+    ("LMSDiscreteScheduler", "euler", "LMSDiscreteScheduler"),
+    ("HeunDiscreteScheduler", "euler", "HeunDiscreteScheduler"),
+    ("DPMSolverMultistepScheduler", "dpm", None),
+    ("DPMSolverSinglestepScheduler", "dpm", "DPMSolverSinglestepScheduler"),
+    ("UniPCMultistepScheduler", "dpm", "UniPCMultistepScheduler"),
+]
+
+
+@pytest.mark.parametrize("name, sampler, replaced", SAMPLERS)
+def test_the_sampler_is_that_of_the_class_or_stands_in_for_it(name, sampler, replaced):
+    schedule = Schedule.from_config(dict(SD, _class_name=name))
+    assert sampler_of(schedule) == sampler
+    assert replaced_scheduler(schedule) == replaced
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_class_with_all_its_defaults_written_down_is_sampled(peer_class, name):
+    """Of a folder that `diffusers` has saved. Its pipeline sets clip_sample to false."""
+    config = defaults_of(peer_class(name)) | dict(_class_name=name, clip_sample=False)
+    schedule = Schedule.from_config(config)
+    sampler = sampler_of(schedule)
+    assert len(TIMESTEPS[sampler](for_sampler(schedule, sampler, 7), 7)) == 7
+
+
+def test_dpm_stands_in_for_its_variant_with_noise():
+    config = dict(SD, _class_name="DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++")
+    schedule = Schedule.from_config(config)
+    assert "sde-dpmsolver++" in replaced_scheduler(schedule)
+    for_sampler(schedule, sampler_of(schedule), 7)
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("FlowMatchEulerDiscreteScheduler", "flow matching"),
+        ("FlowMatchLCMScheduler", "flow matching"),
+        ("EDMEulerScheduler", "not supported"),
+        ("CosineDPMSolverMultistepScheduler", "not supported"),
+        ("CMStochasticIterativeScheduler", "not supported"),
+        ("MyScheduler", "not supported"),
+        (["diffusers", "DDIMScheduler"], "not supported"),
+        (3, "not supported"),
+    ],
+)
+def test_other_classes_are_refused_by_name(name, says):
+    with pytest.raises(ValueError, match=says) as raised:
+        Schedule.from_config(dict(SD, _class_name=name))
+    assert str(name)[:20] in str(raised.value)
+    assert "expected" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [*OWN_CLASS.values(), "PNDMScheduler"])
+@pytest.mark.parametrize("key", [*SHARED_DEFAULTS, *SCHEDULERS["DDIMScheduler"]._fields[1:]])
+def test_null_is_refused_for_numbers_and_words_and_is_false_otherwise(name, key):
+    config = {"_class_name": name, key: None}
+    if isinstance(SHARED_DEFAULTS.get(key), bool):
+        assert read_settings(config) == read_settings({"_class_name": name})
+        return
+    with pytest.raises(ValueError, match=f"the scheduler's {key} is None; expected a"):
+        Schedule.from_config(config)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(steps_offset="1"),
+        dict(steps_offset=1.5),
+        dict(steps_offset=True),
+        dict(beta_start=[0.1]),
+        dict(beta_end=True),
+        dict(beta_end=math.nan),
+        dict(timestep_scaling=math.inf),
+        dict(timestep_scaling=10**30),
+        dict(timestep_spacing=3),
+        dict(use_karras_sigmas="yes"),
+        dict(set_alpha_to_one=1),
+        dict(timestep_scaling="ten"),
+        dict(original_inference_steps=0.5),
+        dict(num_train_timesteps="many"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type_are_refused_by_name(wrong):
+    (key, value), *_ = wrong.items()
+    with pytest.raises(ValueError) as raised:
+        Schedule.from_config(dict(SD) | wrong)
+    assert f"the scheduler's {key} is {value!r}; expected" in str(raised.value)
 
 
 # -------------------------------------------------------------------------------------- tables
@@ -157,11 +469,12 @@ def test_betas_by_value_are_refused():
 
 
 def test_impossible_numbers_of_timesteps_and_betas_are_refused():
-    for T in (1, 10**12, "many"):
-        with pytest.raises(ValueError, match=f"num_train_timesteps is {T!r}; expected 2 to 100000"):
+    for T in (1, 10**12):
+        with pytest.raises(ValueError, match=f"num_train_timesteps is {T}; expected 2 to 100000"):
             Schedule.from_config(dict(SD, num_train_timesteps=T))
-    with pytest.raises(ValueError, match="betas go from 0.00085 to 1.5; expected"):
-        Schedule.from_config(dict(SD, beta_end=1.5))
+    for beta in (1.5, 0, -0.1):
+        with pytest.raises(ValueError, match=f"betas go from 0.00085 to {beta}; expected"):
+            Schedule.from_config(dict(SD, beta_end=beta))
 
 
 # ------------------------------------------------------------------------------------ one step
@@ -299,9 +612,53 @@ def test_impossible_numbers_of_steps_are_refused(steps):
 
 def test_other_spacings_are_refused_by_name():
     schedule = Schedule.from_config(dict(SD, timestep_spacing="karras"))
-    for take in (timesteps, dpm_timesteps):
+    for take in (timesteps, dpm_timesteps, euler_timesteps):
         with pytest.raises(ValueError, match="'karras'"):
             take(schedule, 4)
+
+
+@pytest.mark.parametrize("take", [timesteps, euler_timesteps, dpm_timesteps])
+def test_an_offset_that_leads_out_of_the_schedule_is_refused(take):
+    """The peer's DDIM ends in an IndexError there."""
+    leading = dict(SD, timestep_spacing="leading")
+    for offset, steps in [(1, 1000), (3, 1000), (9, 997), (-400, 10), (10**30, 2)]:
+        schedule = Schedule.from_config(dict(leading, steps_offset=offset))
+        message = f"steps_offset of {offset} go from .*; expected 0 to 999"
+        with pytest.raises(ValueError, match=message):
+            take(schedule, steps)
+    schedule = Schedule.from_config(dict(leading, steps_offset=1))
+    for steps in (1, 2, 300, 500, 997):
+        ts = take(schedule, steps)
+        assert 0 < ts[-1] <= ts[0] <= 999
+    ts = timesteps(schedule, 999)
+    peer = DDIMScheduler(**leading, steps_offset=1)
+    peer.set_timesteps(999)
+    assert ts == peer.timesteps.tolist()
+
+
+def test_schedules_shorter_than_the_steps_are_refused():
+    short = Schedule.from_config(dict(SD, num_train_timesteps=10))
+    for take in (timesteps, euler_timesteps, dpm_timesteps):
+        for steps in (11, 20, 1000):
+            with pytest.raises(ValueError, match=f"{steps} steps were asked for; expected 1 to 10"):
+                take(short, steps)
+        assert len(take(short, 9)) == 9
+    for steps in (1, 4, 20):
+        with pytest.raises(ValueError, match="original_inference_steps is 50; expected 1 to .* 10"):
+            lcm_timesteps(short, steps)
+    for wrong in (0, -3, 1001):
+        schedule = Schedule.from_config(dict(SD, original_inference_steps=wrong))
+        with pytest.raises(ValueError, match=f"original_inference_steps is {wrong}; expected 1 to"):
+            lcm_timesteps(schedule, 2)
+
+
+def test_a_distilled_schedule_as_long_as_the_whole_is_taken():
+    config = dict(SD, num_train_timesteps=10, original_inference_steps=10)
+    peer = LCMScheduler(**config)
+    schedule = Schedule.from_config(dict(config, _class_name="LCMScheduler"))
+    for steps in range(1, 11):
+        peer.set_timesteps(steps)
+        assert lcm_timesteps(schedule, steps) == peer.timesteps.tolist()
 
 
 def test_strength_lowers_the_first_timestep_and_keeps_the_number_of_steps():
@@ -309,6 +666,8 @@ def test_strength_lowers_the_first_timestep_and_keeps_the_number_of_steps():
     assert at_strength([999, 749, 499, 249], 0.5) == [499, 374, 249, 124]
     assert at_strength([999, 749, 499, 249], 1.0) == [999, 749, 499, 249]
     assert at_strength([999, 749, 499, 249], 1e-9) == [0]  # equal timesteps are taken once
+    assert at_strength([999.0, 666.0, 333.0], 0.5) == [499, 333, 166]
+    assert all(isinstance(t, int) for t in at_strength([998.7, 3.2], 0.7))
 
 
 # ------------------------------------------------------------------------------------ samplers
@@ -332,6 +691,19 @@ def test_ddim_takes_the_peers_path(spacing, kind, to_one, steps):
     x = normal(2, 4, 5, 6)
     ours = ddim(smooth, x, timesteps(schedule, steps), schedule)
     assert relative(ours, sampled_by(peer, x)) < 1e-9
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_ddim_goes_to_the_next_timestep_where_the_peer_misses_it(spacing):
+    """The peer goes down by T // steps, which is the next timestep only where it divides T."""
+    config = dict(SD, timestep_spacing=spacing, set_alpha_to_one=False)
+    peer = fine(DDIMScheduler(**config, **PLAIN))
+    peer.set_timesteps(30)
+    schedule = Schedule.from_config(config)
+    x = normal(2, 4, 5, 6)
+    exact = ddim(smooth, x, timesteps(schedule, 1000), schedule)
+    ours = ddim(smooth, x, timesteps(schedule, 30), schedule)
+    assert relative(ours, exact) < relative(sampled_by(peer, x), exact) / 2
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25])
@@ -368,15 +740,24 @@ def test_ddim_with_trailing_steps_takes_eulers_path(kind, steps):
     assert relative(ddim(smooth, x, timesteps(schedule, steps), schedule), theirs) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        dict(original_inference_steps=25),
+        dict(original_inference_steps=100, timestep_scaling=0.01),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_lcm_takes_the_peers_path_with_the_same_noises(kind, steps):
+def test_lcm_takes_the_peers_path_with_the_same_noises(kind, steps, own):
     """The peer is given t as a number, because from a tensor
     `get_scalings_for_boundary_condition_discrete` would compute in float32."""
-    config = dict(SD, prediction_type=kind)
+    config = dict(SD, prediction_type=kind, **own)
     peer = fine(LCMScheduler(**config, **PLAIN))
     peer.set_timesteps(steps)
-    schedule = Schedule.from_config(config)
+    schedule = Schedule.from_config(dict(config, _class_name="LCMScheduler"))
     x = normal(2, 4, 5, 6)
     their_generator = torch.Generator().manual_seed(3)
     our_generator = torch.Generator().manual_seed(3)
@@ -438,6 +819,14 @@ def exact_dpm(monkeypatch):
         monkeypatch.setattr(scheduling_dpmsolver_multistep, name, lifted)
 
 
+@pytest.fixture
+def exact_euler(monkeypatch):
+    """The same for the peer's Euler, which also rounds its timesteps to float32."""
+    for name in ("torch", "np"):
+        lifted = Lifted(getattr(scheduling_euler_discrete, name))
+        monkeypatch.setattr(scheduling_euler_discrete, name, lifted)
+
+
 SPACINGS = {
     "leading": dict(timestep_spacing="leading", steps_offset=1),
     "trailing": dict(timestep_spacing="trailing"),
@@ -473,22 +862,145 @@ def test_dpm_timesteps_are_the_peers_at_any_number_of_steps(spacing, steps):
     assert dpm_timesteps(Schedule.from_config(config), steps) == peer.timesteps.tolist()
 
 
-def test_dpm_starts_from_pure_noise_where_the_schedule_ends_in_it(exact_dpm):
-    """The bound is 1e-3 because the peer uses 2^-12 for an alpha of 0 everywhere, we only in the
-    logarithm."""
-    config = dict(
-        SD,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-    )
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [2, 4, 14, 25, 100])
+def test_dpm_with_karras_sigmas_takes_the_peers_path(exact_dpm, steps, kind):
+    config = dict(SD, prediction_type=kind, use_karras_sigmas=True)
     peer = DPMSolverMultistepScheduler(**config)
-    peer.set_timesteps(4)
-    schedule = Schedule.from_config(config)
-    assert schedule.alpha[999] == 0
+    peer.set_timesteps(steps)
+    schedule = Schedule.from_config(dict(config, _class_name="DPMSolverMultistepScheduler"))
+    ts = dpm_timesteps(schedule, steps)
+    assert [round(t) for t in ts] == peer.timesteps.tolist()
+    assert [schedule.ratio(t) for t in ts] == pytest.approx(peer.sigmas[:-1].tolist(), rel=1e-10)
+
     x = normal(2, 4, 5, 6)
-    ours = dpm(smooth, x, dpm_timesteps(schedule, 4), schedule)
-    assert relative(ours, sampled_by(peer, x)) < 1e-3
+    theirs = sampled_by(peer, x)
+    assert relative(dpm(smooth, x, ts, schedule), theirs) < 1e-9
+    plain = Schedule.from_config(dict(config, use_karras_sigmas=False))
+    others = dpm(smooth, x, dpm_timesteps(plain, steps), plain)
+    assert relative(others, theirs) > 1e-4
+
+
+ZERO_SNR = dict(SD, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("karras", [False, True])
+def test_dpm_starts_from_pure_noise_where_the_schedule_ends_in_it(exact_dpm, karras, steps, kind):
+    config = dict(ZERO_SNR, prediction_type=kind, use_karras_sigmas=karras)
+    peer = DPMSolverMultistepScheduler(**config)
+    peer.set_timesteps(steps)
+    schedule = Schedule.from_config(dict(config, _class_name="DPMSolverMultistepScheduler"))
+    assert schedule.alpha[999] == 0
+    schedule = for_sampler(schedule, "dpm", steps)
+    x = normal(2, 4, 5, 6)
+    ours = dpm(smooth, x, dpm_timesteps(schedule, steps), schedule)
+    assert relative(ours, sampled_by(peer, x)) < 1e-9
+
+
+# --------------------------------------------------------------------------------------- Euler
+
+
+def sampled_by_euler(peer, noise: Tensor) -> Tensor:
+    """The peer's latent from noise. It works on x / alpha, and scales it for the network."""
+    y = noise * peer.init_noise_sigma
+    for t in peer.timesteps:
+        prediction = smooth(peer.scale_model_input(y, t), t)
+        y = peer.step(prediction, t, y).prev_sample
+    return y
+
+
+def sampled_by_ours(config: dict, noise: Tensor, steps: int) -> Tensor:
+    """Our latent from noise, with the sampler of the configuration's class."""
+    schedule = Schedule.from_config(config)
+    sampler = sampler_of(schedule)
+    schedule = for_sampler(schedule, sampler, steps)
+    ts = TIMESTEPS[sampler](schedule, steps)
+    x = start(noise, ts[0], schedule)
+    return denoise(sampler, smooth, x, ts, schedule, torch.zeros_like)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("karras", [False, True])
+@pytest.mark.parametrize("spacing", SPACINGS.values(), ids=SPACINGS.keys())
+@pytest.mark.parametrize("steps", [2, 3, 4, 7, 25, 100])
+def test_euler_takes_the_peers_path(exact_euler, steps, spacing, karras, kind):
+    config = dict(SD, **spacing, prediction_type=kind, use_karras_sigmas=karras)
+    peer = EulerDiscreteScheduler(**config)
+    peer.set_timesteps(steps)
+    schedule = Schedule.from_config(config)
+    ts = euler_timesteps(schedule, steps)
+    assert ts == pytest.approx(peer.timesteps.tolist(), rel=1e-9, abs=1e-9)
+
+    noise = normal(2, 4, 5, 6)
+    theirs = sampled_by_euler(peer, noise)
+    assert theirs.dtype == torch.float64
+    config["_class_name"] = "EulerDiscreteScheduler"
+    assert relative(sampled_by_ours(config, noise, steps), theirs) < 1e-9
+
+
+@pytest.mark.parametrize("spacing", SPACINGS.values(), ids=SPACINGS.keys())
+def test_euler_in_the_peers_own_precision(spacing):
+    """Its tables, timesteps and steps are in float32, hence the bound."""
+    config = dict(SD, **spacing, _class_name="EulerDiscreteScheduler")
+    peer = EulerDiscreteScheduler.from_config(config)
+    peer.set_timesteps(20)
+    noise = normal(2, 4, 5, 6)
+    theirs = sampled_by_euler(peer, noise)
+    assert relative(sampled_by_ours(config, noise, 20), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("karras", [False, True])
+def test_euler_starts_from_pure_noise_where_the_schedule_ends_in_it(
+    exact_euler, karras, steps, kind
+):
+    config = dict(ZERO_SNR, prediction_type=kind, use_karras_sigmas=karras)
+    peer = EulerDiscreteScheduler(**config)
+    peer.set_timesteps(steps)
+    noise = normal(2, 4, 5, 6)
+    theirs = sampled_by_euler(peer, noise)
+    config["_class_name"] = "EulerDiscreteScheduler"
+    assert relative(sampled_by_ours(config, noise, steps), theirs) < 1e-8
+
+
+def test_one_step_of_euler_begins_at_the_most_noise():
+    for spacing in SPACINGS.values():
+        for karras in (False, True):
+            config = dict(SD, **spacing, use_karras_sigmas=karras)
+            schedule = Schedule.from_config(config)
+            assert euler_timesteps(schedule, 1) == dpm_timesteps(schedule, 1) == [999]
+
+
+# SD-Turbo's own scheduler_config.json, with settings of other classes among its own.
+SD_TURBO = dict(
+    SD,
+    _class_name="EulerDiscreteScheduler",
+    clip_sample=False,
+    interpolation_type="linear",
+    prediction_type="epsilon",
+    set_alpha_to_one=False,
+    sigma_max=None,
+    sigma_min=None,
+    skip_prk_steps=True,
+    steps_offset=1,
+    timestep_spacing="trailing",
+    timestep_type="discrete",
+    trained_betas=None,
+    use_karras_sigmas=False,
+)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_sd_turbo_ends_without_noise(exact_euler, steps):
+    """Its set_alpha_to_one is DDIM's, which would leave the noise of t = 0 in the picture."""
+    peer = EulerDiscreteScheduler.from_config(SD_TURBO)
+    peer.set_timesteps(steps)
+    noise = normal(2, 4, 5, 6)
+    theirs = sampled_by_euler(peer, noise)
+    assert relative(sampled_by_ours(SD_TURBO, noise, steps), theirs) < 1e-9
 
 
 # -------------------------------------------------------------------------------------- priors
