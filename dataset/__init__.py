@@ -47,9 +47,10 @@ picture is read.
 
 Commands (each has --help):
 
-    python -m dataset check DATA [--for pix2pix|cyclegan|yoso]
+    python -m dataset check DATA [--for pix2pix|cyclegan|yoso] [--base BASE]
         opens DATA as the trainer does, reads every file,
         prints counts, sizes, captions and problems,
+        with BASE also how many captions are too long for it,
         and writes a contact sheet
     python -m dataset cache DATA --base BASE --output CACHE
         computes latents and text contexts once

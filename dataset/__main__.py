@@ -22,7 +22,7 @@ def main() -> None:
 
     args = training.parse_args(parser, sys.argv[1:] or ["--help"])
     if args.command == "check":
-        problems = check(args.folder, args.output, args.trainer)
+        problems = check(args.folder, args.output, args.trainer, args.base)
         sys.exit(2 if problems else 0)
     elif args.command == "cache":
         write_cache(
@@ -55,6 +55,10 @@ def _add_check(commands: argparse._SubParsersAction) -> None:
         dest="trainer",
         choices=TRAINERS,
         help="the trainer whose code opens the data set [guessed from the layout]",
+    )
+    command.add_argument(
+        "--base",
+        help="model whose tokenizer counts the tokens of the captions [they are not counted]",
     )
     command.add_argument("--output", help="file of the contact sheet [FOLDER_check.png]")
 

@@ -167,11 +167,7 @@ def write_cache(
         text_encoder=fingerprint(base.text_encoder),
     )
 
-    sets = {}
-    for split in SPLITS:
-        sets[split] = open_captioned(source, split, prep, seed, size, column)
-    if isinstance(sets["train"], Cached):
-        raise ValueError(f"{source} is a cache already; expected pictures or captions")
+    sets = _open_sets(source, prep, size, column, seed, base)
     counts = {split: len(dataset) for split, dataset in sets.items()}
     index = _open_cache(output, facts, counts)
 
@@ -192,6 +188,27 @@ def write_cache(
     print(output)
 
 
+def _open_sets(
+    source: str,
+    prep: str,
+    size: int,
+    column: str,
+    seed: int,
+    base: "Base",
+) -> dict[str, Dataset]:
+    """Both splits of the data set to encode. Too long captions are reported on stderr."""
+    # Imported here because dataset.check itself imports this module.
+    from dataset.check import captions_of, report_cut
+
+    sets = {}
+    for split in SPLITS:
+        sets[split] = open_captioned(source, split, prep, seed, size, column)
+    if isinstance(sets["train"], Cached):
+        raise ValueError(f"{source} is a cache already; expected pictures or captions")
+    report_cut(source, captions_of(sets["train"]), base.tokenizer)
+    return sets
+
+
 def _open_cache(output: Path, facts: dict, counts: dict[str, int]) -> dict:
     """The index of the cache in `output`, new or continued.
 
@@ -200,11 +217,14 @@ def _open_cache(output: Path, facts: dict, counts: dict[str, int]) -> dict:
     output.mkdir(parents=True, exist_ok=True)
     if (output / "index.json").exists():
         index = read_cache_index(output)
-        if index["facts"] != facts or index["items"] != counts:
-            raise ValueError(
-                f"{output} is a cache of {index['facts']} with {index['items']} items,"
-                f" not of {facts} with {counts}: choose another --output"
-            )
+        found = index["facts"] | {"items": index["items"]}
+        wanted = facts | {"items": counts}
+        for name in found | wanted:
+            if found.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{output} is a cache of something else: its {name} is {found.get(name)}, and"
+                    f" this one's would be {wanted.get(name)}: choose another --output"
+                )
         return index
     if any(output.iterdir()):
         raise ValueError(f"{output} is neither empty nor a cache: choose another --output")

@@ -1,13 +1,15 @@
 """`python -m dataset check`: what a data set holds, and what is wrong with it.
 
-Trainers use check_readable to read their test pictures before the first step.
+At their start trainers read their test pictures with check_readable, and say with report_cut how
+many captions are too long.
 """
 
+import heapq
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
@@ -27,12 +29,23 @@ from dataset.folders import (
     read_prompts,
     read_text,
     report_left_out,
+    tell,
 )
 from dataset.pictures import SUFFIXES, Preparation, open_picture, prepare
+
+if TYPE_CHECKING:
+    from models.clip import Tokenizer
+    from models.t5 import T5Tokenizer
 
 TRAINERS = ("pix2pix", "cyclegan", "yoso")
 SPLITS = ("train", "test")
 FIXED_PROMPTS = ("fixed_prompt_a.txt", "fixed_prompt_b.txt")
+
+# Captions whose tokens a trainer counts at its start, the longest: half a second on a slow CPU.
+MOST_COUNTED = 2000
+
+# The data sets that are read from files. Others are drawn.
+FILES = (PairedFolder, UnpairedFolder, Captioned, Cached)
 
 # The default preparations of the trainers, of training and of test pictures.
 PREPS = {
@@ -71,20 +84,26 @@ def check(
     folder: str | Path,
     output: str | Path | None = None,
     trainer: str | None = None,
+    base: str | None = None,
 ) -> list[str]:
     """Prints what a data set holds and its problems, and writes a contact sheet.
 
     `trainer` is one of TRAINERS, by default the one that the layout is for. Its own code opens
     both splits, with its default preparation, so whatever it would refuse is a problem. Every
-    file is read. The sheet is `output`, by default FOLDER_check.png in the current folder.
-    Returns the problems. ValueError if the folder holds no data set.
+    file is read. With `base` the tokens of the captions are counted as that model does. The sheet
+    is `output`, by default FOLDER_check.png in the current folder. Returns the problems.
+    ValueError if the folder holds no data set, or there is no such base.
     """
     folder = Path(folder)
     trainer = trainer or guess_trainer(folder)
+    tokenizer = _load_tokenizer(base) if base else None
     print(f"{folder}: checked for {trainer}")
 
     problems = []
     opened = _open_splits(folder, trainer, problems)
+    for split, items in opened.items():
+        if items is not None and tokenizer is not None:
+            _attempt(problems, _print_tokens, split, captions_of(items), tokenizer)
     if trainer == "yoso" and not (folder / "train_B").is_dir():
         tiles = _check_captioned(opened, problems)
     else:
@@ -190,7 +209,7 @@ def check_readable(items: Dataset, count: int) -> None:
     not read, since they cannot be broken. ValueError names the first item that cannot be used and
     says how many there are.
     """
-    if not isinstance(items, PairedFolder | UnpairedFolder | Captioned | Cached):
+    if not isinstance(items, FILES):
         return
     count = min(count, len(items))
     errors = []
@@ -203,6 +222,61 @@ def check_readable(items: Dataset, count: int) -> None:
         )
     if errors:
         raise ValueError(errors[0])
+
+
+def report_cut(
+    source: object,
+    captions: Sequence[str],
+    tokenizer: "Tokenizer | T5Tokenizer | None",
+) -> None:
+    """Says on stderr how many captions are longer than the text encoder reads, if any are.
+
+    The tokens of only the longest captions are counted (MOST_COUNTED of them, by their bytes), so
+    that a large set does not delay the start of a run. Without a tokenizer, as for captions that
+    are encoded already, nothing is said.
+    """
+    if tokenizer is None:
+        return
+    counts = count_tokens(heapq.nlargest(MOST_COUNTED, captions, key=_bytes_of), tokenizer)
+    cut = [caption for caption, count in counts if count > tokenizer.limit]
+    if cut:
+        least = "at least " if len(cut) == MOST_COUNTED else ""
+        tell(
+            f"{source}: {least}{len(cut)} of {len(captions)} captions are longer than the text"
+            f" encoder's {tokenizer.length} tokens; their ends have no effect"
+            f" ({textwrap.shorten(cut[0], 60, placeholder=' ...')})"
+        )
+
+
+def captions_of(items: Dataset) -> list[str]:
+    """All captions of a data set from files; of two domains, the two fixed prompts."""
+    if isinstance(items, UnpairedFolder):
+        return list(items.prompts)
+    if isinstance(items, PairedFolder | Cached):
+        return items.captions
+    captions = []
+    if isinstance(items, Captioned):
+        for _, caption in items.items:
+            captions += [caption] if isinstance(caption, str) else caption
+    return captions
+
+
+def _bytes_of(caption: str) -> int:
+    return len(caption.encode(errors="replace"))
+
+
+def count_tokens(
+    captions: list[str],
+    tokenizer: "Tokenizer | T5Tokenizer",
+) -> list[tuple[str, int]]:
+    """Each caption and how many tokens it has, beside the start and the end token."""
+    from models import t5
+
+    texts = captions
+    if isinstance(tokenizer, t5.T5Tokenizer):
+        texts = [t5.clean(caption) for caption in captions]
+    counts = [len(ids) for ids in tokenizer.encode(texts)]
+    return list(zip(captions, counts, strict=True))
 
 
 # -------------------- pictures with captions
@@ -404,6 +478,28 @@ def _print_captions(split: str, captions: list[str | None]) -> None:
     distinct = list(dict.fromkeys(given))
     for caption in distinct[:3]:
         print(f"    {caption}")
+
+
+def _load_tokenizer(base: str) -> "Tokenizer | T5Tokenizer":
+    from files.bases import load_base
+
+    return load_base(base, ("tokenizer",)).tokenizer
+
+
+def _print_tokens(
+    split: str,
+    captions: list[str],
+    tokenizer: "Tokenizer | T5Tokenizer",
+) -> None:
+    """Prints how many tokens the longest caption has, how many captions are cut, and three."""
+    counts = count_tokens(captions, tokenizer)
+    cut = [(caption, count) for caption, count in counts if count > tokenizer.limit]
+    longest = max((count for _, count in counts), default=0)
+    room = tokenizer.limit
+    print(f"{split} tokens: longest caption {longest}, room for {room}, {len(cut)} captions cut")
+    for caption, _ in cut[:3]:
+        end = tokenizer.cut_off(caption)
+        print(f"    without effect: {textwrap.shorten(end, 200, placeholder=' ...')}")
 
 
 # -------------------- the contact sheet

@@ -89,9 +89,7 @@ def open_picture(
             warnings.simplefilter("ignore")
             return _as_rgb(_load_upright(path))
     except UnidentifiedImageError:
-        raise ValueError(
-            f"{name} is not a picture of a known format: save it as PNG, JPEG, WebP or TIFF"
-        ) from None
+        raise ValueError(f"{name} {_why_unidentified(path)}") from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
         reason = getattr(error, "strerror", None)
@@ -102,6 +100,25 @@ def open_picture(
         raise ValueError(
             f"{name} is not a readable picture ({reason}): replace or remove it"
         ) from None
+
+
+def _why_unidentified(path: str | Path | BinaryIO) -> str:
+    """What is wrong with a file that Pillow takes for no picture."""
+    from files import kinds
+
+    if hasattr(path, "read"):
+        path.seek(0)
+        start = path.read(kinds.BYTES)
+    else:
+        start = kinds.first_bytes(Path(path))
+    kind = kinds.of_bytes(start) or kinds.of_text(start)
+    if kind in kinds.PICTURES.values():
+        return "is not a readable picture (its header is damaged): replace or remove it"
+    found = f" but {kind}" if kind else ""
+    return (
+        f"is not a picture of a known format{found}: remove it, or save it as PNG, JPEG, WebP or"
+        " TIFF"
+    )
 
 
 def _load_upright(path: str | Path | BinaryIO) -> Image.Image:
@@ -191,9 +208,7 @@ def to_picture(x: torch.Tensor) -> Image.Image:
         )
     x = x.detach().float()
     if x.isnan().any():
-        raise ValueError(
-            "the picture holds NaN: try --mixed_precision no or a lower learning rate"
-        )
+        raise ValueError("the picture holds NaN; expected numbers: look at the network's weights")
     levels = (x.clamp(-1, 1) + 1) * 127.5
     levels = levels.round().byte().cpu()
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())

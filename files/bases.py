@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from files import kinds
 from files.formats import (
     apply_lora,
     clip_from_original,
@@ -30,8 +31,8 @@ from files.tensors import (
     reading,
     save_tensors,
 )
-from files.tokenizers import load_t5_tokenizer, load_tokenizer
-from models import clip, controlnet, pixart, t5, unet, vae
+from files.tokenizers import added_tokens_decoder, load_t5_tokenizer, load_tokenizer
+from models import clip, controlnet, pixart, t5, taesd, unet, vae
 from models.diffusion import Schedule
 
 STABLE_DIFFUSION = ("vae", "unet", "text_encoder", "tokenizer", "schedule")
@@ -81,6 +82,12 @@ NETWORKS = {
         "diffusion_pytorch_model",
         ("diffusers", "AutoencoderKL"),
     ),
+    taesd.TAESD: NetworkFiles(
+        taesd.TAESDConfig,
+        taesd.FIXED,
+        "diffusion_pytorch_model",
+        ("diffusers", "AutoencoderTiny"),
+    ),
     vae.Identity: NetworkFiles(
         vae.IdentityConfig,
         {},
@@ -122,7 +129,7 @@ class Base:
     """
 
     name: str
-    vae: vae.VAE | None = None
+    vae: vae.VAE | taesd.TAESD | None = None
     unet: unet.UNet | None = None
     transformer: pixart.PixArt | None = None
     text_encoder: clip.TextEncoder | t5.T5Encoder | None = None
@@ -198,6 +205,8 @@ def read_index(name: str) -> dict:
 def class_of(part: str, config: dict) -> type:
     """The class of a part's network. `config` holds the values of its `config.json`."""
     if part == "vae":
+        if "encoder_block_out_channels" in config:
+            return taesd.TAESD
         return vae.VAE if "latent_channels" in config else vae.Identity
     if part == "text_encoder":
         return t5.T5Encoder if config.get("model_type") == "t5" else clip.TextEncoder
@@ -258,13 +267,18 @@ def _load_part(
     path = find(name, [config_name], expected=None if is_optional else LAYOUT)
 
     if path is None and "rest" in index:
-        rest = load_base(str(index["rest"]), (part,), dtype, device, seed)
-        return getattr(rest, part)
+        rest = index["rest"]
+        if not isinstance(rest, str) or Path(rest).resolve() == Path(name).resolve():
+            raise ValueError(
+                f"{name}/model_index.json: the {part} is not here, and rest is {rest!r}; expected"
+                " the name of another base, which has it"
+            )
+        return getattr(load_base(rest, (part,), dtype, device, seed), part)
     if part == "tokenizer":
         return load_t5_tokenizer(name) if "transformer" in index else load_tokenizer(name)
     if part == "schedule":
         with reading(path, "a scheduler of Stable Diffusion or PixArt"):
-            return Schedule.from_config(read_json(path))
+            return Schedule.from_config(_scheduler_config(read_json(path), index))
 
     cls, config = read_network(part, path)
     if index.get("initialise") == "random":
@@ -273,6 +287,18 @@ def _load_part(
     files = read_weights(name, folder, NETWORKS[cls].stem)
     network = build(cls, config, path)
     return fill(network, files, f"the {part} of its config.json", dtype, device)
+
+
+def _scheduler_config(config: dict, index: dict) -> dict:
+    """A scheduler's configuration as the pipelines of `diffusers` take it."""
+    entry = index.get("scheduler")
+    if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
+        # The index decides on the class, whatever the scheduler's own file says.
+        config = config | {"_class_name": entry[1]}
+    if "transformer" not in index:
+        # Files older than these two settings lack them, and StableDiffusionPipeline corrects them.
+        config = config | dict(steps_offset=1, clip_sample=False)
+    return config
 
 
 def _random_network(cls: type, config: object, path: Path, seed: int) -> nn.Module:
@@ -383,8 +409,9 @@ def _load_one_file(
 
 def _read_one_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a one-file model. ValueError if one of its three networks is missing."""
-    tensors, _ = read_tensors(path, ONE_FILE)
+    tensors, metadata = read_tensors(path, ONE_FILE)
     with reading(path, f"{LAYOUT}, or {ONE_FILE}"):
+        kind = kinds.of_tensors(tensors, metadata) or "a file"
         tensors = tensors.get("state_dict", tensors)
         for prefix in (
             "model.diffusion_model.input_blocks.",
@@ -392,7 +419,7 @@ def _read_one_file(path: Path) -> dict[str, Tensor]:
             "cond_stage_model.",
         ):
             if not any(key.startswith(prefix) for key in tensors):
-                raise ValueError(f"it is a file without a tensor {prefix}...")
+                raise ValueError(f"it is {kind} without a tensor {prefix}...")
     return tensors
 
 # -------------------- merging
@@ -573,6 +600,8 @@ def load_prior(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     )
     with reading(path, expected):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes.keys() != {"mean", "std"}:
+            raise ValueError(f"it is {kinds.of_tensors(tensors) or 'a file of other tensors'}")
         if shapes != dict(mean=shape, std=shape):
             found = ", ".join(f"{name} {list(size)}" for name, size in shapes.items())
             raise ValueError(f"it holds {found}")
@@ -610,7 +639,7 @@ def save_folder(
 
     for part, network in base.networks.items():
         index[part] = NETWORKS[type(network)].entry
-        _save_network(folder / part, network, dtype)
+        save_network(folder / part, network, dtype)
     if base.schedule:
         kind = base.schedule.config.get("_class_name", "DDIMScheduler")
         index["scheduler"] = ("diffusers", kind)
@@ -634,7 +663,7 @@ def _name_of_rest(rest: str) -> str:
     return read_index(rest).get("rest", rest)
 
 
-def _save_network(folder: Path, network: nn.Module, dtype: torch.dtype | None) -> None:
+def save_network(folder: Path, network: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Writes a network's `config.json` and weights."""
     kind = NETWORKS[type(network)]
     _, class_name = kind.entry
@@ -662,6 +691,7 @@ def _save_tokenizer(folder: Path, tokenizer: clip.Tokenizer) -> None:
         bos_token=tokenizer.tokens["start"],
         eos_token=tokenizer.tokens["end"],
         unk_token=tokenizer.tokens["end"],
+        added_tokens_decoder=added_tokens_decoder(tokenizer.pieces),
     )
     _write_json(folder / OTHER_CONFIGS["tokenizer"], config)
 

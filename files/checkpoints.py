@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from files import kinds
 from files.bases import (
     NETWORKS,
     Base,
@@ -21,8 +22,8 @@ from files.bases import (
     parts_of,
 )
 from files.formats import apply_lora, read_lora
-from files.hub import ROOT, find_url, locate
-from files.tensors import assign, build, from_json, read_tensors, reading, save_tensors
+from files.hub import BASES, ROOT, find_url, locate
+from files.tensors import assign, build, fit, from_json, read_tensors, reading, save_tensors
 from files.tokenizers import tokenizer_from_json, tokenizer_to_json
 from models import clip, cyclegan_turbo, pix2pix_turbo
 from models.diffusion import Schedule
@@ -43,6 +44,8 @@ CHECKPOINTS: dict[str, tuple[str, str | None, str | None]] = {
 }
 # The adapters of tiny-turbo, which are also names for --checkpoint.
 ADAPTERS = ROOT / "tiny" / "adapters"
+
+Config = pix2pix_turbo.Pix2PixTurboConfig | cyclegan_turbo.CycleGANTurboConfig
 
 
 class Kind(NamedTuple):
@@ -96,10 +99,10 @@ def save_generator(
     tokenizer, and needs no base.
     """
     tensors = {name: p for name, p in generator.named_parameters() if p.requires_grad}
+    # The original of a stochastic model's `conv_in`, which need not be the base's.
+    tensors |= dict(generator.named_buffers())
     config = dict(generator=asdict(generator.config))
     if generator.config.train == "all":
-        # The buffers are the original weights of a stochastic model's `conv_in`.
-        tensors |= dict(generator.named_buffers())
         for name, p in text_encoder.named_parameters():
             tensors[f"text_encoder.{name}"] = p
         networks = dict(vae=generator.vae, unet=generator.unet, text_encoder=text_encoder)
@@ -162,17 +165,18 @@ def _embedded_configs(
 
 # -------------------- finding
 
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(name: str, files: Iterable[str] = ("model.safetensors",)) -> Path:
     """The file of a checkpoint.
 
     `name` is a file, the folder of a run, a Hub id, an adapter of tiny-turbo, or a released file,
-    which is downloaded once. ValueError if there is none.
+    which is downloaded once. Of a folder or a Hub id it is the first of `files` that is there.
+    ValueError if there is none.
     """
     adapters = sorted(file.stem for file in ADAPTERS.glob("*.safetensors"))
     known = [*adapters, *CHECKPOINTS]
     expected = f"a checkpoint, model.safetensors of a trainer here, or one of {', '.join(known)}"
     if name not in known or Path(name).exists():
-        return locate(name, ["model.safetensors"], expected)
+        return locate(name, [*files], expected)
     if name in adapters:
         return ADAPTERS / f"{name}.safetensors"
 
@@ -217,13 +221,16 @@ def load_yoso(
     tensors, metadata = read_tensors(path, expected)
     networks = None
     with reading(path, expected):
+        if metadata.get("kind") != "yoso":
+            raise ValueError(f"it is {_what_it_is(tensors, metadata)}")
         name = base or metadata["base"]
         config = json.loads(metadata["config"])
         if name == "gaussians":
             raise ValueError("it draws points in the plane, not pictures")
         prior = (tensors.pop("prior.mean"), tensors.pop("prior.std"))
         # Whatever the base was sampled with, a one-step generator is sampled with LCM.
-        schedule = Schedule.from_config(config["schedule"] | dict(_class_name="LCMScheduler"))
+        sampler = dict(_class_name="LCMScheduler", clip_sample=False)
+        schedule = Schedule.from_config(config["schedule"] | sampler)
         if "tokenizer" in config:
             networks = _build_embedded(name, config, path, strength)
 
@@ -284,9 +291,6 @@ def load_generator(
         _assign_text_encoder(networks, saved.tensors, path)
 
     with reading(path, f"a checkpoint for the base {saved.base}"):
-        timesteps = len(networks.schedule.alpha)
-        if config.timestep >= timesteps:
-            raise ValueError(f"its timestep is {config.timestep}, of {timesteps}")
         generator = kind.generator(networks.vae, networks.unet, networks.schedule, config)
     assign(generator, saved.tensors, path, strength)
 
@@ -315,7 +319,7 @@ class SavedTranslator(NamedTuple):
 
     kind: str
     base: str
-    config: pix2pix_turbo.Pix2PixTurboConfig | cyclegan_turbo.CycleGANTurboConfig
+    config: Config
     prompts: list[str]
     tensors: dict[str, Tensor]
     networks: Base | None  # built without weights, if the file holds all of them
@@ -334,7 +338,7 @@ def _read_translator(path: Path, base: str | None, strength: float) -> SavedTran
 
         kind = metadata.get("kind")
         if metadata.get("format") != FORMAT or kind not in KINDS:
-            raise ValueError(f"its format is {metadata.get('format')!r}, its kind {kind!r}")
+            raise ValueError(f"it is {_what_it_is(tensors, metadata)}")
         base = base or metadata["base"]
         configs = json.loads(metadata["config"])
         prompts = [str(prompt) for prompt in json.loads(metadata["prompts"])]
@@ -345,8 +349,16 @@ def _read_translator(path: Path, base: str | None, strength: float) -> SavedTran
         return SavedTranslator(kind, base, config, prompts, tensors, networks)
 
 
+def _what_it_is(tensors: object, metadata: dict[str, str]) -> str:
+    """What a file is that is not the checkpoint asked for, in words."""
+    found = f"of the format {metadata.get('format')!r} and the kind {metadata.get('kind')!r}"
+    return kinds.of_tensors(tensors, metadata) or found
+
+
 def _parse_official(saved: dict, path: Path, base: str) -> SavedTranslator:
     """The contents of an official `.pkl` file."""
+    if kinds.of_tensors(saved) != kinds.OFFICIAL:
+        raise ValueError(f"it is {_what_it_is(saved, {})}")
     kind = "cyclegan_turbo" if "sd_encoder" in saved else "pix2pix_turbo"
     config, tensors = KINDS[kind].from_official(saved, path)
     # The settings come from a file, so their types are checked.
@@ -399,3 +411,164 @@ def _make_ready(network: nn.Module, dtype: torch.dtype | None, device: str) -> N
     network.to(device=device, dtype=dtype)
     network.requires_grad_(False)
     network.eval()
+
+# -------------------- starting a new run from a checkpoint
+
+# Of a run's folder, the file whose weights a new run starts from: the first that is there.
+START_FILES = ("best.safetensors", "model.safetensors")
+# Settings of a generator that decide on the tensors, or on what they mean. (Which layers have a
+# LoRA shows in the tensors' names.)
+KEPT = ("skips",)
+KEPT_OF_LORA = (
+    "skips",
+    "lora_rank_unet",
+    "lora_rank_vae",
+    "lora_alpha",
+    "lora_alpha_unet",
+    "lora_alpha_vae",
+)
+# What may be trained in full of the U-Net's first convolution.
+CONV_IN = ("unet.conv_in.weight", "unet.conv_in.bias")
+
+
+def start_from(
+    checkpoint: str,
+    generator: pix2pix_turbo.Pix2PixTurbo | cyclegan_turbo.CycleGANTurbo,
+    kind: str,
+    base: str,
+    text_encoder: clip.TextEncoder,
+) -> str:
+    """Puts the weights of a checkpoint into a new generator, which was built on the base `base`.
+
+    `checkpoint` is a name as in `find_checkpoint`; of a run's folder it is best.safetensors, if it
+    has one. If all weights are trained, the text encoder gets its own. A `conv_in` that the
+    checkpoint lacks stays the base's.
+
+    Returns what was read, in words. ValueError if the checkpoint is of another kind, for another
+    base, or has other ranks.
+    """
+    path = find_checkpoint(checkpoint, START_FILES)
+    saved = _read_translator(path, None, strength=1.0)
+    config = generator.config
+    if saved.kind != kind:
+        raise ValueError(
+            f"{path} is of the kind {saved.kind}; expected {kind}, or train_{saved.kind}.py"
+        )
+    if path.suffix == ".safetensors":  # official files name no base
+        _check_same_base(saved.base, base, path)
+    _check_settings(saved.config, config, path)
+
+    tensors = _start_tensors(saved, config)
+    expected: dict[str, Tensor] = {}
+    for name, p in generator.named_parameters():
+        if p.requires_grad:
+            expected[name] = p
+    for name, buffer in generator.named_buffers():
+        if name in tensors:
+            expected[name] = buffer
+    if config.train == "all":
+        for name, p in text_encoder.named_parameters():
+            expected[f"text_encoder.{name}"] = p
+    elif not saved.config.conv_in:
+        for name in CONV_IN:
+            expected.pop(name, None)
+    _copy(generator, expected, tensors, path, base)
+
+    if saved.config.timestep != config.timestep:
+        return f"starting from {path}, which was trained at timestep {saved.config.timestep}"
+    return f"starting from {path}"
+
+
+def start_yoso_from(
+    checkpoint: str, networks: nn.Module, rank: int, prediction_type: str, base: str
+) -> str:
+    """Puts the LoRA of a one-step generator into the new one of `networks`, on the base `base`.
+
+    The layers of `networks` have the checkpoint's names, "unet.NAME". Returns what was read, in
+    words. ValueError if the checkpoint is of another kind, rank or base.
+    """
+    path = find_checkpoint(checkpoint, START_FILES)
+    expected = f"a LoRA of train_yoso.py of rank {rank} that predicts {prediction_type}"
+    tensors, metadata = read_tensors(path, expected)
+    with reading(path, expected):
+        if metadata.get("kind") != "yoso":
+            raise ValueError(f"its kind is {metadata.get('kind')!r}")
+        config = json.loads(metadata["config"])
+        predicted = Schedule.from_config(config["schedule"]).prediction_type
+        if config["lora_rank"] != rank or predicted != prediction_type:
+            raise ValueError(f"its rank is {config['lora_rank']}, and it predicts {predicted}")
+        _check_same_base(metadata["base"], base, path)
+    lora = {name: tensor for name, tensor in tensors.items() if not name.startswith("prior.")}
+    trained = {name: p for name, p in networks.named_parameters() if ".lora_" in name}
+    _copy(networks, trained, lora, path, base)
+    return f"starting from {path}"
+
+
+def _check_same_base(saved: str, base: str, path: Path) -> None:
+    """ValueError unless both names end alike, as those of copies in two folders do."""
+    names = [Path(BASES.get(name, name)).expanduser().name for name in (saved, base)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"{path} was trained on the base {saved}; expected {base}, that of this run:"
+            f" give --base {saved}"
+        )
+
+
+def _check_settings(saved: Config, config: Config, path: Path) -> None:
+    """ValueError for a setting in which a new run may not differ from the checkpoint."""
+    if saved.prediction_type != config.prediction_type:
+        raise ValueError(
+            f"{path} is for a base that predicts {saved.prediction_type}; expected"
+            f" {config.prediction_type}, as that of this run does: choose the checkpoint's --base"
+        )
+    names: tuple[str, ...] = ("train",)
+    if saved.train == config.train:
+        names = KEPT_OF_LORA if config.train == "lora" else KEPT
+    differing = []
+    for name in names:
+        found = getattr(saved, name, None)
+        wanted = getattr(config, name, None)
+        if found != wanted:
+            differing.append(f"{name} {_as_flag(found)} (this run: {_as_flag(wanted)})")
+    # A trained conv_in would be frozen, and be lost, because only what is trained is saved.
+    if config.train == "lora" and saved.conv_in and not config.conv_in:
+        differing.append("conv_in on (this run: off)")
+    if differing:
+        raise ValueError(f"{path} was trained with {', '.join(differing)}; give the same flags")
+
+
+def _as_flag(value: object) -> object:
+    """A setting as its flag has it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value
+
+
+def _start_tensors(saved: SavedTranslator, config: Config) -> dict[str, Tensor]:
+    """The checkpoint's tensors, with the original of `conv_in` only for a stochastic model.
+
+    It is the checkpoint's, if that has one. Else the base's stays where a LoRA is trained; where
+    every weight is, the checkpoint stands for the base, and its `conv_in` is the original.
+    """
+    tensors = dict(saved.tensors)
+    for name in CONV_IN:
+        original = tensors.pop(f"{name}0", None)
+        if original is None and config.train == "all":
+            original = tensors.get(name)
+        if original is not None and getattr(config, "stochastic", False):
+            tensors[f"{name}0"] = original
+    return tensors
+
+
+@torch.no_grad()
+def _copy(
+    network: nn.Module,
+    expected: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    path: Path,
+    base: str,
+) -> None:
+    """Copies a checkpoint's tensors into the network's own, which must have the same names."""
+    fitted = fit(network, {path: tensors}, expected, f"the generator on the base {base}")
+    for name, tensor in fitted.items():
+        expected[name].copy_(tensor)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from files import kinds
 from models import clip, t5, unet, vae
 from models.lora import LoRAConv2d, LoRALinear, merged_weight
 
@@ -126,6 +128,7 @@ def read_lora(
     is for another base, if a layer has two pairs or half a one, and for any other key, which would
     be applied in part: of another kind of adapter, or for another model.
     """
+    _check_kind(tensors, metadata)
     places, unused = _sort_keys(tensors, networks)
     _check_unused(unused, len(tensors), networks)
     header = json.loads((metadata or {}).get("lora_adapter_metadata") or "{}")
@@ -143,6 +146,16 @@ def read_lora(
         pair = _read_pair(tensors, keys, weight.shape, f"{part}.{name}", settings)
         found.setdefault(part, {})[name] = pair
     return found, unused
+
+
+def _check_kind(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> None:
+    """ValueError if a file is something else than a LoRA, and it is known what."""
+    kind = kinds.of_tensors(tensors, metadata)
+    is_ours = kind in kinds.OWN_KINDS.values()
+    has_lora = any(_key_role(key)[1] for key in tensors)
+    if kind not in (None, kinds.LORA) and (is_ours or not has_lora):
+        first = next(iter(tensors), "nothing")
+        raise ValueError(f"it is {kind}, with {first} in it")
 
 
 def _check_unused(unused: list[str], total: int, networks: dict[str, nn.Module]) -> None:
@@ -299,17 +312,26 @@ def _read_pair(
                 f" {layer}: the LoRA is for another base"
             )
     alpha = float(tensors[keys["alpha"]]) if "alpha" in keys else None
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"{keys['alpha']} is {alpha}: the file is damaged")
     name = layer.partition(".")[2]
     return LoRAPair(A, B, _lora_scale(name, rank, alpha, settings), magnitude)
 
 
 def _read_floats(tensors: dict[str, Tensor], key: str) -> Tensor:
-    """A tensor of a LoRA, in float32 if it is of 8 bits. ValueError if it is not floating point."""
+    """A tensor of a LoRA, in float32 if it is of 8 bits.
+
+    ValueError if it is not floating point, or not finite.
+    """
     tensor = tensors[key]
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         found = getattr(tensor, "dtype", type(tensor).__name__)
         raise ValueError(f"{key} is of {found}; expected floating point")
-    return tensor.float() if tensor.itemsize == 1 else tensor
+    if tensor.itemsize == 1:
+        tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise ValueError(f"{key} holds NaN or infinite numbers: the training of the LoRA failed")
+    return tensor
 
 
 def _same_shape(shape: torch.Size, expected: tuple[int, ...]) -> bool:

@@ -23,6 +23,8 @@ from huggingface_hub import (
 from huggingface_hub.utils import EntryNotFoundError, HFValidationError, validate_repo_id
 from tqdm import tqdm
 
+from files import kinds
+
 ROOT = Path(__file__).parent.parent
 
 # Names for --base: folders of this repository, and models of the Hub.
@@ -64,8 +66,13 @@ def find(
     note = ""
     if folder.is_dir():
         path = _find_in_folder(folder, names)
+        if path is None:
+            note = _neighbours(folder / names[0])
     elif folder.is_file() or not is_hub_id(base):
-        found = "a file" if folder.is_file() else "no folder here"
+        found = "no folder here"
+        if folder.is_file():
+            kind = kinds.of_file(folder)
+            found = f"a file ({kind})" if kind else "a file"
         raise ValueError(
             f"{base} is {found}; expected {LAYOUT}, a Hub id (ORGANISATION/NAME) or one of"
             f" {', '.join(BASES)}"
@@ -122,6 +129,19 @@ def _find_in_folder(folder: Path, names: list[str]) -> Path | None:
         if (folder / name).is_file():
             return folder / name
     return None
+
+
+def _neighbours(path: Path) -> str:
+    """What is in the folder of a file that is missing, as an addition to a message."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f" (there is no folder {folder.name})"
+    names = sorted(neighbour.name for neighbour in folder.iterdir())
+    if not names:
+        return " (the folder is empty)"
+    listed = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" beside {listed}{more}"
 
 
 def _find_on_hub(repository: str, names: list[str], fetch: bool) -> Path | None:
@@ -229,5 +249,5 @@ def _announce(what: str, size: int | None) -> None:
 
 def _failed_download(url: str, error: Exception, advice: str) -> OSError:
     """The error that a user reads: one line, however long the text of the cause is."""
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = kinds.shorten(error) or type(error).__name__
     return OSError(f"{url} could not be fetched ({reason}); run the command again, {advice}")

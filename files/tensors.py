@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from files import kinds
 from files.formats import current_name
 from files.hub import find
 from models import unet, vae
@@ -24,6 +25,8 @@ from models import unet, vae
 FLOATS_8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # for storing only
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *FLOATS_8)
 Network = typing.TypeVar("Network", bound=nn.Module)
+# The advice for a file that is damaged, but not for one that is whole and of another kind.
+AGAIN = ": copy it again"
 
 # -------------------- reading files
 
@@ -32,54 +35,75 @@ def reading(what: object, expected: str) -> Iterator[None]:
     """Turns any exception into a ValueError of one sentence that names the file `what`.
 
     A damaged or foreign file may make Python or a library raise anything. OSError passes through,
-    and so does an error whose message names the file already.
+    and so does an error whose message names the file already. If the file turns out to be a web
+    page or another kind of thing altogether, the sentence says so.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) or str(what) in str(error):
             raise
-        kind = type(error).__name__
-        reason = " ".join(str(error).split())[:200]
-        if kind != "ValueError":
-            reason = f"{kind}: {reason}"
+        if isinstance(what, Path) and what.is_file():
+            kind = kinds.of_file(what)
+            if kind:
+                message = f"{what} is {kind}; expected {expected.removesuffix(AGAIN)}"
+                raise ValueError(message) from error
+        reason = kinds.shorten(error)
+        if type(error) is not ValueError:
+            reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{what} cannot be used ({reason}); expected {expected}") from error
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file. ValueError if the file holds anything else."""
-    with reading(path, "a JSON object: copy the file again"):
-        value = json.loads(path.read_text(encoding="utf-8"))
+    """The JSON object in a file, which may begin with a byte order mark.
+
+    ValueError if the file holds anything else.
+    """
+    with reading(path, f"a JSON object{AGAIN}"):
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}")
     return value
 
 
-def read_tensors(path: Path, expected: str = "") -> tuple[dict, dict[str, str]]:
+def read_tensors(path: Path, expected: str = "weights") -> tuple[dict, dict[str, str]]:
     """The tensors of a file, and its metadata if it has any.
 
-    A safetensors file is mapped into memory, not copied. Of any other file, which `torch.save`
-    must have written, the result is the saved object; a file that contains code is refused.
-    ValueError if the file is damaged; `expected` is the end of the message for a torch.save file.
+    A safetensors file is mapped into memory, not copied. Of a file that `torch.save` wrote, the
+    result is the saved object; a file that contains code is refused. Which of the two it is shows
+    in its first bytes, whatever its name. ValueError if it is neither, or damaged; `expected` is
+    for the message.
     """
-    if path.suffix == ".safetensors":
+    is_torch = kinds.is_torch(path)
+    if kinds.is_safetensors(path) or (path.suffix == ".safetensors" and not is_torch):
         return _read_safetensors(path)
+    if not is_torch:
+        start = kinds.first_bytes(path)
+        kind = kinds.of_file(path) or kinds.of_text(start) or "of an unknown kind"
+        raise ValueError(f"{path} is {kind}; expected {expected}, from safetensors or torch.save")
+    # torch.save never compresses, and a compressed file could fill the memory.
+    if _is_compressed(path):
+        raise ValueError(f"{path} is compressed; expected {expected}, as torch.save writes it")
     try:
-        # torch.save never compresses, and a compressed file could fill the memory.
-        if _is_compressed(path):
-            raise ValueError("it is compressed")
-        return torch.load(path, map_location="cpu", weights_only=True), {}
+        # Given a name in .safetensors, torch.load would go by that.
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True), {}
     except Exception as error:
         # The messages of torch.load are not passed on: they advise to let the code run.
-        raise ValueError(
-            f"{path} is no file of torch.save, or has code in it ({type(error).__name__});"
-            f" expected {expected}: tensors, numbers and names only"
-        ) from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            message = (
+                f"{path} has code in it ({code[1]}); expected {expected}: tensors, numbers and"
+                " names only"
+            )
+        else:
+            message = f"{path} is damaged ({type(error).__name__}); expected {expected}{AGAIN}"
+        raise ValueError(message) from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = path.stat().st_size
-    expected = f"a complete safetensors file, and these are {size} bytes: copy it again"
+    expected = f"a complete safetensors file, and these are {size} bytes{AGAIN}"
     with reading(path, expected), safetensors.safe_open(path, framework="pt") as file:
         names = file.keys()
         tensors = {name: file.get_tensor(name) for name in names}
@@ -88,10 +112,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _is_compressed(path: Path) -> bool:
     """Whether a file is a zip archive with a compressed entry."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except Exception:
+        return False  # no zip, or a damaged one, which torch.load refuses
 
 
 def read_weights(base: str, folder: str, stem: str) -> dict[Path, dict[str, Tensor]]:
@@ -126,7 +151,7 @@ def read_weights(base: str, folder: str, stem: str) -> dict[Path, dict[str, Tens
 def _read_shard_names(path: Path) -> list[str]:
     """The file names in the index of sharded weights, sorted."""
     index = read_json(path)
-    with reading(path, "a weight_map from tensors to the shards beside it: copy it again"):
+    with reading(path, f"a weight_map from tensors to the shards beside it{AGAIN}"):
         shards = sorted(set(index["weight_map"].values()))
         # A name with a slash could lead out of the folder.
         if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in shards):
@@ -186,10 +211,11 @@ def from_json(cls: type, values: dict):
         if name not in values:
             continue
         value = values[name]
+        if not _has_type(value, kind):
+            raise ValueError(f"{name} is {value!r:.100}, not {_type_in_words(kind)}")
         is_count = "layers" in name or "rank" in name
-        is_endless = is_count and isinstance(value, int) and value > 1000
-        if is_endless or not _has_type(value, kind):
-            raise ValueError(f"{name} is {value!r:.100}")
+        if is_count and isinstance(value, int) and value > 1000:
+            raise ValueError(f"{name} is {value!r:.100}, not a whole number up to 1000")
     return cls(**values)
 
 
@@ -210,6 +236,17 @@ def _has_type(value: object, kind: type) -> bool:
     if kind is float:
         return type(value) in (float, int)
     return type(value) is kind
+
+
+def _type_in_words(kind: type) -> str:
+    """What a dataclass field of this type may hold."""
+    if typing.get_origin(kind) is tuple:
+        plural = {int: "whole numbers", float: "numbers", str: "texts"}
+        return f"a list of {plural.get(typing.get_args(kind)[0], 'values')}"
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_type_in_words(one) for one in typing.get_args(kind))
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return words.get(kind, "null")
 
 # -------------------- networks
 
@@ -235,20 +272,46 @@ def fit(
     """
     first = next(iter(files))
     what = first if len(files) == 1 else first.parent
-    with reading(what, f"the {len(expected)} tensors of {owner}: copy it again"):
+    wanted = f"the {len(expected)} tensors of {owner}"
+    with reading(what, wanted):
         tensors = {}
+        kind = None
         for found in files.values():
+            kind = kind or kinds.of_tensors(found)
             for name, tensor in found.items():
                 tensors[current_name(network, name)] = tensor
         tensors.pop(None, None)  # the name of tensors to ignore
-
-        for name in sorted(tensors.keys() | expected.keys()):
-            if name not in tensors:
-                raise ValueError(f"it lacks {name} {list(expected[name].shape)}")
-            if name not in expected:
-                raise ValueError(f"it holds {name}, which is none of them")
-            tensors[name] = _fit_shape(name, tensors[name], expected[name].shape)
+        _refuse_others(tensors, expected, kind)
+    with reading(what, wanted + AGAIN):
+        _refuse_missing(tensors, expected)
+    with reading(what, f"{wanted}: take both from one model"):
+        for name, tensor in tensors.items():
+            tensors[name] = _fit_shape(name, tensor, expected[name].shape)
     return tensors
+
+
+def _refuse_others(
+    tensors: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    kind: str | None,
+) -> None:
+    """ValueError if there are tensors of another network; `kind` is what they seem to be."""
+    others = sorted(tensors.keys() - expected.keys())
+    if others:
+        if kind and not tensors.keys() & expected.keys():
+            raise ValueError(f"it is {kind}, with {others[0]} and so on")
+        raise ValueError(f"it holds {others[0]}{_and_more(others)}, which is none of them")
+
+
+def _refuse_missing(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        shape = list(expected[missing[0]].shape)
+        raise ValueError(f"it is incomplete and lacks {missing[0]} {shape}{_and_more(missing)}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _fit_shape(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -9,26 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Pieces
 
 from files.hub import find
 from files.tensors import read_json, reading
 from models import clip, t5
 
+# The tokens that have a purpose, in the order in which `transformers` adds them.
+PURPOSES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+CLIP_TOKENS = dict(
+    bos_token="<|startoftext|>",
+    eos_token="<|endoftext|>",
+    unk_token="<|endoftext|>",
+    pad_token="<|endoftext|>",
+)
+T5_TOKENS = dict(eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+
 # -------------------- CLIP
 
 def load_tokenizer(base: str, folder: str = "tokenizer/") -> clip.Tokenizer:
     """CLIP's tokenizer of a base, from vocab.json and merges.txt, or from tokenizer.json.
 
-    Its special tokens and its length come from tokenizer_config.json and special_tokens_map.json,
+    Its special and added tokens and its length come from the files that `_tokenizer_config` reads,
     where they exist.
     """
-    config = _tokenizer_config(base, folder)
-    path = find(
+    path = _find_vocabulary(
         base,
-        [f"{folder}vocab.json", f"{folder}tokenizer.json"],
+        folder,
+        "vocab.json",
         "that file and merges.txt, or tokenizer.json",
     )
+    config = CLIP_TOKENS | _tokenizer_config(base, folder)
     vocab = read_json(path)
     if path.name == "vocab.json":
         path = find(base, [f"{folder}merges.txt"], "it beside vocab.json: copy both")
@@ -45,42 +65,33 @@ def load_tokenizer(base: str, folder: str = "tokenizer/") -> clip.Tokenizer:
             if merge:
                 pair = merge.split() if isinstance(merge, str) else merge
                 pairs.append(tuple(pair))
+        pieces = clip.clip_pieces(vocab, pairs)
+        add_tokens(pieces, config)
         return clip.Tokenizer(
-            clip.clip_pieces(vocab, pairs),
-            length=min(config.get("model_max_length", 77), 77),
-            pad=_special_token(config, "pad_token", "<|endoftext|>"),
-            start=_special_token(config, "bos_token", "<|startoftext|>"),
-            end=_special_token(config, "eos_token", "<|endoftext|>"),
+            pieces,
+            length=min(config.get("model_max_length") or 77, 77),
+            pad=_text_of(config["pad_token"] or CLIP_TOKENS["pad_token"]),
+            start=_text_of(config["bos_token"] or CLIP_TOKENS["bos_token"]),
+            end=_text_of(config["eos_token"] or CLIP_TOKENS["eos_token"]),
         )
 
 
-def _tokenizer_config(base: str, folder: str) -> dict:
-    """The tokenizer's configuration, from those of its two files that exist.
+def _find_vocabulary(base: str, folder: str, name: str, expected: str) -> Path:
+    """The file `name` with a tokenizer's vocabulary, or tokenizer.json.
 
-    As in `transformers`, special_tokens_map.json overrides tokenizer_config.json, unless that is
-    of the newer kind with added_tokens_decoder. SD 2.1 needs both files.
+    An added_tokens.json, which few models have, is asked for before. So a cache of the Hub that has
+    the vocabulary is complete, and the Hub is not asked each time.
     """
-    config = {}
-    path = find(base, [f"{folder}tokenizer_config.json"])
-    if path:
-        config = read_json(path)
-    if "added_tokens_decoder" not in config:
-        path = find(base, [f"{folder}special_tokens_map.json"])
-        if path:
-            config |= read_json(path)
-    return config
+    names = [folder + name, f"{folder}tokenizer.json"]
+    if find(base, names, fetch=False) is None:
+        find(base, [f"{folder}added_tokens.json"])
+    return find(base, names, expected)
 
 
 def _merges_from_text(path: Path) -> list[str]:
     """The lines of a merges.txt without its version line."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
     return [line for line in lines if not line.startswith("#version")]
-
-
-def _special_token(config: dict, key: str, default: str) -> str:
-    """A special token's text. Configurations hold the text itself, or an object around it."""
-    token = config.get(key) or default
-    return token["content"] if isinstance(token, dict) else token
 
 
 def tokenizer_to_json(tokenizer: clip.Tokenizer) -> str:
@@ -92,26 +103,159 @@ def tokenizer_to_json(tokenizer: clip.Tokenizer) -> str:
 def tokenizer_from_json(text: str) -> clip.Tokenizer:
     """The tokenizer that `tokenizer_to_json` wrote."""
     saved = json.loads(text)
-    # Only vocabulary and merges are read. How they are put together is always CLIP's way.
-    model = json.loads(saved.pop("pieces"))["model"]
+    # Only vocabulary, merges and added tokens are read. How they are put together is always
+    # CLIP's way.
+    whole = json.loads(saved.pop("pieces"))
+    model = whole["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    return clip.Tokenizer(clip.clip_pieces(model["vocab"], merges), **saved)
+    pieces = clip.clip_pieces(model["vocab"], merges)
+    add_tokens(pieces, dict(added_tokens_decoder=_by_number(whole.get("added_tokens", []))))
+    return clip.Tokenizer(pieces, **saved)
+
+
+# -------------------- added tokens
+
+# An added token is never split, wherever it stands in a text. Whoever trains a new word (textual
+# inversion) adds its token to the tokenizer, and rows for it to the text encoder.
+
+def _tokenizer_config(base: str, folder: str) -> dict:
+    """The tokenizer's configuration, put together from its files as in `transformers`.
+
+    Its added_tokens_decoder is {number: token}. A tokenizer_config.json with that entry is complete
+    by itself. If it has none, special_tokens_map.json overrides it, and the added tokens are those
+    of added_tokens.json and tokenizer.json. SD 2.1 needs the first two files.
+    """
+    config = {}
+    path = find(base, [f"{folder}tokenizer_config.json"])
+    if path:
+        config = read_json(path)
+    if "added_tokens_decoder" in config:
+        return config
+
+    path = find(base, [f"{folder}special_tokens_map.json"])
+    if path:
+        config |= read_json(path)
+    listed = {}
+    path = find(base, [f"{folder}added_tokens.json"], fetch=False)
+    if path:
+        with reading(path, "{token: number}"):
+            # Not additional_special_tokens, in transformers 5.
+            named = [config.get(key) for key in PURPOSES]
+            others = config.get("extra_special_tokens") or []
+            special = {_text_of(token) for token in (*named, *others) if token}
+            for content, number in read_json(path).items():
+                is_special = content in special
+                token = dict(content=content, normalized=not is_special, special=is_special)
+                listed[int(number)] = token
+    path = find(base, [f"{folder}tokenizer.json"], fetch=False)
+    if path:
+        with reading(path, "the tokens of a tokenizer.json in added_tokens"):
+            listed |= _by_number(read_json(path).get("added_tokens", []))
+    return config | dict(added_tokens_decoder=listed)
+
+
+def _by_number(tokens: list[dict]) -> dict[int, dict]:
+    """The added tokens of a tokenizer.json, by their numbers."""
+    return {int(token["id"]): token for token in tokens}
+
+
+def add_tokens(pieces: Pieces, config: dict) -> None:
+    """Adds the tokens of a tokenizer's configuration to its pieces, as `transformers` does.
+
+    ValueError if a token would get another number than the configuration says, because the text
+    encoder would take the embedding of another one for it.
+    """
+    listed = {}
+    for number, token in config["added_tokens_decoder"].items():
+        listed[int(number)] = _added_token(token, is_special=token.get("special", False))
+    numbers = sorted(listed)
+    pieces.add_tokens([listed[number] for number in numbers])
+    for number in numbers:
+        content = listed[number].content
+        found = pieces.token_to_id(content)
+        if found != number:
+            raise ValueError(
+                f"its added token {content!r:.100} has the number {number} in the configuration,"
+                f" but {found} behind the vocabulary"
+            )
+
+    known = {token.content for token in listed.values()}
+    named = _named_tokens(config)
+    for token in named + _other_special_tokens(config):
+        # One that is named for a purpose, such as padding, must be a piece of the vocabulary.
+        is_piece = pieces.token_to_id(token.content) is not None
+        if token.content not in known and (is_piece or token not in named):
+            pieces.add_tokens([token])
+
+
+def _named_tokens(config: dict) -> list[AddedToken]:
+    """The tokens that a configuration names for a purpose: bos_token, pad_token and so on.
+
+    If a token has several purposes, the flags of the last one count.
+    """
+    keys = [*PURPOSES, *(key for key in config if key not in PURPOSES and key.endswith("_token"))]
+    values = [config.get(key) for key in keys]
+    return [_added_token(value, is_special=True) for value in values if _is_token(value)]
+
+
+def _is_token(value: object) -> bool:
+    """Whether a value is a token, not an option such as "add_bos_token"."""
+    return bool(value) and isinstance(value, str | dict)
+
+
+def _other_special_tokens(config: dict) -> list[AddedToken]:
+    tokens = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(tokens, dict):  # by their purposes
+        tokens = list(tokens.values())
+    return [_added_token(token, is_special=True) for token in tokens]
+
+
+def _text_of(token: str | dict) -> str:
+    """The text of a token. Configurations hold the text itself, or an object around it."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _added_token(token: str | dict, is_special: bool) -> AddedToken:
+    """A token from a configuration, which holds its text, or an object with text and flags."""
+    flags = token if isinstance(token, dict) else {}
+    content = _text_of(token)
+    if not isinstance(content, str) or not 0 < len(content) <= 1000:
+        raise ValueError(f"it has the added token {content!r:.100}")
+    return AddedToken(
+        content,
+        single_word=bool(flags.get("single_word", False)),
+        lstrip=bool(flags.get("lstrip", False)),
+        rstrip=bool(flags.get("rstrip", False)),
+        normalized=bool(flags.get("normalized", not is_special)),
+        special=bool(is_special),
+    )
+
+
+def added_tokens_decoder(pieces: Pieces) -> dict[int, dict]:
+    """The added tokens by their numbers, for a tokenizer_config.json."""
+    listed = {}
+    for token in json.loads(pieces.to_str())["added_tokens"]:
+        listed[token.pop("id")] = token
+    return listed
 
 
 # -------------------- T5
 
 def load_t5_tokenizer(base: str) -> t5.T5Tokenizer:
-    """T5's tokenizer of a base, from spiece.model or tokenizer.json."""
-    path = find(
+    """T5's tokenizer of a base, from spiece.model or tokenizer.json, with the added tokens."""
+    path = _find_vocabulary(
         base,
-        ["tokenizer/spiece.model", "tokenizer/tokenizer.json"],
+        "tokenizer/",
+        "spiece.model",
         "that file or tokenizer.json, with T5's vocabulary",
     )
+    config = T5_TOKENS | _tokenizer_config(base, "tokenizer/")
     with reading(path, "the vocabulary of T5: copy it again"):
         if path.suffix == ".model":
             pieces = pieces_from_spiece(path.read_bytes())
         else:
-            pieces = pieces_from_json(path.read_text(encoding="utf-8"))
+            pieces = pieces_from_json(path.read_text(encoding="utf-8-sig"))
+        add_tokens(pieces, config)
         return t5.T5Tokenizer(pieces)
 
 

@@ -9,7 +9,7 @@ Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural L
 Supervision".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +175,18 @@ class TextEncoder(nn.Module):
         rows = torch.arange(len(ids), device=ids.device)
         return self(ids)[rows, end]
 
+    @torch.no_grad()
+    def set_embeddings(self, ids: list[int], vectors: Tensor) -> None:
+        """Gives the tokens of these ids the embeddings [n, C]. The table grows where it must."""
+        before = self.text_model.embeddings.token_embedding.weight
+        rows = max(len(before), max(ids) + 1)
+        weight = before.new_zeros(rows, before.shape[1])
+        weight[:len(before)] = before
+        weight[ids] = vectors.to(weight)
+        table = nn.Embedding.from_pretrained(weight, freeze=not before.requires_grad)
+        self.text_model.embeddings.token_embedding = table
+        self.config = replace(self.config, vocab_size=rows)
+
 
 # -------------------- tokenizer
 
@@ -213,12 +225,45 @@ class Tokenizer:
                 )
         # A special token is one piece wherever it stands in a text. SD 2.x pads with `!`, so
         # that "wow!" ends in the piece `!` and not in `!</w>`.
-        pieces.add_special_tokens([pad, start, end])
+        added = self._added()
+        pieces.add_special_tokens([token for token in (pad, start, end) if token not in added])
+        self.following = self._find_following()
 
-    def __call__(self, texts: str | list[str]) -> Tensor:
-        """Texts -> ids [B, length]. Longer texts are cut; the end token stays."""
-        if isinstance(texts, str):
-            texts = [texts]
+    def _added(self) -> dict[str, int]:
+        """The tokens that are never split, and their ids."""
+        decoder = self.pieces.get_added_tokens_decoder()
+        return {token.content: number for number, token in decoder.items()}
+
+    def _find_following(self) -> dict[int, list[int]]:
+        """For each token that stands for several vectors: the ids that follow its own.
+
+        As in `diffusers`, the other vectors of a token `<cat>` belong to `<cat>_1`, `<cat>_2`, ...
+        """
+        added = self._added()
+        following = {}
+        for token, number in added.items():
+            others = []
+            while f"{token}_{len(others) + 1}" in added:
+                others.append(added[f"{token}_{len(others) + 1}"])
+            if others:
+                following[number] = others
+        return following
+
+    def add_token(self, token: str, vectors: int) -> list[int]:
+        """Adds a token that stands for so many vectors. Returns their ids.
+
+        ValueError if it is in the vocabulary already.
+        """
+        tokens = [token, *(f"{token}_{i}" for i in range(1, vectors))]
+        for name in (*tokens, f"{token}_{vectors}"):
+            if self.pieces.token_to_id(name) is not None:
+                raise ValueError(f"the tokenizer has a token {name!r} already")
+        self.pieces.add_tokens(tokens)
+        self.following = self._find_following()
+        return [self.pieces.token_to_id(name) for name in tokens]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, however many, without start, end and padding."""
         try:
             encodings = self.pieces.encode_batch(texts, add_special_tokens=False)
         except TypeError:
@@ -227,13 +272,42 @@ class Tokenizer:
                 f"{texts!r:.200} contains half a character (a lone surrogate);"
                 " expected text that can be encoded as UTF-8"
             ) from None
+        if not self.following:
+            return [encoding.ids for encoding in encodings]
 
         rows = []
         for encoding in encodings:
-            row = [self.start, *encoding.ids[:self.length - 2], self.end]
+            row = []
+            for number in encoding.ids:
+                row += [number, *self.following.get(number, [])]
+            rows.append(row)
+        return rows
+
+    def __call__(self, texts: str | list[str]) -> Tensor:
+        """Texts -> ids [B, length]. Longer texts are cut; the end token stays."""
+        if isinstance(texts, str):
+            texts = [texts]
+        rows = []
+        for ids in self.encode(texts):
+            row = [self.start, *ids[:self.limit], self.end]
             padding = [self.pad] * (self.length - len(row))
             rows.append(row + padding)
         return torch.tensor(rows, dtype=torch.long)
+
+    @property
+    def limit(self) -> int:
+        """How many ids of a text there is room for, beside the start and the end token."""
+        return self.length - 2
+
+    def cut_off(self, text: str) -> str | None:
+        """The end of a text for which there is no room, or None if all of it is kept."""
+        encoding = self.pieces.encode(text, add_special_tokens=False)
+        count = 0
+        for number, (start, _) in zip(encoding.ids, encoding.offsets):
+            count += 1 + len(self.following.get(number, []))
+            if count > self.limit:
+                return text[start:]
+        return None
 
 
 def clip_pieces(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Pieces:

@@ -234,10 +234,8 @@ class T5Tokenizer:
                     f"the tokenizer has no piece {piece}; expected T5's, which has <pad> and </s>"
                 )
 
-    def __call__(self, texts: str | list[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> ids and mask. Longer texts are cut; `</s>` stays."""
-        if isinstance(texts, str):
-            texts = [texts]
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, however many, without end and padding."""
         try:
             encodings = self.pieces.encode_batch(texts, add_special_tokens=False)
         except TypeError:
@@ -246,15 +244,33 @@ class T5Tokenizer:
                 f"{texts!r:.200} contains half a character (a lone surrogate);"
                 " expected text that can be encoded as UTF-8"
             ) from None
+        return [encoding.ids for encoding in encodings]
 
+    def __call__(self, texts: str | list[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> ids and mask. Longer texts are cut; `</s>` stays."""
+        if isinstance(texts, str):
+            texts = [texts]
         ids = []
         mask = []
-        for encoding in encodings:
-            row = [*encoding.ids[:self.length - 1], self.end]
+        for text_ids in self.encode(texts):
+            row = [*text_ids[:self.limit], self.end]
             padding = self.length - len(row)
             ids.append(row + [self.pad] * padding)
             mask.append([1] * len(row) + [0] * padding)
         return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
+
+    @property
+    def limit(self) -> int:
+        """How many ids of a text there is room for, beside the end token."""
+        return self.length - 1
+
+    def cut_off(self, text: str) -> str | None:
+        """The end of a text for which there is no room, or None if all of it is kept."""
+        encoding = self.pieces.encode(text, add_special_tokens=False)
+        if len(encoding.ids) <= self.limit:
+            return None
+        start, _ = encoding.offsets[self.limit]
+        return text[start:]
 
 
 def t5_pieces(

@@ -269,6 +269,59 @@ def test_one_text_is_one_row_and_long_texts_keep_their_end():
     assert tokenizer("")[0].tolist() == [tokenizer.start] + [tokenizer.end] * 76
 
 
+def test_the_ends_of_long_texts_are_what_the_ids_leave_out():
+    tokenizer = load_tokenizer("tiny")
+    words = [f"a red circle{mark}" for mark in ("", "!", "?!", " é", "🙂")] * 10
+    ids = tokenizer.encode(["", " ".join(words)])
+    assert ids[0] == []
+    assert len(ids[1]) > tokenizer.limit == tokenizer.length - 2
+    row = tokenizer(" ".join(words))[0, 1:-1].tolist()
+    assert row == ids[1][:tokenizer.limit]
+
+    for n in range(1, len(words)):
+        text = " ".join(words[:n])
+        end = tokenizer.cut_off(text)
+        fits = len(tokenizer.encode([text])[0]) <= tokenizer.limit
+        assert (end is None) == fits
+        if end is not None:
+            assert text.endswith(end)
+            kept = text.removesuffix(end)
+            (kept_ids,) = tokenizer.encode([kept])
+            assert len(kept_ids) <= tokenizer.limit
+            # Without its end the text means the same, unless a word was cut in two.
+            if kept.endswith(" "):
+                assert torch.equal(tokenizer(kept), tokenizer(text))
+
+
+def test_a_token_of_several_vectors_brings_all_their_ids():
+    tokenizer = load_tokenizer("tiny")
+    assert tokenizer.add_token("<cat>", 3) == [979, 980, 981]
+    assert tokenizer.add_token("<dog>", 1) == [982]
+    a, b = tokenizer.encode(["a b"])[0]
+    assert tokenizer.encode(["a <cat> b", "<dog>", "a<CAT>b"]) == [
+        [a, 979, 980, 981, b],
+        [982],
+        [a, 979, 980, 981, b],
+    ]
+    for token, vectors in [("<cat>", 1), ("<cat>_2", 1), ("<dog>", 5), ("red</w>", 1)]:
+        with pytest.raises(ValueError, match="already"):
+            tokenizer.add_token(token, vectors)
+
+
+def test_rows_of_the_table_are_replaced_or_added():
+    sizes = dict(TINY, hidden_act="gelu", num_hidden_layers=1)
+    encoder = ours_like(randomise(peer_encoder(sizes, 98).double()), sizes, 98)
+    before = encoder.text_model.embeddings.token_embedding.weight.clone()
+    vectors = torch.arange(64.0).reshape(2, 32)
+    encoder.set_embeddings([3, 100], vectors)
+    after = encoder.text_model.embeddings.token_embedding.weight
+    assert after.shape == (101, 32) and after.dtype == torch.float64
+    assert encoder.config.vocab_size == 101
+    assert torch.equal(after[[3, 100]], vectors.double())
+    others = [row for row in range(99) if row != 3]
+    assert torch.equal(after[others], before[others])
+
+
 def test_a_padding_outside_the_vocabulary_is_refused_by_name():
     pieces = load_tokenizer("tiny").pieces
     with pytest.raises(ValueError, match="no piece '<pad>'"):

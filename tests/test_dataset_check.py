@@ -15,8 +15,9 @@ import dataset
 import training
 from dataset.__main__ import main
 from dataset.cache import write_cache
-from dataset.check import check_readable
+from dataset.check import captions_of, check_readable, report_cut
 from dataset.folders import open_captioned, open_paired, open_unpaired
+from files.tokenizers import load_t5_tokenizer, load_tokenizer
 
 
 @pytest.fixture
@@ -368,6 +369,128 @@ def test_how_many_test_pictures_are_broken_is_said(paired):
     pairs = open_paired(paired, "test", "resize_16")
     refused(check_readable, pairs, 9, match="000.png and its partner in test_B are 41x50 and 40x40")
     refused(check_readable, pairs, 9, match="(2 of the 2 test items that are read have problems")
+
+
+# -------------------- captions that are too long
+
+# The tokenizer of the base "tiny" takes 24 tokens, of which 22 are the caption's.
+LONG = " ".join(["red"] * 22) + " and the end"
+
+
+def test_check_counts_tokens_as_a_base_does(tmp_path, run):
+    pictures = captioned(tmp_path / "pictures")
+    (pictures / "03.txt").write_text(LONG)
+    (pictures / "05.txt").write_text("red " * 22)
+    (pictures / "19.txt").write_text("blue " * 30)
+    status, out, _ = run("check", pictures, "--base", "tiny")
+    assert (status, problems_in(out)) == (0, [])
+    train = "train tokens: longest caption 26, room for 22, 1 captions cut\n"
+    assert f"{train}    without effect: and the end\n" in out
+    test = "test tokens: longest caption 30, room for 22, 1 captions cut\n"
+    assert f"{test}    without effect: blue blue blue" in out
+    assert "train tokens" not in run("check", pictures)[1]
+
+
+def test_check_counts_the_tokens_of_every_layout(paired, tmp_path, run):
+    names = [path.name for path in (paired / "train_A").iterdir()]
+    (paired / "train_prompts.json").write_text(json.dumps(dict.fromkeys(names, LONG)))
+    out = run("check", paired, "--base", "tiny")[1]
+    assert "train tokens: longest caption 26, room for 22, 3 captions cut" in out
+    for side in "ab":
+        (paired / f"fixed_prompt_{side}.txt").write_text(LONG if side == "b" else "a")
+    out = run("check", paired, "--base", "tiny", "--for", "cyclegan")[1]
+    assert "train tokens: longest caption 26, room for 22, 1 captions cut" in out
+
+    lines = ["a red circle", LONG] * 10
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    out = run("check", tmp_path / "captions.txt", "--base", "tiny")[1]
+    assert "train tokens: longest caption 26, room for 22, 8 captions cut" in out
+    assert "test tokens: longest caption 26, room for 22, 2 captions cut" in out
+
+    pictures = captioned(tmp_path / "pictures")
+    rows = [dict(file_name=f"{i:02}.png", text=["short", LONG, LONG]) for i in range(20)]
+    (pictures / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    out = run("check", pictures, "--base", "tiny")[1]
+    assert "train tokens: longest caption 26, room for 22, 36 captions cut" in out
+
+
+def test_a_base_that_is_none_is_refused_before_anything_is_read(paired, run):
+    status, out, err = run("check", paired, "--base", "no-such-base")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "no-such-base is no folder here" in err
+
+
+def test_half_a_character_is_a_problem(tmp_path, run):
+    (tmp_path / "captions.txt").write_text("caption\n" * 20)
+    pictures = captioned(tmp_path / "pictures")
+    rows = [dict(file_name=f"{i:02}.png", text="\ud800") for i in range(20)]
+    (pictures / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    status, out, _ = run("check", pictures, "--base", "tiny")
+    assert status == 2
+    assert "half a character" in problems_in(out)[0]
+
+
+@pytest.mark.parametrize("captions, says", [
+    ([], None),
+    (["a red circle"], None),
+    (["red " * 22] * 5, None),
+    (["a red circle", LONG, "a"], "1 of 3 captions are longer than the text encoder's 24 tokens"),
+    ([LONG] * 7 + [""] * 5000, "7 of 5007 captions are"),
+    (["x"] * 9000 + [LONG], "1 of 9001 captions are"),
+    (["red " * 23] * 3000, "at least 2000 of 3000 captions are"),
+    (["猫" * 30] + ["red red red"] * 3000, "1 of 3001 captions are"),
+])
+def test_the_start_of_a_run_says_how_many_captions_are_cut(captions, says, capsys):
+    report_cut("the set", captions, load_tokenizer("tiny"))
+    err = capsys.readouterr().err
+    if says is None:
+        assert err == ""
+    else:
+        assert err.startswith(f"the set: {says}")
+        assert err.count("\n") == 1
+
+
+def test_nothing_is_said_of_encoded_captions_and_by_other_processes(capsys, monkeypatch):
+    report_cut("the set", [LONG], None)
+    monkeypatch.setenv("RANK", "1")
+    report_cut("the set", [LONG], load_tokenizer("tiny"))
+    assert capsys.readouterr().err == ""
+
+
+def test_t5_counts_the_cleaned_caption(shared, tmp_path, capsys):
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(shared / "tokenizers" / "t5" / "spiece.model", tmp_path / "tokenizer")
+    tokenizer = load_t5_tokenizer(str(tmp_path))
+    # In capitals each word is several pieces.
+    report_cut("the set", ["PICTURE HOUSE " * 35], tokenizer)
+    assert capsys.readouterr().err == ""
+    report_cut("the set", ["PICTURE HOUSE " * 35, "a house " * 60], tokenizer)
+    err = capsys.readouterr().err
+    assert "1 of 2 captions are longer than the text encoder's 120 tokens" in err
+
+
+def test_drawings_have_no_captions_to_count():
+    assert captions_of(open_paired("drawn:scenes", "train", "no_resize")) == []
+
+
+def test_making_a_cache_says_how_many_captions_are_cut(tmp_path, capsys):
+    pictures = captioned(tmp_path / "pictures")
+    (pictures / "03.txt").write_text(LONG)
+    write_cache(
+        source=str(pictures),
+        base_name="tiny",
+        output=tmp_path / "cache",
+        prep="resized_crop_8",
+        size=8,
+        column="text",
+        seed=0,
+        batch=4,
+        device="cpu",
+        dtype="float32",
+    )
+    assert f"{pictures}: 1 of 18 captions are longer" in capsys.readouterr().err
+    captions = captions_of(open_captioned(tmp_path / "cache", "train", ""))
+    assert len(captions) == 18 and LONG in captions
 
 
 def test_drawings_are_not_read_at_the_start():

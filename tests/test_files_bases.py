@@ -21,6 +21,7 @@ from diffusers import (
 )
 from pipelines import (
     PARTS,
+    SCHEDULE,
     TEXTS,
     UNET,
     VAE,
@@ -38,6 +39,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from files.bases import load_base, load_controlnet, load_merged, save_folder
 from files.formats import current_name
 from models import t5
+from models.diffusion import for_sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -246,6 +248,28 @@ def config(part: str, **changes) -> Damage:
     return damage
 
 
+def model_index(**changes) -> Damage:
+    """Other entries of model_index.json."""
+
+    def damage(folder: Path) -> None:
+        path = folder / "model_index.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return damage
+
+
+def scheduler_class(name: str) -> Damage:
+    return model_index(scheduler=["diffusers", name])
+
+
+def both(first: Damage, second: Damage) -> Damage:
+    def damage(folder: Path) -> None:
+        first(folder)
+        second(folder)
+
+    return damage
+
+
 def sharded(change: Damage) -> Damage:
     """The U-Net in shards, and something done to its folder."""
 
@@ -343,7 +367,10 @@ DAMAGED_WEIGHTS = {
     "cut in the data": (truncated("unet", 500_000), [UNET_FILE, "these are 500000 bytes"]),
     "cut by one byte": (truncated("vae", -1), [VAE_FILE, AGAIN]),
     "a byte too many": (longer("vae"), [VAE_FILE, AGAIN]),
-    "a page of HTML": (written(UNET_FILE, "<!DOCTYPE html><html>\n" * 20), [UNET_FILE, AGAIN]),
+    "a page of HTML": (
+        written(UNET_FILE, "<!DOCTYPE html><html>\n" * 20),
+        [UNET_FILE, "is a web page"],
+    ),
     "header not JSON": (header("{" * 40), [UNET_FILE, AGAIN]),
     "header a list": (header("[]"), [UNET_FILE, AGAIN]),
     "header not text": (header(b"\xff\xfe\x00"), [UNET_FILE, AGAIN]),
@@ -420,6 +447,42 @@ DAMAGED_CONFIGURATIONS = {
         [SCHEDULER_CONFIG, "sigmoid"],
     ),
     "a schedule of words": (config("scheduler", beta_start="small"), [SCHEDULER_CONFIG]),
+    "a schedule of nothing": (
+        config("scheduler", beta_end=None),
+        [SCHEDULER_CONFIG, "beta_end is None", "a number"],
+    ),
+    "no number of timesteps": (
+        config("scheduler", num_train_timesteps=None),
+        [SCHEDULER_CONFIG, "num_train_timesteps is None", "a whole number"],
+    ),
+    "no spacing": (
+        config("scheduler", timestep_spacing=None),
+        [SCHEDULER_CONFIG, "timestep_spacing is None", "a word"],
+    ),
+    "a switch that is a word": (
+        config("scheduler", rescale_betas_zero_snr="yes"),
+        [SCHEDULER_CONFIG, "rescale_betas_zero_snr is 'yes'", "true or false"],
+    ),
+    "flow matching": (
+        scheduler_class("FlowMatchEulerDiscreteScheduler"),
+        [SCHEDULER_CONFIG, "FlowMatchEulerDiscreteScheduler", "flow matching"],
+    ),
+    "a scheduler of one's own": (
+        scheduler_class("MyScheduler"),
+        [SCHEDULER_CONFIG, "MyScheduler", "DDIMScheduler"],
+    ),
+    "a scheduler of EDM": (
+        scheduler_class("EDMDPMSolverMultistepScheduler"),
+        [SCHEDULER_CONFIG, "EDMDPMSolverMultistepScheduler"],
+    ),
+    "a rest of nothing": (
+        both(model_index(rest=None), removed(VAE_CONFIG)),
+        ["model_index.json", "rest is None", "another base"],
+    ),
+    "a rest of a number": (
+        both(model_index(rest=3), removed(f"scheduler/{SCHEDULER_CONFIG}")),
+        ["model_index.json", "rest is 3", "another base"],
+    ),
     "no schedule": (
         removed(f"scheduler/{SCHEDULER_CONFIG}"),
         [f"has no scheduler/{SCHEDULER_CONFIG}"],
@@ -542,6 +605,73 @@ def test_8_bit_floats_are_read_and_cast(saved, folder, kind, dtype):
     for name, tensor in ours.items():
         assert tensor.dtype == (dtype or torch.float32)
         assert torch.equal(tensor, before[name].to(kind).to(tensor.dtype))
+
+
+# -------------------- schedulers
+
+def scheduler(name: str, **settings) -> Damage:
+    """A scheduler with these settings alone, of the class that the index names."""
+    content = json.dumps(settings | {"_class_name": name})
+    path = f"scheduler/{SCHEDULER_CONFIG}"
+    return both(scheduler_class(name), written(path, content))
+
+
+SCHEDULERS = {
+    "DDIM": scheduler("DDIMScheduler", **SCHEDULE),
+    "DDIM from before steps_offset": scheduler("DDIMScheduler", **SCHEDULE, clip_sample=True),
+    "an offset of 0": scheduler("DDIMScheduler", **SCHEDULE, steps_offset=0),
+    "an offset of nothing": scheduler("PNDMScheduler", **SCHEDULE, steps_offset=None),
+    "an offset of 7": scheduler("DDIMScheduler", **SCHEDULE, steps_offset=7),
+    "DDPM": scheduler("DDPMScheduler", **SCHEDULE),
+    "no setting at all": scheduler("DDIMScheduler"),
+    "Euler": scheduler("EulerDiscreteScheduler", **SCHEDULE),
+    "DPM-Solver": scheduler("DPMSolverMultistepScheduler"),
+    "LCM": scheduler("LCMScheduler"),
+    "another class in the index": both(
+        scheduler("LCMScheduler"),
+        scheduler_class("DDIMScheduler"),
+    ),
+    "a class in the index alone": both(
+        scheduler("EulerDiscreteScheduler"),
+        written(f"scheduler/{SCHEDULER_CONFIG}", "{}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", SCHEDULERS.values(), ids=SCHEDULERS.keys())
+def test_a_scheduler_is_what_the_pipeline_makes_of_it(folder, change):
+    change(folder)
+    peer = StableDiffusionPipeline.from_pretrained(folder).scheduler
+    schedule = load_base(str(folder), ("schedule",)).schedule
+    assert schedule.config["_class_name"] == type(peer).__name__
+    assert schedule.timestep_spacing == peer.config.timestep_spacing
+    assert schedule.steps_offset == peer.config.steps_offset
+    assert schedule.config["clip_sample"] is peer.config.get("clip_sample", False)
+    assert torch.allclose(schedule.alpha**2, peer.alphas_cumprod.double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("entry", [None, [], [None, None], ["diffusers"], "DDIMScheduler", 3])
+def test_an_index_without_a_scheduler_leaves_the_class_to_its_file(folder, entry):
+    scheduler("LCMScheduler")(folder)
+    model_index(scheduler=entry)(folder)
+    schedule = load_base(str(folder), ("schedule",)).schedule
+    assert schedule.config["_class_name"] == "LCMScheduler"
+
+
+def test_pixart_has_its_scheduler_uncorrected(folder):
+    scheduler("DDIMScheduler", clip_sample=True)(folder)
+    model_index(transformer=["diffusers", "PixArtTransformer2DModel"])(folder)
+    schedule = load_base(str(folder), ("schedule",)).schedule
+    assert schedule.steps_offset == 0
+    with pytest.raises(ValueError, match="clip_sample is True, which is not built"):
+        for_sampler(schedule, "ddim", 1)
+
+
+def test_a_base_that_is_its_own_rest_is_refused(folder):
+    model_index(rest=str(folder))(folder)
+    assert load_base(str(folder)).vae is not None
+    shutil.rmtree(folder / "vae")
+    assert "expected the name of another base" in refusal(lambda: load_base(str(folder)))
 
 
 # -------------------- networks that do not fit each other

@@ -3,6 +3,8 @@
 What it reads and writes when all is well is in the tests of the generators and the trainers.
 """
 
+# ruff: noqa: F811  (a fixture is imported, and arguments have its name)
+
 import json
 import pickle
 import shutil
@@ -14,10 +16,13 @@ import safetensors
 import torch
 from pipelines import VAE, refusal, tiny_pipeline, weight_file
 from safetensors.torch import load_file, save_file
+from trainer_helpers import pairs, train  # noqa: F401  (pairs is a fixture)
 
+import train_yoso
 from files import checkpoints
 from files.bases import load_base
 from files.checkpoints import load_generator
+from models.lora import add_lora
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,7 +263,7 @@ OFFICIAL = dict(
     "contents, says",
     [
         ([1, 2], "list"),
-        ({}, "rank_unet"),
+        ({}, "without tensors"),
         (OFFICIAL | {"state_dict_unet": []}, "img2img-turbo"),
         (OFFICIAL | {"rank_unet": "eight"}, "'eight'"),
         (OFFICIAL | {"unet_lora_target_modules": 3}, "img2img-turbo"),
@@ -288,8 +293,99 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, content):
         assert str(path) in refusal(lambda path=path: load_generator(str(path)))
 
 
-def test_safetensors_of_others_are_refused_by_their_format(saved):
+def test_safetensors_of_others_are_refused_by_what_they_are(saved):
     path = weight_file(saved, "unet")
     message = refusal(lambda: load_generator(str(path)))
     assert str(path) in message
-    assert "its format is 'pt', its kind None" in message
+    assert "it is a U-Net" in message
+
+
+# -------------------- starting a new run
+
+def test_of_a_runs_folder_the_best_weights_are_those_to_start_from(tmp_path):
+    last = tmp_path / "model.safetensors"
+    best = tmp_path / "best.safetensors"
+    last.touch()
+    assert checkpoints.find_checkpoint(str(tmp_path), checkpoints.START_FILES) == last
+    best.touch()
+    assert checkpoints.find_checkpoint(str(tmp_path), checkpoints.START_FILES) == best
+    assert checkpoints.find_checkpoint(str(tmp_path)) == last
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("sd-turbo", "stabilityai/sd-turbo", True),
+        ("/home/a/sd-turbo", "stabilityai/sd-turbo/", True),
+        ("tiny-turbo", str(checkpoints.ROOT / "tiny" / "tiny-turbo"), True),
+        ("tiny-turbo", "tiny-sd", False),
+        ("sd15", "runs/z/base", False),
+    ],
+)
+def test_bases_are_told_apart_by_the_last_part_of_their_names(one, other, same):
+    path = Path("model.safetensors")
+    if same:
+        checkpoints._check_same_base(one, other, path)
+        return
+    with pytest.raises(ValueError, match=f"was trained on the base {one}; expected {other}"):
+        checkpoints._check_same_base(one, other, path)
+
+
+def yoso_lora(rank: int) -> torch.nn.ModuleDict:
+    """A tiny one-step generator with a new LoRA, under the names of checkpoints."""
+    unet = load_base("tiny", ("unet",)).unet
+    add_lora(unet, ["to_q", "conv1"], rank, 8.0, torch.Generator().manual_seed(rank))
+    return torch.nn.ModuleDict({"unet": unet})
+
+
+def test_the_lora_of_a_one_step_generator_goes_on_where_rank_base_and_prediction_agree(tmp_path):
+    before = yoso_lora(3)
+    trained = {name: p for name, p in before.named_parameters() if ".lora_" in name}
+    for p in trained.values():
+        p.data.normal_()
+    base = load_base("tiny", ("unet", "schedule"))
+    prior = (torch.zeros(4, 8, 8), torch.ones(4, 8, 8))
+    path = tmp_path / "model.safetensors"
+    checkpoints.save_yoso(path, base, "tiny", trained, prior, lora_rank=3)
+    predicted = base.schedule.prediction_type
+
+    after = yoso_lora(3)
+    found = checkpoints.start_yoso_from(str(tmp_path), after, 3, predicted, "tiny")
+    assert found == f"starting from {path}"
+    for name, p in after.named_parameters():
+        if ".lora_" in name:
+            assert torch.equal(p, trained[name])
+
+    others = {
+        "its rank is 3": (4, predicted, "tiny"),
+        f"it predicts {predicted}": (3, "another", "tiny"),
+        "trained on the base tiny; expected sd15": (3, predicted, "sd15"),
+    }
+    for says, (rank, prediction, name) in others.items():
+        network = yoso_lora(rank)
+
+        def start(network=network, rank=rank, prediction=prediction, name=name):
+            checkpoints.start_yoso_from(str(path), network, rank, prediction, name)
+
+        assert says in refusal(start)
+    message = refusal(lambda: checkpoints.start_yoso_from("day2night", after, 3, "x0", "tiny"))
+    assert "its kind is 'cyclegan_turbo'" in message
+
+
+def test_a_new_run_of_the_one_step_trainer_starts_from_another(
+    monkeypatch, capsys, tmp_path, pairs
+):
+    old, new = tmp_path / "old", tmp_path / "new"
+    flags = ["--train", "lora", "--lora_rank", 2, "--dataset_folder", pairs, "--device", "cpu"]
+    flags += ["--resolution", 24, "--train_batch_size", 2, "--prior_pictures", 3]
+    flags += ["--validation_num_images", 2, "--viz_freq", 1000, "--max_train_steps", 1]
+    train(monkeypatch, train_yoso, *flags, "--output_dir", old)
+    # At a learning rate of 0 the weights stay what they were.
+    more = ["--init", old, "--learning_rate", 0, "--seed", 7, "--output_dir", new]
+    train(monkeypatch, train_yoso, *flags, *more)
+    first, second = (load_file(run / "model.safetensors") for run in (old, new))
+    lora = [name for name in first if ".lora_" in name]
+    assert lora and all(torch.equal(first[name], second[name]) for name in lora)
+    with pytest.raises(SystemExit):
+        train(monkeypatch, train_yoso, *flags, "--train", "all", "--init", old)
+    assert "--base runs/NAME/base" in capsys.readouterr().err
