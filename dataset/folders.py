@@ -134,17 +134,17 @@ def _shortened(names: list[str]) -> str:
 def report_left_out(source: object, left_out: LeftOut) -> None:
     """Names what of `source` is not used, in one line on stderr; nothing if all is used."""
     if left_out:
-        _tell(f"{source}: left out {describe_left_out(left_out)}")
+        tell(f"{source}: left out {describe_left_out(left_out)}")
 
 
 def report_empty(source: object, captions: dict[str, str]) -> None:
     """Says on stderr how many captions of {name: caption} are empty, if any are."""
     empty = [name for name, caption in captions.items() if not caption]
     if empty:
-        _tell(f"{source}: {len(empty)} of {len(captions)} captions are empty ({_shortened(empty)})")
+        tell(f"{source}: {len(empty)} of {len(captions)} captions are empty ({_shortened(empty)})")
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
     # Under torchrun every process opens the data set; one of them speaks.
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)
@@ -159,8 +159,16 @@ def reading(what: object, expected: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(what, Path) and what.is_file():
+            from files import kinds
+
+            kind = kinds.of_bytes(kinds.first_bytes(what))
+            if kind:
+                raise ValueError(f"{what} is {kind}; expected {expected}") from None
         reason = " ".join(str(error).split())
-        if not isinstance(error, ValueError):
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such file"
+        elif not isinstance(error, ValueError):
             reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{what} cannot be used ({reason}); expected {expected}") from None
 
@@ -168,7 +176,10 @@ def reading(what: object, expected: str) -> Iterator[None]:
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, with or without a byte order mark. ValueError if it is none."""
     with reading(path, "text in UTF-8"):
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
+        if text.startswith("version https://git-lfs"):
+            raise ValueError("it is a pointer")  # which must not become a caption
+        return text
 
 
 def read_prompts(path: Path) -> dict[str, str] | None:
@@ -179,10 +190,10 @@ def read_prompts(path: Path) -> dict[str, str] | None:
     with reading(path, "JSON, {file name: caption}"):
         prompts = json.loads(text)
         if not isinstance(prompts, dict):
-            raise ValueError(f"it holds a {type(prompts).__name__}")
+            raise ValueError(f"it holds {_type_name(prompts)}")
         for name, caption in prompts.items():
             if not isinstance(caption, str):
-                raise ValueError(f"the caption of '{name}' is of type {type(caption).__name__}")
+                raise ValueError(f"the caption of '{name}' is {_type_name(caption)}, not text")
     return prompts
 
 
@@ -232,7 +243,7 @@ def match_partners(a: list[str], b: list[str]) -> dict[str, str | None]:
     return partners
 
 
-def _split_item(item: Item) -> tuple[int, np.random.Generator | None]:
+def split_item(item: Item) -> tuple[int, np.random.Generator | None]:
     """The index of an item, and the random generator that its key seeds (None without a key)."""
     if isinstance(item, tuple):
         index, key = item
@@ -306,7 +317,7 @@ class PairedFolder(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, item: Item) -> dict:
-        index, rng = _split_item(item)
+        index, rng = split_item(item)
         name, partner = self.pairs[index]
         pair = [open_picture(self.a / name), open_picture(self.b / partner)]
         if pair[0].size != pair[1].size:
@@ -372,7 +383,7 @@ class UnpairedFolder(Dataset):
         return max(len(names) for names in self.names)
 
     def __getitem__(self, item: Item) -> dict:
-        index_a, rng = _split_item(item)
+        index_a, rng = split_item(item)
         names_a, names_b = self.names
         index_b = index_a
         if rng is not None:
@@ -608,7 +619,8 @@ class Captioned(Dataset):
         else:
             raise ValueError(
                 f"{source} is no data set: expected a folder of pictures, a .zip in the layout of"
-                " EDM, a .txt of captions, a cache of python -m dataset cache, or drawn:scenes"
+                " EDM, a .txt of captions, a cache of python -m dataset cache, drawn:scenes, or"
+                " digits"
             )
 
         # Without folders of their own, both splits come from one source, which speaks once.
@@ -628,7 +640,7 @@ class Captioned(Dataset):
         return len(self.items)
 
     def __getitem__(self, item: Item) -> dict:
-        index, rng = _split_item(item)
+        index, rng = split_item(item)
         name, caption = self.items[index]
         caption = _draw_caption(caption, item)
         if self.kind == ".txt":
@@ -654,10 +666,15 @@ def open_captioned(
     size: int = 64,
     column: str = "text",
 ) -> Dataset:
-    """Pictures with captions, in any layout that the package's docstring names.
+    """Pictures with captions, in any layout that the package's docstring names, or digits.
 
     `seed` and `size` are those of drawings, `column` names the captions in metadata.jsonl.
     """
+    if str(source) == "digits":
+        # Imported here because dataset.digits itself imports this module.
+        from dataset.digits import Digits
+
+        return Digits(split, prep)
     if (Path(source) / "index.json").is_file():
         # Imported here because dataset.cache itself opens data sets with this function.
         from dataset.cache import Cached
