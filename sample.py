@@ -4,6 +4,8 @@
     python sample.py "a red house and a blue car on grass at night in the snow"
     python sample.py "a cat on a sofa" --base stabilityai/sd-turbo
     python sample.py "a cat on a sofa" --base sd15 --steps 25 --guidance 7.5
+    python sample.py "a cat on a sofa" --base sd-turbo --vae taesd
+    python sample.py "a <cat-toy> on a sofa" --base sd15 --steps 25 --embedding cat-toy.safetensors
     python sample.py "a cat on a sofa" --base yoso512
     python sample.py "a cat" --merge "yoso512 + pixart1024 - pixart512" --save FOLDER
     python sample.py "a cat" --base model.safetensors --lora FILE:0.8 --sampler lcm --steps 2
@@ -29,6 +31,7 @@ in [0, 1] and, for a stochastic model, noise.
 
 import argparse
 import io
+import math
 import sys
 import time
 import traceback
@@ -36,6 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -55,7 +59,7 @@ from dataset.pictures import (
     to_picture,
     to_tensor,
 )
-from files import bases, checkpoints, hub
+from files import autoencoders, bases, checkpoints, embeddings, hub
 from models import clip, controlnet, diffusion, t5, vae
 
 DTYPES = {
@@ -69,18 +73,25 @@ DTYPES = {
 }
 
 # The timesteps that each sampler visits.
-SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list[int]]] = {
+SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list]] = {
     "ddim": diffusion.timesteps,
+    "euler": diffusion.euler_timesteps,
     "lcm": diffusion.lcm_timesteps,
     "dpm": diffusion.dpm_timesteps,
 }
 
-# Pictures of more pixels than this may take long enough to say how long: see estimate_seconds.
-LARGE = 768 * 768
-# Pixels a side of the corner that is timed for it.
-CORNER = 256
+# Pictures of more latents than this may take long enough to say how long: see estimate_seconds.
+# With Stable Diffusion's VAE, whose factor is 8, they are larger than 768 x 768 pixels.
+LARGE = 96 * 96
+# Latents a side of the small picture that is timed for it.
+CORNER = 32
 # Seconds that a picture may take without a word.
 PATIENCE = 60
+# A CPU computes pictures of more latents than this in tiles: 2304 x 2304 pixels. There the whole
+# takes longer, and more memory than most machines have: see Pace.
+TILED = 288 * 288
+# Latents a side of these tiles.
+TILE = 128
 
 # Paths to write to, pictures [B, 3, H, W] in [-1, 1], and their random seeds.
 Batches = Iterator[tuple[list[Path], Tensor, list[int]]]
@@ -97,9 +108,11 @@ class Options:
     base: str | None = None  # folder, one-file model, Hub id or name [tiny-turbo; the checkpoint's]
     merge: str | None = None  # "A + B - C", in place of --base: sums denoisers tensor by tensor
     lora: list[str] | None = None  # FILE or FILE:SCALE, added to the base; may be repeated
+    embedding: list[str] | None = None  # FILE or FILE:TOKEN, a word for prompts; may be repeated
     controlnet: str | None = None  # a ControlNet's folder or Hub id, for --control_image
     control_image: Path | None = None  # edges, depth, poses: what the ControlNet was trained for
     control_scale: float = 1.0  # how strongly the ControlNet steers
+    vae: str | None = None  # autoencoder in place of the base's: taesd, a folder, file or Hub id
     prior: Path | None = None  # start from noised latents of these statistics (dataset prior)
     save: Path | None = None  # also write the base, with LoRA and prior, as a diffusers folder
     checkpoint: str | None = None  # a trainer's model.safetensors or run folder, a .pkl, or a name
@@ -109,7 +122,7 @@ class Options:
     seed: int = 42  # random seed
     n: int = 1  # pictures of the prompt
     steps: int = 1  # network evaluations
-    sampler: str | None = None  # how noise is removed [that of the base's scheduler, or ddim]
+    sampler: str | None = None  # how noise is removed [as the base's scheduler does]
     prediction_type: str | None = None  # what the network predicts [what the base says]
     guidance: float = 1.0  # classifier-free guidance; none up to 1
     negative: str = ""  # what guidance leads away from
@@ -126,7 +139,7 @@ class Options:
     batch: int = 1  # pictures at a time
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # of the networks; auto: bf16 where it is fast and keeps 40 dB, or float32
-    tile: int | None = None  # pixels: compute larger pictures in overlapping squares of this side
+    tile: str | None = None  # pixels a side of overlapping squares, or off [for huge ones on a CPU]
     compile: bool = False  # torch.compile the networks: takes minutes once, then faster
     export: Path | None = None  # also write the translation as a program, see above
 
@@ -143,7 +156,7 @@ CHOICES = {
 # Flags that have a meaning for one use only. A PNG lists those of its own use.
 PROMPT_FLAGS = (
     *("n", "steps", "sampler", "prediction_type", "guidance", "negative", "size", "prior"),
-    *("merge", "save", "lora", "controlnet", "control_image", "control_scale"),
+    *("merge", "save", "lora", "embedding", "controlnet", "control_image", "control_scale", "vae"),
 )
 TRANSLATOR_FLAGS = ("direction", "r", "skip_scale")
 PREPROCESS_FLAGS = ("preprocess", "low_threshold", "high_threshold")
@@ -161,7 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"names for --base: {', '.join(hub.BASES)}\n"
-        f"names for --checkpoint: {', '.join(checkpoints.CHECKPOINTS)}",
+        f"names for --checkpoint: {', '.join(checkpoints.CHECKPOINTS)}\n"
+        f"names for --vae: {', '.join(autoencoders.AUTOENCODERS)}",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -173,8 +187,8 @@ def build_parser() -> argparse.ArgumentParser:
 
         if field.name == "prompt":
             parser.add_argument("prompt", nargs="?", help=text)
-        elif field.name == "lora":
-            parser.add_argument("--lora", action="append", help=text)
+        elif field.name in ("lora", "embedding"):
+            parser.add_argument(f"--{field.name}", action="append", help=text)
         elif field.name == "compile":
             parser.add_argument("--compile", action="store_true", help=text)
         else:
@@ -239,6 +253,7 @@ def check(options: Options, use: str) -> None:
         raise ValueError("--merge names its bases; leave --base out")
 
     check_unused(options, use)
+    parse_tile(options.tile)
 
     strength = strength_of(options, use)
     if use == "edit" and not 0 < strength <= 1:
@@ -253,6 +268,7 @@ def check_unused(options: Options, use: str) -> None:
     from_folder = options.input is not None and options.input.is_dir()
     # When a row holds, its flags have no meaning.
     rules = [
+        (translating, "with a translator, whose skips need the VAE of its base", ("vae",)),
         (translating, "with a translator", PROMPT_FLAGS),
         (not translating, "without a translator", (*TRANSLATOR_FLAGS, "export")),
         (from_folder, "for a folder", ("export",)),
@@ -318,13 +334,7 @@ class Control:
 
 def draw(options: Options, device: torch.device) -> None:
     """Draws --n pictures of the prompt. Without a prompt it only writes what --save asks for."""
-    several = options.n > 1
-    output = options.output or Path("out" if several else "out.png")
-    one_file = is_png(output)
-    if one_file and several:
-        raise ValueError(
-            f"--output {output} is one file for {options.n} pictures; expected a folder"
-        )
+    targets = plan_drawings(options)
     control_picture = read_control_picture(options)
     strength = strength_of(options, "draw")
     loaded = load_base(options, device, strength)
@@ -341,31 +351,57 @@ def draw(options: Options, device: torch.device) -> None:
     contexts = encode_prompt(base, options.prompt, options.negative, options.guidance)
     warn_of_cut_texts(base.tokenizer, options.prompt, options.negative)
     base.text_encoder = None  # T5 is larger than all other networks together
+    pace = choose_pace(options, "draw", base.vae.factor, device)
+
+    def paint(
+        seeds: list[int],
+        size: tuple[int, int],
+        control: Control | None,
+        prior: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        return text_to_image(
+            base,
+            options.prompt,
+            seeds,
+            size,
+            options.steps,
+            loaded.sampler,
+            options.guidance,
+            options.negative,
+            control=control,
+            prior=prior,
+            contexts=contexts,
+            tile=pace.tile_of(size),
+            announce=partial(pace.say, at_a_time(len(seeds)), size),
+        )
+
+    def paint_small(side: int) -> Tensor:
+        return paint([options.seed], (side, side), crop_control(control, side), None)
 
     def batches() -> Batches:
         width, height = crop
-        end = options.seed + options.n
-        for first in range(options.seed, end, options.batch):
-            seeds = list(range(first, min(first + options.batch, end)))
-            pictures = text_to_image(
-                base,
-                options.prompt,
-                seeds,
-                size,
-                options.steps,
-                loaded.sampler,
-                options.guidance,
-                options.negative,
-                control=control,
-                prior=prior,
-                contexts=contexts,
-                tile=options.tile,
-            )
-            paths = [output if one_file else output / f"{seed}.png" for seed in seeds]
+        for first in range(0, options.n, options.batch):
+            seeds = list(targets)[first:first + options.batch]
+            pace.warn(at_a_time(len(seeds)), size, len(seeds), paint_small)
+            pictures = paint(seeds, size, control, prior)
+            paths = [targets[seed] for seed in seeds]
             yield paths, pictures[:, :, :height, :width].cpu(), seeds
 
     found = facts_of_base(loaded) | dict(size=size_flag, strength=strength)
     save_all(batches(), png_facts(options, "draw", found), options.n, problems=[])
+
+
+def plan_drawings(options: Options) -> dict[int, Path]:
+    """The random seeds to draw from, and the file that each picture is written to."""
+    several = options.n > 1
+    output = options.output or Path("out" if several else "out.png")
+    one_file = is_png(output)
+    if one_file and several:
+        raise ValueError(
+            f"--output {output} is one file for {options.n} pictures; expected a folder"
+        )
+    seeds = range(options.seed, options.seed + options.n)
+    return {seed: output if one_file else output / f"{seed}.png" for seed in seeds}
 
 
 def load_base(options: Options, device: torch.device, strength: float = 1.0) -> LoadedBase:
@@ -388,6 +424,8 @@ def load_base(options: Options, device: torch.device, strength: float = 1.0) -> 
     if options.prediction_type:
         config = base.schedule.config | {"prediction_type": options.prediction_type}
         base.schedule = diffusion.Schedule.from_config(config)
+    for spec in options.embedding or []:
+        embeddings.add_embedding(spec, base)
     for spec in options.lora or []:
         bases.load_lora(spec, base)
     if options.controlnet and base.unet is None:
@@ -397,6 +435,8 @@ def load_base(options: Options, device: torch.device, strength: float = 1.0) -> 
         )
     if options.save:
         save_base(options.save, base, prior)
+    if options.vae:
+        base.vae = autoencoders.load_autoencoder(options.vae, base, dtype, str(device))
 
     precision = choose_precision(
         options.dtype,
@@ -408,7 +448,7 @@ def load_base(options: Options, device: torch.device, strength: float = 1.0) -> 
         if name in ("encoder", "decoder"):
             graphs.append(part)
     speed_up([base.vae], base.denoiser, graphs, precision, device, options.compile)
-    return LoadedBase(base, options.sampler or sampler_of(base.schedule), precision.name, prior)
+    return LoadedBase(base, choose_sampler(options, base), precision.name, prior)
 
 
 def save_base(folder: Path, base: bases.Base, prior: tuple[Tensor, Tensor] | None) -> None:
@@ -425,14 +465,26 @@ def ends_in_noise(schedule: diffusion.Schedule) -> bool:
     return bool(schedule.alpha[-1] <= 0)
 
 
-def sampler_of(schedule: diffusion.Schedule) -> str:
-    """The sampler that goes with the class of the base's scheduler."""
-    name = schedule.config.get("_class_name", "")
-    if name.startswith("LCM"):
-        return "lcm"
-    if name.startswith("DPM"):
-        return "dpm"
-    return "ddim"
+def choose_sampler(options: Options, base: bases.Base) -> str:
+    """The sampler asked for, or that of the base's scheduler; stderr says if it only stands in.
+
+    Raises ValueError if the scheduler has a setting that is not built for it.
+    """
+    sampler = options.sampler or diffusion.sampler_of(base.schedule)
+    if options.prompt is None:  # nothing is drawn
+        return sampler
+    try:
+        diffusion.for_sampler(base.schedule, sampler, options.steps)
+    except ValueError as error:
+        raise ValueError(f"{base.name}: {error} (--sampler)") from error
+    replaced = diffusion.replaced_scheduler(base.schedule)
+    if replaced and not options.sampler:
+        print(
+            f"{base.name}: its scheduler, {replaced}, is not built; the sampler {sampler} stands in"
+            " for it (--sampler)",
+            file=sys.stderr,
+        )
+    return sampler
 
 
 def parse_size(text: str | None, base: bases.Base) -> tuple[int, int]:
@@ -561,14 +613,7 @@ def cut_off(tokenizer: clip.Tokenizer | t5.T5Tokenizer, text: str) -> str | None
     """The end of a text that its tokenizer cuts off, or None if all of it is kept."""
     if isinstance(tokenizer, t5.T5Tokenizer):
         text = t5.clean(text)
-        kept = tokenizer.length - 1  # beside the end token
-    else:
-        kept = tokenizer.length - 2  # beside the start and the end token
-    encoding = tokenizer.pieces.encode(text, add_special_tokens=False)
-    if len(encoding.ids) <= kept:
-        return None
-    start, _ = encoding.offsets[kept]
-    return text[start:]
+    return tokenizer.cut_off(text)
 
 
 @torch.inference_mode()
@@ -578,7 +623,7 @@ def text_to_image(
     seeds: list[int],
     size: tuple[int, int],
     steps: int = 1,
-    sampler: str = "ddim",
+    sampler: str | None = None,
     guidance: float = 1.0,
     negative: str = "",
     *,
@@ -588,17 +633,20 @@ def text_to_image(
     strength: float = 1.0,
     contexts: tuple[Tensor, ...] | None = None,
     tile: int | None = None,
+    announce: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Pictures [len(seeds), 3, H, W] in [-1, 1] of one prompt; `size` is (width, height).
 
     `pictures`, as many in [0, 1] and of that size, are edited: sampling starts from their latents
     with noise of the level `strength`. `prior` is what else it may start from, see
     `diffusion.start_from_prior`. `contexts` are those of `encode_prompt`, if they are known. The
-    VAE works in squares of `tile` pixels.
+    VAE works in squares of `tile` pixels. The sampler is by default that of the base's scheduler.
+    With several steps, `announce` is told about how many seconds they will take.
     """
     if contexts is None:
         contexts = encode_prompt(base, prompt, negative, guidance)
-    schedule = base.schedule
+    sampler = sampler or diffusion.sampler_of(base.schedule)
+    schedule = diffusion.for_sampler(base.schedule, sampler, steps)
     model = make_model(base, contexts, guidance, control)
     shape = latent_shape(base, size)
     tile_latents = (tile or max(size)) // base.vae.factor
@@ -624,12 +672,9 @@ def text_to_image(
     else:
         x = diffusion.start(noise, ts[0], schedule)
 
-    if sampler == "lcm":
-        z = diffusion.lcm(model, x, ts, schedule, next_noise)
-    elif sampler == "dpm":
-        z = diffusion.dpm(model, x, ts, schedule)
-    else:
-        z = diffusion.ddim(model, x, ts, schedule)
+    if announce is not None:
+        model = timed(model, len(ts), announce)
+    z = diffusion.denoise(sampler, model, x, ts, schedule, next_noise)
     z = z / base.vae.config.scaling_factor
     return vae.tiled(base.vae.decode, [z], shape[1:], tile_latents).clamp(-1, 1)
 
@@ -685,32 +730,48 @@ def make_model(
     return guided
 
 
+def timed(
+    model: diffusion.Model,
+    evaluations: int,
+    announce: Callable[[float], None],
+) -> diffusion.Model:
+    """The same model. After its second call, `announce` is told how many seconds all will take."""
+    ends = []
+
+    def evaluate(x: Tensor, t: int) -> Tensor:
+        prediction = model(x, t)
+        if len(ends) < 2:  # the first call also reads the weights and sets up the device
+            prediction.cpu()  # waits for a GPU
+            ends.append(time.perf_counter())
+            if len(ends) == 2:
+                announce(evaluations * (ends[1] - ends[0]))
+        return prediction
+
+    return evaluate
+
+
+def crop_control(control: Control | None, side: int) -> Control | None:
+    if control is None:
+        return None
+    return replace(control, condition=control.condition[..., :side, :side])
+
+
 # ------------------------------------------------------------------------- picture to picture
 
 def translate(options: Options, device: torch.device) -> None:
     """Translates the pictures of --input with a trained generator."""
     targets = plan_targets(options)
-    strength = strength_of(options, "translate")
-    model = checkpoints.load_generator(
-        options.checkpoint,
-        base=options.base,
-        dtype=DTYPES.get(options.dtype, torch.float32),
-        device=str(device),
-        r=options.r,
-        strength=strength,
-    )
-    precision = speed_up_translator(model, options, device)
+    model, precision = load_translator(options, device)
     direction = choose_direction(options, model)
     caption = choose_caption(options, model, direction)
-    with torch.no_grad():
-        context = model.text_encoder(model.tokenizer(caption).to(device))
-    context = context.to(model.generator.unet.conv_in.weight)
+    context = encode_caption(model, caption)
     warn_of_cut_texts(model.tokenizer, caption)
 
     if options.export:
         translator = Translator(model, context, model.r, options.skip_scale, direction)
         picture = preprocess(open_picture(options.input), options)
         export_program(options.export, translator, picture, options.seed)
+    pace = choose_pace(options, "translate", model.generator.vae.factor, device)
 
     def transform(pictures: list[Image.Image]) -> Tensor:
         return translate_pictures(
@@ -721,7 +782,7 @@ def translate(options: Options, device: torch.device) -> None:
             model.r,
             skip_scale=options.skip_scale,
             direction=direction,
-            tile=options.tile,
+            tile=pace.tile_of(pictures[0].size),
         )
 
     found = dict(
@@ -729,11 +790,38 @@ def translate(options: Options, device: torch.device) -> None:
         base=model.base,
         direction=direction,
         r=model.r,
-        strength=strength,
+        strength=strength_of(options, "translate"),
         dtype=precision,
     )
     facts = png_facts(options, "translate", found)
-    transform_all(targets, transform, options, facts, preprocessed=True)
+    transform_all(targets, transform, options, facts, pace, preprocessed=True)
+
+
+def load_translator(
+    options: Options,
+    device: torch.device,
+) -> tuple[checkpoints.LoadedGenerator, str]:
+    """Loads a translator with its LoRA merged for --r and --strength.
+
+    Also returns the precision in words.
+    """
+    model = checkpoints.load_generator(
+        options.checkpoint,
+        base=options.base,
+        dtype=DTYPES.get(options.dtype, torch.float32),
+        device=str(device),
+        r=options.r,
+        strength=strength_of(options, "translate"),
+    )
+    return model, speed_up_translator(model, options, device)
+
+
+@torch.no_grad()
+def encode_caption(model: checkpoints.LoadedGenerator, caption: str) -> Tensor:
+    """The context [1, N, C] of a caption, in the type of the translator's U-Net."""
+    weight = model.generator.unet.conv_in.weight
+    context = model.text_encoder(model.tokenizer(caption).to(weight.device))
+    return context.to(weight)
 
 
 class Translator(nn.Module):
@@ -899,6 +987,7 @@ def edit(options: Options, device: torch.device) -> None:
     contexts = encode_prompt(base, options.prompt, options.negative, options.guidance)
     warn_of_cut_texts(base.tokenizer, options.prompt, options.negative)
     base.text_encoder = None  # T5 is larger than all other networks together
+    pace = choose_pace(options, "edit", base.vae.factor, device)
 
     def transform(pictures: list[Image.Image]) -> Tensor:
         x = torch.stack([to_tensor(picture) for picture in pictures])
@@ -921,13 +1010,14 @@ def edit(options: Options, device: torch.device) -> None:
             pictures=x.to(device),
             strength=strength,
             contexts=contexts,
-            tile=options.tile,
+            tile=pace.tile_of(size),
+            announce=partial(pace.say, at_a_time(len(x)), size),
         )
         return edited[:, :, :height, :width]
 
     found = facts_of_base(loaded) | dict(strength=strength)
     facts = png_facts(options, "edit", found)
-    transform_all(targets, transform, options, facts, preprocessed=False)
+    transform_all(targets, transform, options, facts, pace, preprocessed=False)
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -1040,6 +1130,137 @@ def speed_up(
             network.compile(dynamic=False, mode=mode)
 
 
+# -------------------------------------------------------------------------------- time and tiles
+
+@dataclass
+class Pace:
+    """How large pictures are computed, and how long that takes. Sizes are (width, height).
+
+    Convolutions take time in proportion to the pixels, attention to their square. With networks of
+    Stable Diffusion's size, the time from 512 x 512 to 1024 x 1024 pixels grew six times on one
+    CPU; on another, attention took 4% of it at 512 x 512. `cost` lies between the two. Tiles
+    overlap, so on a CPU they pay from TILED on.
+
+    A tile does not see the rest of the picture. With the embedded base at 1024 x 1024 pixels, tiles
+    of TILE were 1.7 times as fast as the whole. There were no seams, but colours drifted (26 dB to
+    the whole). Tiles half as large showed seams. In drawing and editing only the VAE works in
+    tiles.
+    """
+
+    tile: int | None  # --tile; 0 for off
+    factor: int  # of the VAE
+    translates: bool
+    chooses: bool  # whether very large pictures are computed in tiles without --tile
+    estimates: bool  # whether a small picture is timed first
+    rate: float | None = None  # seconds for one unit of cost, as soon as that was measured
+    said: float = 0.0  # seconds that the user was told last
+
+    def tile_of(self, size: tuple[int, int]) -> int | None:
+        """Pixels a side of the tiles of a picture; None if it is computed whole."""
+        if self.tile is not None:
+            return self.tile or None
+        if self.chooses and self.latents(size) > TILED:
+            return TILE * self.factor
+        return None
+
+    def latents(self, size: tuple[int, int]) -> float:
+        width, height = size
+        return width * height / self.factor**2
+
+    def cost(self, size: tuple[int, int]) -> float:
+        """The time for a picture, in units of that for 64 x 64 latents without attention."""
+        tile = max(size)
+        if self.translates:
+            tile = self.tile_of(size) or tile
+        count = 1
+        latents = 1
+        for side in size:
+            side = math.ceil(side / self.factor)
+            starts, length = vae.tile_starts(side, math.ceil(tile / self.factor))
+            count *= len(starts)
+            latents *= length
+        area = latents / 64**2
+        return count * (area + 0.1 * area**2)
+
+    def warn(
+        self,
+        which: str,
+        size: tuple[int, int],
+        count: int,
+        compute: Callable[[int], Tensor],
+    ) -> None:
+        """Says on stderr how long `count` pictures at a time take, if it is long.
+
+        It is estimated from the time that compute(side), a small square picture, takes. Where
+        memory runs short, the estimate is too low.
+        """
+        if not self.estimates or self.latents(size) <= LARGE:
+            return
+        if self.rate is None:
+            side = CORNER * self.factor
+            try:
+                compute(side // 4).cpu()  # also reads the weights and sets up the device
+                start = time.perf_counter()
+                compute(side).cpu()
+            except Exception:
+                return  # the picture itself will say what is wrong
+            seconds = time.perf_counter() - start
+            self.rate = seconds / self.cost((side, side))
+        self.say(which, size, count * self.rate * self.cost(size))
+
+    def say(self, which: str, size: tuple[int, int], seconds: float) -> None:
+        """Says how long pictures take, if that is long and twice as long as what was said before.
+
+        Also says if they are computed in tiles without having been asked for that.
+        """
+        tile = self.tile_of(size)
+        unasked = tile is not None and self.tile is None
+        if seconds <= max(PATIENCE, 2 * self.said) and (self.said or not unasked):
+            return
+        self.said = seconds
+
+        minutes = max(round(seconds / 60), 1)
+        width, height = size
+        if unasked:
+            how = f"computed in overlapping squares of {tile} pixels; --tile off computes it whole"
+        elif tile is not None:
+            how = f"in overlapping squares of {tile} pixels (--tile)"
+        else:
+            side = TILE // 2 * self.factor
+            how = f"--tile {side} computes it in overlapping squares, which takes less memory"
+        tqdm.write(
+            f"{which} ({width}x{height} pixels): about {minutes} min; {how}",
+            file=sys.stderr,
+        )
+
+
+def choose_pace(options: Options, use: str, factor: int, device: torch.device) -> Pace:
+    """`factor` is the VAE's. With several steps, the first of them are timed, see `timed`."""
+    # --compile would compile for a small picture, too.
+    return Pace(
+        parse_tile(options.tile),
+        factor,
+        translates=use == "translate",
+        chooses=device.type == "cpu" and not options.compile,
+        estimates=options.steps == 1 and not options.compile,
+    )
+
+
+def parse_tile(text: str | None) -> int | None:
+    """--tile in pixels; 0 for "off", None without the flag. ValueError for anything else."""
+    if text is None:
+        return None
+    if text in ("off", "0"):
+        return 0
+    if not text.isdecimal() or int(text) < 32:
+        raise ValueError(f"--tile {text}: expected a number of pixels, 32 or more, or off")
+    return int(text)
+
+
+def at_a_time(count: int) -> str:
+    return "a picture" if count == 1 else f"{count} pictures at a time"
+
+
 # ---------------------------------------------------------------------------------- files in, out
 
 def is_png(output: Path) -> bool:
@@ -1108,6 +1329,7 @@ def transform_all(
     transform: Callable[[list[Image.Image]], Tensor],
     options: Options,
     facts: dict[str, object],
+    pace: Pace,
     preprocessed: bool,
 ) -> None:
     """Transforms the input pictures: one batch is read and one written while one is computed.
@@ -1116,20 +1338,29 @@ def transform_all(
     all others for the pictures that failed.
     """
     problems = []
-    # With --tile the time grows as the picture does. --compile would compile for the corner, too.
-    measured = not options.tile and not options.compile
 
     def batches() -> Batches:
         groups = read_batches(list(targets), options, preprocessed, problems)
-        longest = PATIENCE
         for paths, pictures in prefetch(groups):
-            if measured:
-                longest = warn_of_time(paths, pictures, transform, longest)
+            which = str(paths[0])
+            if len(paths) > 1:
+                which += f" and {len(paths) - 1} more at a time"
+            small = partial(transform_corner, transform, pictures[0])
+            pace.warn(which, pictures[0].size, len(paths), small)
             for made, transformed in transform_group(paths, pictures, transform, problems):
                 seeds = [options.seed] * len(made)
                 yield [targets[path] for path in made], transformed, seeds
 
     save_all(batches(), facts, len(targets), problems)
+
+
+def transform_corner(
+    transform: Callable[[list[Image.Image]], Tensor],
+    picture: Image.Image,
+    side: int,
+) -> Tensor:
+    """transform() of a picture's upper left corner, black where a narrow picture ends."""
+    return transform([picture.crop((0, 0, side, side))])
 
 
 def transform_group(
@@ -1155,63 +1386,6 @@ def transform_group(
     elif len(paths) > 1:
         for path, picture in zip(paths, pictures):
             yield from transform_group([path], [picture], transform, problems)
-
-
-def warn_of_time(
-    paths: list[Path],
-    pictures: list[Image.Image],
-    transform: Callable[[list[Image.Image]], Tensor],
-    longest: float,
-) -> float:
-    """Says on stderr if pictures of one size take more than `longest` seconds.
-
-    Returns what later pictures may take without another line: twice as long as those.
-    """
-    width, height = pictures[0].size
-    if width * height <= LARGE:
-        return longest
-    seconds = len(pictures) * estimate_seconds(pictures[0], transform)
-    if seconds <= longest:
-        return longest
-
-    which = str(paths[0])
-    if len(paths) > 1:
-        which += f" and {len(paths) - 1} more at a time"
-    minutes = max(round(seconds / 60), 1)
-    tqdm.write(
-        f"{which} ({width}x{height} pixels): about {minutes} min; --tile 512 computes large"
-        " pictures in squares, which is faster and needs less memory",
-        file=sys.stderr,
-    )
-    return 2 * seconds
-
-
-def estimate_seconds(
-    picture: Image.Image,
-    transform: Callable[[list[Image.Image]], Tensor],
-) -> float:
-    """About how long a large picture takes, from the time that a corner of it takes; 0 if unknown.
-
-    Convolutions take time in proportion to the pixels, attention to their square. In networks of
-    Stable Diffusion's size, attention takes a fifth as long as all else at 512 x 512 pixels: on two
-    slow cores, sd-turbo's translators took 15 s there and 89 s at 1024 x 1024. Beyond, where memory
-    runs short, the estimate is too low.
-    """
-    corner = picture.crop((0, 0, CORNER, CORNER))  # black where a narrow picture ends
-    try:
-        # The first run also reads the weights and sets up the device.
-        transform([corner.resize((CORNER // 4, CORNER // 4))]).cpu()
-        start = time.perf_counter()
-        transform([corner]).cpu()
-        seconds = time.perf_counter() - start
-    except Exception:
-        return 0.0  # the picture itself will say what is wrong
-
-    def cost(pixels: int) -> float:
-        area = pixels / 512**2
-        return area + 0.2 * area**2
-
-    return seconds * cost(picture.width * picture.height) / cost(CORNER**2)
 
 
 def explain_failure(path: Path, error: Exception) -> str:

@@ -4,7 +4,8 @@
     python train_cyclegan_turbo.py --base tiny      # the same from random weights, CPU
     python train_cyclegan_turbo.py --base sd-turbo --dataset_folder DATA --mixed_precision bf16
     torchrun --nproc_per_node=4 train_cyclegan_turbo.py --base sd-turbo --dataset_folder DATA ...
-    python train_cyclegan_turbo.py --resume runs/NAME
+    python train_cyclegan_turbo.py --init runs/NAME --dataset_folder OTHER ...  # a new run
+    python train_cyclegan_turbo.py --resume runs/NAME                           # the same one
 
 DATA holds train_A, train_B, test_A, test_B (two unpaired sets of pictures, any file names),
 fixed_prompt_a.txt and fixed_prompt_b.txt (one caption each). Check it with
@@ -29,6 +30,7 @@ and go through G once.
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +44,7 @@ from torch.utils.data import Dataset
 
 import evaluate
 import training
-from dataset.check import check_readable
+from dataset.check import check_readable, report_cut
 from dataset.folders import UnpairedFolder, open_unpaired
 from dataset.loader import batches
 from dataset.pictures import pad_to_multiple
@@ -75,6 +77,8 @@ class Config:
     train: Literal["lora", "all"] = "lora"  # LoRA, conv_in and skips; or every weight (small bases)
     lora_rank_unet: int = 128  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAEs' LoRA
+    init: str | None = None  # checkpoint whose weights a new run starts from: file, run, name
+    timestep: int = 999  # how noisy the U-Net takes its input to be; Difix3D has 199
     skips: bool = True  # skip connections from encoder to decoder
     conv_in: bool = True  # also train the U-Net's first convolution in full
     # losses
@@ -113,6 +117,8 @@ class Config:
     validation_num_images: int = 50  # test pictures per validation
     track_val_fid: bool = False  # FID and DINO structure at validation (downloads both)
     checkpointing_steps: int = 500  # steps between saves
+    plan: bool = False  # train nothing: try three steps, print memory, time, what flags would save
+    plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
     report_to: str = "none"  # none, tensorboard, wandb
     tracker_project_name: str = "train_cyclegan_turbo"  # W&B project
 
@@ -305,17 +311,9 @@ def build_networks(cfg: Config, run: training.Run, prompts: tuple[str, str]) -> 
     seed = cfg.seed if cfg.train == "all" else 0
     with run.first_process_first():
         base = bases.load_base(cfg.base, device=str(run.device), dtype=run.dtype, seed=seed)
-    config = CycleGANTurboConfig(
-        lora_rank_unet=cfg.lora_rank_unet,
-        lora_rank_vae=cfg.lora_rank_vae,
-        skips=cfg.skips,
-        conv_in=cfg.conv_in,
-        train=cfg.train,
-        prediction_type=base.schedule.prediction_type,
-    )
-    lora_rng = training.rng(cfg.seed, 0, "lora")
-    G = CycleGANTurbo(base.vae, base.unet, base.schedule, config, lora_rng).train()
+    report_cut(cfg.dataset_folder, prompts, base.tokenizer)
     text_encoder = base.text_encoder.requires_grad_(cfg.train == "all")
+    G = build_generator(cfg, run, base)
 
     trained = {name: p for name, p in G.named_parameters() if p.requires_grad}
     frozen = fingerprint(G, trained)
@@ -343,6 +341,29 @@ def build_networks(cfg: Config, run: training.Run, prompts: tuple[str, str]) -> 
     if cfg.lambda_gan:
         nets.D = build_discriminators(cfg, run, vision)
     return nets
+
+
+def build_generator(cfg: Config, run: training.Run, base: bases.Base) -> CycleGANTurbo:
+    """The generator on its base, with random adapters or the weights of --init."""
+    config = CycleGANTurboConfig(
+        lora_rank_unet=cfg.lora_rank_unet,
+        lora_rank_vae=cfg.lora_rank_vae,
+        skips=cfg.skips,
+        conv_in=cfg.conv_in,
+        train=cfg.train,
+        timestep=cfg.timestep,
+        prediction_type=base.schedule.prediction_type,
+    )
+    lora_rng = training.rng(cfg.seed, 0, "lora")
+    G = CycleGANTurbo(base.vae, base.unet, base.schedule, config, lora_rng).train()
+    if cfg.init and not cfg.resume:
+        with run.first_process_first():
+            started = checkpoints.start_from(
+                cfg.init, G, "cyclegan_turbo", cfg.base, base.text_encoder
+            )
+        if run.rank == 0:
+            print(started, file=sys.stderr)
+    return G
 
 
 def encode_target(
@@ -534,16 +555,21 @@ def validate_and_keep_best(
     return values
 
 
-def preview(nets: Networks, run: training.Run, items: list[dict], step: int) -> None:
-    """Writes a grid: a, a translated, b, b translated."""
+def preview(
+    nets: Networks, run: training.Run, items: list[dict], step: int
+) -> dict[str, float]:
+    """Writes a grid: a, a translated, b, b translated. Returns signals for the log."""
     if not items:
-        return
-    columns = []
+        return {}
+    columns, values = [], {}
     for direction in DIRECTIONS:
-        columns.append(torch.stack([item[direction[0]] for item in items]))
-        outputs = [translate_item(nets, run, item, direction) for item in items]
-        columns.append(torch.stack(outputs))
+        inputs = torch.stack([item[direction[0]] for item in items])
+        outputs = torch.stack([translate_item(nets, run, item, direction) for item in items])
+        targets = torch.stack([item[direction[2]] for item in items])
+        columns += [inputs, outputs]
+        values |= training.preview_signals(outputs, inputs, targets, f"_{direction}")
     training.save_grid(run.folder / "samples" / f"{step + 1:06d}.png", columns)
+    return values
 
 
 def choose_preview(test_set: Dataset) -> list[dict]:
@@ -574,9 +600,12 @@ def save_weights(nets: Networks, run: training.Run, name: str) -> None:
 
 def main() -> None:
     cfg = training.parse(Config, TABLES, ALIASES, __doc__)
+    if cfg.plan:
+        training.print_plan(cfg, __file__)
+        return
     run = training.Run(cfg, "cyclegan_turbo")
     train_set, test_set = open_data(cfg)
-    run.plan(len(train_set))
+    run.prepare(train_set, test_set)
     nets = build_networks(cfg, run, test_set.prompts)
     G, D = partial(translate_batch, nets, run), nets.D
     optimizer_g, optimizer_d = build_optimizers(cfg, run, nets)
@@ -598,7 +627,7 @@ def main() -> None:
 
     shown = choose_preview(test_set)
 
-    run.start(nets.trained, f"{len(train_set)} pictures")
+    run.start(nets, state, "pictures")
     train_batches = batches(
         train_set,
         run.global_batch,
@@ -650,12 +679,12 @@ def main() -> None:
         stopping = run.stop_requested()
         losses = training.mean_over_ranks(losses)
         with training.saved_on_failure(save, step):
-            if run.due(step, cfg.validation_steps):
+            if run.due("validation", step):
                 losses |= validate_and_keep_best(nets, run, test_set)
-            if run.due(step, cfg.viz_freq, also=step == 0):
-                preview(nets, run, shown, step)
+            if run.due("preview", step, also=step == 0):
+                losses |= preview(nets, run, shown, step)
         run.log(step, losses)
-        if run.due(step, cfg.checkpointing_steps, also=stopping):
+        if run.due("save", step, also=stopping):
             save(step)
         if stopping:
             raise run.stopped(step)

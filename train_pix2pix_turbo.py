@@ -4,7 +4,8 @@
     python train_pix2pix_turbo.py --base tiny      # the same from random weights, CPU
     python train_pix2pix_turbo.py --base sd-turbo --dataset_folder DATA --mixed_precision bf16
     torchrun --nproc_per_node=4 train_pix2pix_turbo.py --base sd-turbo --dataset_folder DATA ...
-    python train_pix2pix_turbo.py --resume runs/NAME
+    python train_pix2pix_turbo.py --init runs/NAME --dataset_folder OTHER ...   # a new run
+    python train_pix2pix_turbo.py --resume runs/NAME                            # the same one
 
 DATA holds train_A, train_B, test_A, test_B (inputs and targets under the same file names),
 train_prompts.json and test_prompts.json. Check it with `python -m dataset check DATA`.
@@ -13,8 +14,9 @@ The run's folder gets log.jsonl, losses.png, samples/STEP.png, state.pt (to resu
 model.safetensors, and best.safetensors: the weights of the best validation, by LPIPS or else
 by L2. Use it with `python sample.py --checkpoint runs/NAME --input PICTURE "PROMPT"`.
 
-LPIPS, CLIP similarity and the vision-aided discriminator need networks that are downloaded once
-(0.5 + 0.6 GB). --lambda_lpips 0, --lambda_clipsim 0 and --gan_disc_type patch do without.
+LPIPS and the Gram loss, CLIP similarity and the vision-aided discriminator need networks that
+are downloaded once (0.5 + 0.6 GB). --lambda_lpips 0, --lambda_clipsim 0 and --gan_disc_type patch
+do without.
 
 Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.
 Differences from the released script:
@@ -25,6 +27,7 @@ Differences from the released script:
 - training stops at max_train_steps.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +41,7 @@ from torch.utils.data import Dataset
 
 import evaluate
 import training
-from dataset.check import check_readable
+from dataset.check import captions_of, check_readable, report_cut
 from dataset.folders import PairedFolder, open_paired
 from dataset.loader import batches
 from dataset.pictures import pad_to_multiple
@@ -52,6 +55,7 @@ from models.discriminator import (
     spectral_step,
 )
 from models.lora import set_scale
+from models.lpips import LPIPS
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 from models.vae import latent_size
 
@@ -71,11 +75,15 @@ class Config:
     train: Literal["lora", "all"] = "lora"  # LoRA, conv_in and skips; or every weight (small bases)
     lora_rank_unet: int = 8  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAE's LoRA
+    init: str | None = None  # checkpoint whose weights a new run starts from: file, run, name
     stochastic: bool = False  # r sets how much outputs vary with noise (section 3.4)
+    timestep: int = 999  # how noisy the U-Net takes its input to be; Difix3D has 199
+    skips: bool = True  # skip connections from encoder to decoder
     conv_in: bool = True  # also train the U-Net's first convolution in full
     # losses
     lambda_l2: float = 1.0  # weight of the squared difference to the target
     lambda_lpips: float = 5.0  # weight of the perceptual distance to the target; 0 needs no VGG
+    lambda_gram: float = 0.0  # weight of the distance to the target's textures; needs VGG
     lambda_clipsim: float = 5.0  # weight of CLIP's distance to the caption; 0 needs no CLIP
     lambda_gan: float = 0.5  # weight of the adversarial loss; 0 trains no discriminator
     gan_disc_type: Literal["vagan_clip", "patch"] = "vagan_clip"  # on CLIP features, or patches
@@ -108,6 +116,8 @@ class Config:
     validation_num_images: int = 100  # test pictures per validation
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
+    plan: bool = False  # train nothing: try three steps, print memory, time, what flags would save
+    plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
     report_to: str = "none"  # none, tensorboard, wandb
     tracker_project_name: str = "train_pix2pix_turbo"  # W&B project
 
@@ -140,6 +150,8 @@ PRETRAINED = TINY | dict(
     lambda_gan=0.1,
     disc_width=32,
 )
+# Weights of VGG's five stages in the Gram loss. Source: `loss.py` of Difix3D.
+GRAM_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
 TABLES = {"tiny-": PRETRAINED, "tiny": TINY}
 ALIASES = dict(
     pretrained_model_name_or_path="base",
@@ -157,9 +169,33 @@ def reconstruction_loss(fake: Tensor, target: Tensor, r: float) -> Tensor:
     return r * F.mse_loss(fake, target)
 
 
-def lpips_loss(lpips: nn.Module, fake: Tensor, target: Tensor, r: float) -> Tensor:
-    """L_LPIPS = r LPIPS(G(x), y). (The paper's L_rec is L_2 + L_LPIPS.)"""
-    return r * lpips(fake, target).mean()
+def lpips_loss(
+    lpips: LPIPS, features: list[Tensor], target_features: list[Tensor], r: float
+) -> Tensor:
+    """L_LPIPS = r LPIPS(G(x), y), from VGG's features of both. (The paper's L_rec is
+    L_2 + L_LPIPS.)"""
+    return r * lpips.distance(features, target_features).mean()
+
+
+def gram_loss(features: list[Tensor], target_features: list[Tensor], r: float) -> Tensor:
+    """L_gram = r sum_l w_l / (C h w) mean_ij (M_ij - M'_ij)^2: the target's textures, wherever.
+
+    M = F F^T [C, C] of VGG's features F [C, h w] of stage l; M' those of the target. Source: the
+    third loss of Difix3D (Wu et al. 2025), there with M over all pictures of a batch, of a random
+    crop, and only after 2,000 steps. As there, it grows with the number of pixels.
+    """
+    losses = []
+    for weight, f, f_target in zip(GRAM_WEIGHTS, features, target_features):
+        error = (gram_matrix(f) - gram_matrix(f_target)).square().mean()
+        losses.append(weight * error / f[0].numel())
+    return r * torch.stack(losses).sum()
+
+
+def gram_matrix(f: Tensor) -> Tensor:
+    """Features [B, C, h, w] -> how often two of them occur together, [B, C, C]."""
+    f = f.flatten(2)
+    with torch.autocast(f.device.type, enabled=False):  # sums over pixels overflow half precision
+        return f @ f.transpose(1, 2)
 
 
 def clip_loss(clip: CLIP, fake: Tensor, captions: Tensor) -> Tensor:
@@ -205,11 +241,11 @@ def pix2pix_losses(
     r: float | None = None,
     noise: Tensor | None = None,
     latent_noise: Tensor | None = None,
-    lpips: nn.Module | None = None,
+    lpips: LPIPS | None = None,
     clip: CLIP | None = None,
     caption_embeddings: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """L = l2 L_2 + lpips L_LPIPS + clipsim L_CLIP + gan L_GAN of one micro-batch.
+    """L = l2 L_2 + lpips L_LPIPS + gram L_gram + clipsim L_CLIP + gan L_GAN of one micro-batch.
 
     x [B, 3, H, W] in [0, 1], target [B, 3, H, W] in [-1, 1], context [B, 77, C] of the captions;
     for CLIP, their embeddings [B, 512]. D(picture) -> a list of logits. r, noise, latent_noise:
@@ -224,7 +260,13 @@ def pix2pix_losses(
 
     terms = {"l2": cfg.lambda_l2 * reconstruction_loss(fake, target, weight)}
     if lpips is not None:
-        terms["lpips"] = cfg.lambda_lpips * lpips_loss(lpips, fake, target, weight)
+        features = lpips.vgg_features(fake)
+        target_features = lpips.vgg_features(target)
+        if cfg.lambda_lpips:
+            lpips_term = lpips_loss(lpips, features, target_features, weight)
+            terms["lpips"] = cfg.lambda_lpips * lpips_term
+        if cfg.lambda_gram:
+            terms["gram"] = cfg.lambda_gram * gram_loss(features, target_features, weight)
     if clip is not None:
         terms["clipsim"] = cfg.lambda_clipsim * clip_loss(clip, fake, caption_embeddings)
     if D is not None:
@@ -249,7 +291,7 @@ class Networks:
     encode: Callable[[list[str]], Tensor]  # captions -> contexts [B, 77, C]
     trained: dict[str, nn.Parameter]  # of G and, with --train all, of the text encoder
     frozen: str  # fingerprint of all other weights
-    lpips: nn.Module | None = None
+    lpips: LPIPS | None = None
     clip: CLIP | None = None
     clip_tokenizer: Tokenizer | None = None
     inception: nn.Module | None = None
@@ -280,17 +322,9 @@ def build_networks(
     seed = cfg.seed if cfg.train == "all" else 0
     with run.first_process_first():
         base = bases.load_base(cfg.base, device=str(run.device), dtype=run.dtype, seed=seed)
-    config = Pix2PixTurboConfig(
-        lora_rank_unet=cfg.lora_rank_unet,
-        lora_rank_vae=cfg.lora_rank_vae,
-        stochastic=cfg.stochastic,
-        conv_in=cfg.conv_in,
-        train=cfg.train,
-        prediction_type=base.schedule.prediction_type,
-    )
-    lora_rng = training.rng(cfg.seed, 0, "lora")
-    G = Pix2PixTurbo(base.vae, base.unet, base.schedule, config, lora_rng).train()
+    report_cut(cfg.dataset_folder, captions_of(train_set), base.tokenizer)
     text_encoder = base.text_encoder.requires_grad_(cfg.train == "all")
+    G = build_generator(cfg, run, base)
 
     trained = {name: p for name, p in G.named_parameters() if p.requires_grad}
     frozen = fingerprint(G, trained)
@@ -320,6 +354,32 @@ def build_networks(
     if not cfg.lambda_clipsim:
         nets.clip = None
     return nets
+
+
+def build_generator(cfg: Config, run: training.Run, base: bases.Base) -> Pix2PixTurbo:
+    """The generator on its base, with random adapters or the weights of --init."""
+    config = Pix2PixTurboConfig(
+        lora_rank_unet=cfg.lora_rank_unet,
+        lora_rank_vae=cfg.lora_rank_vae,
+        stochastic=cfg.stochastic,
+        skips=cfg.skips,
+        conv_in=cfg.conv_in,
+        train=cfg.train,
+        timestep=cfg.timestep,
+        prediction_type=base.schedule.prediction_type,
+    )
+    lora_rng = training.rng(cfg.seed, 0, "lora")
+    G = Pix2PixTurbo(base.vae, base.unet, base.schedule, config, lora_rng).train()
+    if cfg.init:
+        # A resumed run finds the original half of a stochastic conv_in in its own checkpoint.
+        checkpoint = cfg.resume or cfg.init
+        with run.first_process_first():
+            started = checkpoints.start_from(
+                checkpoint, G, "pix2pix_turbo", cfg.base, base.text_encoder
+            )
+        if run.rank == 0 and not cfg.resume:
+            print(started, file=sys.stderr)
+    return G
 
 
 def encode_captions(tokenizer: Tokenizer, text_encoder: nn.Module, captions: list[str]) -> Tensor:
@@ -353,8 +413,9 @@ def load_metric_networks(nets: Networks, cfg: Config, run: training.Run) -> None
     device = str(run.device)
     load = partial(training.load_or_explain, metrics.load_metric_network)
     with run.first_process_first():
-        if cfg.lambda_lpips:
-            nets.lpips = load("lpips", device, without="--lambda_lpips 0").network.to(run.dtype)
+        if cfg.lambda_lpips or cfg.lambda_gram:
+            flags = "--lambda_lpips 0 --lambda_gram 0"
+            nets.lpips = load("lpips", device, without=flags).network.to(run.dtype)
         if cfg.lambda_clipsim or needs_clip_discriminator(cfg):
             found = load("clip", device, without="--lambda_clipsim 0 --gan_disc_type patch")
             nets.clip = found.network.to(run.dtype)
@@ -488,14 +549,16 @@ def embed_captions(nets: Networks, captions: list[str], device: torch.device) ->
     return nets.clip.embed_captions(nets.clip_tokenizer(captions).to(device))
 
 
-def preview(nets: Networks, run: training.Run, items: list[dict], step: int) -> None:
-    """Writes a grid: input, output, target."""
-    columns = [
-        torch.stack([2 * item["input"] - 1 for item in items]),
-        torch.stack([translate(nets, run, item) for item in items]),
-        torch.stack([item["target"] for item in items]),
-    ]
-    training.save_grid(run.folder / "samples" / f"{step + 1:06d}.png", columns)
+def preview(
+    nets: Networks, run: training.Run, items: list[dict], step: int
+) -> dict[str, float]:
+    """Writes a grid: input, output, target. Returns signals for the log."""
+    inputs = torch.stack([2 * item["input"] - 1 for item in items])
+    outputs = torch.stack([translate(nets, run, item) for item in items])
+    targets = torch.stack([item["target"] for item in items])
+    path = run.folder / "samples" / f"{step + 1:06d}.png"
+    training.save_grid(path, [inputs, outputs, targets])
+    return training.preview_signals(outputs, inputs, targets)
 
 
 def validate_and_keep_best(
@@ -529,9 +592,12 @@ def save_weights(nets: Networks, run: training.Run, name: str) -> None:
 
 def main() -> None:
     cfg = training.parse(Config, TABLES, ALIASES, __doc__)
+    if cfg.plan:
+        training.print_plan(cfg, __file__)
+        return
     run = training.Run(cfg, "pix2pix_turbo")
     train_set, test_set = open_data(cfg)
-    run.plan(len(train_set))
+    run.prepare(train_set, test_set)
     nets = build_networks(cfg, run, train_set, test_set)
     G, D = nets.G, nets.D
     optimizer_g, optimizer_d = build_optimizers(cfg, run, nets)
@@ -555,7 +621,7 @@ def main() -> None:
     # A grid has pictures of one size.
     shown = [item for item in shown if item["target"].shape == shown[0]["target"].shape]
 
-    run.start(nets.trained, f"{len(train_set)} pairs")
+    run.start(nets, state, "pairs")
     train_batches = batches(
         train_set,
         run.global_batch,
@@ -602,12 +668,12 @@ def main() -> None:
         stopping = run.stop_requested()
         losses = training.mean_over_ranks(losses)
         with training.saved_on_failure(save, step):
-            if run.due(step, cfg.validation_steps):
+            if run.due("validation", step):
                 losses |= validate_and_keep_best(nets, run, test_set)
-            if run.due(step, cfg.viz_freq, also=step == 0):
-                preview(nets, run, shown, step)
+            if run.due("preview", step, also=step == 0):
+                losses |= preview(nets, run, shown, step)
         run.log(step, losses)
-        if run.due(step, cfg.checkpointing_steps, also=stopping):
+        if run.due("save", step, also=stopping):
             save(step)
         if stopping:
             raise run.stopped(step)

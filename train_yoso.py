@@ -32,6 +32,7 @@ side is G(x_{t-k}) with c_skip and c_out, like its fake side.
 import copy
 import functools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,10 +48,11 @@ from tqdm import tqdm
 import evaluate
 import training
 from dataset.cache import Cached
-from dataset.check import check_readable
+from dataset.check import captions_of, check_readable, report_cut
 from dataset.folders import open_captioned
 from dataset.loader import batches, collate
 from files import bases, checkpoints, metrics
+from files.autoencoders import load_autoencoder
 from files.formats import write_lora
 from files.tensors import cast_frozen, fingerprint, save_tensors
 from models import diffusion
@@ -95,6 +97,7 @@ class Config:
     stage: Literal["yoso", "adapt_v", "adapt_zsnr"] = "yoso"  # the adaption stages come first
     train: Literal["lora", "all"] = "lora"  # LoRA, or every weight of the denoiser
     lora_rank: int = 64  # rank of the LoRA
+    init: str | None = None  # checkpoint whose LoRA a new run starts from: file, run
     prediction_type: str | None = None  # epsilon, v_prediction [as the base's scheduler says]
     prior_pictures: int = 1000  # pictures to estimate the prior (IPI) from; 0: no prior
     # losses
@@ -108,12 +111,14 @@ class Config:
     coop_steps: int = 250  # D's real side is G at so many timesteps less noise
     con_steps: int = 25  # the consistency term compares with so many timesteps less noise
     last_share: float = 0.0  # share of the batch at the last timestep, where sampling starts
+    denoising_steps: int = 0  # the first steps train the KL term alone; for random weights
     # optimisation
     learning_rate: float = 2e-5  # learning rate of the generator
     disc_lr_ratio: float = 1.0  # the discriminator's learning rate over the generator's
     lr_scheduler: training.Scheduler = "constant"  # linear and cosine fall to 0
     lr_warmup_steps: int = 500  # linear warm-up; "constant" has none
-    adam_beta1: float = 0.9  # of the generator; the discriminator's is 0
+    adam_beta1: float = 0.9  # decay of the generator's AdamW momentum
+    disc_adam_beta1: float = 0.0  # the same for the discriminator
     adam_beta2: float = 0.999  # decay of AdamW's mean square
     adam_weight_decay: float = 1e-2  # weight decay
     adam_epsilon: float = 1e-8  # AdamW's epsilon
@@ -133,11 +138,14 @@ class Config:
     output_dir: str | None = None  # default runs/yoso-DATE
     resume: str | None = None  # folder of a run to resume
     viz_freq: int = 100  # steps between sample grids
+    preview_vae: str | None = None  # autoencoder for these grids, as taesd [the base's VAE]
     validation_steps: int = 500  # steps between validations
     validation_num_images: int = 100  # test pictures per validation
     validation_prompts: str | None = None  # up to 16 captions of the sample grids, joined by |
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
+    plan: bool = False  # train nothing: try three steps, print memory, time, what flags would save
+    plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
     report_to: str = "none"  # none, tensorboard, wandb
     tracker_project_name: str = "train_yoso"  # W&B project
 
@@ -340,6 +348,24 @@ def yoso_losses(
     return terms, fake.detach(), real
 
 
+def denoising_losses(
+    G: Callable,
+    x0: Tensor,
+    context: list[Tensor],
+    t: Tensor,
+    eps: Tensor,
+    schedule: Schedule,
+    cfg: Config,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The KL term alone, of one micro-batch: what a generator with random weights learns first.
+
+    Its floor is 1, so that pure noise counts too. Returns the term, G's samples, and x0.
+    """
+    fake = G(add_noise(x0, eps, t, schedule), t, context)
+    loss = kl_loss(fake, x0, t, schedule, cfg.snr_gamma, floor=1.0)
+    return {"kl": loss}, fake.detach(), x0
+
+
 def adapt_losses(
     student: Callable,
     teacher: Callable,
@@ -385,6 +411,11 @@ def check_stage(cfg: Config, schedule: Schedule) -> None:
         raise ValueError(
             f"--stage adapt_zsnr: {cfg.base} predicts epsilon, which says nothing about the"
             " picture in pure noise; run --stage adapt_v first"
+        )
+    if cfg.denoising_steps and cfg.stage != "yoso":
+        raise ValueError(
+            f"--stage {cfg.stage} with --denoising_steps {cfg.denoising_steps}: expected them with"
+            " --stage yoso alone; leave the flag out"
         )
     if not (cfg.lambda_gan or cfg.lambda_kl or cfg.lambda_con):
         raise ValueError(
@@ -442,6 +473,7 @@ class Networks:
     D: nn.Module | None = None
     feature_network: nn.Module | None = None  # half a frozen U-Net: the perceptual distance
     inception: nn.Module | None = None
+    preview_vae: nn.Module | None = None  # decodes the sample grids in place of the base's VAE
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
     ema: dict[str, Tensor] = field(default_factory=dict)
     frozen: str = ""  # fingerprint of all frozen weights
@@ -487,6 +519,8 @@ def build_networks(cfg: Config, run: training.Run, train_set: Dataset) -> Networ
     base = nets.base
     check_stage(cfg, base.schedule)
     check_data(train_set, base, cfg)
+    if not cfg.unconditional:
+        report_cut(cfg.dataset_folder, captions_of(train_set), base.tokenizer)
     share = {id(p): p for p in base.denoiser.parameters()}
     if cfg.train == "all":
         share = {}  # the frozen copy needs weights of its own
@@ -497,8 +531,8 @@ def build_networks(cfg: Config, run: training.Run, train_set: Dataset) -> Networ
         trained_copy = cfg.train == "all" and nets.critic is base
         nets.feature_network = lower_half(nets.critic.unet, share=not trained_copy)
     if cfg.stage == "yoso" and cfg.lambda_gan:
-        nets.D = build_discriminator(cfg, run, nets)
-    choose_trained(cfg, nets)
+        nets.D = build_discriminator(cfg, run, nets, train_set)
+    choose_trained(cfg, run, nets)
     nets.frozen = fingerprint_frozen(nets)
     if run.half:
         cast_all_frozen(nets, run.half)
@@ -515,6 +549,7 @@ def load_bases(cfg: Config, run: training.Run, train_set: Dataset) -> Networks:
         cached = isinstance(train_set, Cached)
         base = bases.load_base(cfg.base, bases.parts_of(cfg.base, cached), **how, seed=seed)
         critic, teacher, inception = base, None, None
+        preview_vae = None
         if cfg.stage == "yoso" and base.transformer:  # only a U-Net can be the discriminator
             critic = bases.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), **how)
         if cfg.teacher:
@@ -526,11 +561,21 @@ def load_bases(cfg: Config, run: training.Run, train_set: Dataset) -> Networks:
                 str(run.device),
                 without="leave --track_val_fid out",
             ).network
+        if cfg.preview_vae:
+            preview_vae = load_autoencoder(cfg.preview_vae, base, **how)
     if cfg.prediction_type:
         settings = base.schedule.config | {"prediction_type": cfg.prediction_type}
         base.schedule = Schedule.from_config(settings)
     shape = latent_shape(base, train_set[0], cfg.resolution)
-    return Networks(base, critic, teacher, shape, base.schedule, inception=inception)
+    return Networks(
+        base,
+        critic,
+        teacher,
+        shape,
+        base.schedule,
+        inception=inception,
+        preview_vae=preview_vae,
+    )
 
 
 def latent_shape(base: bases.Base, item: dict, resolution: int) -> tuple[int, ...]:
@@ -551,7 +596,9 @@ def adapted_schedule(old: Schedule, stage: str) -> Schedule:
     return Schedule.from_config(settings)
 
 
-def build_discriminator(cfg: Config, run: training.Run, nets: Networks) -> nn.Module:
+def build_discriminator(
+    cfg: Config, run: training.Run, nets: Networks, train_set: Dataset
+) -> nn.Module:
     """Half a U-Net for latents, or a small network for pictures that have none."""
     torch.manual_seed(cfg.seed)  # its first weights depend on nothing that came before
     if nets.base.vae.factor > 1:
@@ -561,17 +608,34 @@ def build_discriminator(cfg: Config, run: training.Run, nets: Networks) -> nn.Mo
                 if hasattr(layer, "reset_parameters"):
                     layer.reset_parameters()
     else:
-        width = nets.base.denoiser.config.cross_attention_dim
-        D = PixelDiscriminator(nets.shape[0], cfg.resolution, width)
+        channels, height, width = nets.shape
+        if height != width:
+            raise ValueError(
+                f"{cfg.dataset_folder} gives pictures of {width}x{height}; expected square ones,"
+                " the only ones that the discriminator of pixels takes: choose --train_image_prep"
+            )
+        context_width = nets.base.denoiser.config.cross_attention_dim
+        D = PixelDiscriminator(channels, height, context_width)
+        D.standardise(some_contexts(nets.base, train_set))
     return D.to(run.device, run.dtype).requires_grad_(True)
 
 
-def choose_trained(cfg: Config, nets: Networks) -> None:
+def some_contexts(base: bases.Base, items: Dataset) -> Tensor:
+    """The contexts [M, N, C] of the captions among 200 items spread over the data."""
+    stride = max(len(items) // 200, 1)
+    captions = {items[i]["caption"] for i in range(0, len(items), stride)}
+    with torch.no_grad():
+        return base.encode(sorted(captions))[0]
+
+
+def choose_trained(cfg: Config, run: training.Run, nets: Networks) -> None:
     """Adds the LoRA, and sets which parameters train and their EMA."""
     denoiser = nets.base.denoiser
     if cfg.train == "lora":
         lora_rng = training.rng(cfg.seed, 0, "lora")
         add_lora(denoiser, LORA_TARGETS, cfg.lora_rank, 8.0, lora_rng)  # alpha 8: peft's default
+    if cfg.init and not cfg.resume:
+        start_from_checkpoint(cfg, run, nets)
     for name, p in denoiser.named_parameters():
         p.requires_grad_(cfg.train == "all" or ".lora_" in name)
     for name, p in named_networks(nets).named_parameters():
@@ -579,6 +643,25 @@ def choose_trained(cfg: Config, nets: Networks) -> None:
             nets.trained[name] = p
             if cfg.use_ema:
                 nets.ema[name] = p.detach().clone()
+
+
+def start_from_checkpoint(cfg: Config, run: training.Run, nets: Networks) -> None:
+    """Puts the LoRA of --init in the place of the new one."""
+    if cfg.train == "all":
+        raise ValueError(
+            f"--init {cfg.init} with --train all: expected --train lora; a whole model goes on as"
+            " --base runs/NAME/base"
+        )
+    with run.first_process_first():
+        started = checkpoints.start_yoso_from(
+            cfg.init,
+            named_networks(nets),
+            cfg.lora_rank,
+            nets.schedule.prediction_type,
+            cfg.base,
+        )
+    if run.rank == 0:
+        print(started, file=sys.stderr)
 
 
 def named_networks(nets: Networks) -> nn.ModuleDict:
@@ -622,8 +705,8 @@ def set_checkpointing(nets: Networks, on: bool) -> None:
             network.checkpointing = on
 
 
-def stage_losses(cfg: Config, nets: Networks) -> Callable:
-    """The losses of this run's stage, as a function of one micro-batch's tensors."""
+def step_losses(cfg: Config, nets: Networks, step: int) -> Callable:
+    """The losses of this step, as a function of one micro-batch's tensors."""
     features = nets.features if nets.feature_network else None
 
     def yoso(x0, context, disc_context, t, eps, noise):
@@ -646,7 +729,12 @@ def stage_losses(cfg: Config, nets: Networks) -> Callable:
         old, new = nets.old_schedule, nets.schedule
         return adapt_losses(student, teacher, x0, context, t, eps, old, new)
 
-    return yoso if cfg.stage == "yoso" else adapt
+    def denoise(x0, context, disc_context, t, eps, noise):
+        return denoising_losses(nets.G, x0, context, t, eps, nets.schedule, cfg)
+
+    if cfg.stage != "yoso":
+        return adapt
+    return denoise if step < cfg.denoising_steps else yoso
 
 
 def build_optimizers(
@@ -661,7 +749,7 @@ def build_optimizers(
     optimizer_d = None
     optimizer_g = adam(nets.trained.values(), betas=(cfg.adam_beta1, cfg.adam_beta2))
     if nets.D:
-        optimizer_d = adam(nets.D.parameters(), betas=(0.0, cfg.adam_beta2))
+        optimizer_d = adam(nets.D.parameters(), betas=(cfg.disc_adam_beta1, cfg.adam_beta2))
     return optimizer_g, optimizer_d
 
 
@@ -808,13 +896,14 @@ def signals(logits_real: Tensor, logits_fake: Tensor) -> dict[str, Tensor | floa
 
 @torch.inference_mode()
 def draw(
-    nets: Networks, run: training.Run, read: Reader, items: list[dict]
+    nets: Networks, run: training.Run, read: Reader, items: list[dict], vae: nn.Module
 ) -> tuple[Tensor, Tensor]:
     """The items' pictures and one-step samples of their captions, each [N, 3, H, W].
 
-    Item i is drawn from the noise of seed i. For captions alone the pictures are the teacher's.
+    Item i is drawn from the noise of seed i, and `vae` decodes it. For captions alone the
+    pictures are the teacher's.
     """
-    scaling = nets.base.vae.config.scaling_factor
+    scaling = vae.config.scaling_factor
     size = run.cfg.train_batch_size
     real, fake = [], []
     for first in range(0, len(items), size):
@@ -830,10 +919,10 @@ def draw(
         t = torch.full((n,), nets.last_timestep)
         x0, context, _ = read(piece, noise)
         with run.autocast:
-            made = nets.base.vae.decode(nets.G(x, t, context) / scaling)
+            made = vae.decode(nets.G(x, t, context) / scaling)
             pictures = piece.get("target")
             if pictures is None:
-                pictures = nets.base.vae.decode(x0 / scaling)
+                pictures = vae.decode(x0 / scaling)
         real.append(pictures.float().cpu())
         fake.append(made.float().cpu())
     return torch.cat(real), torch.cat(fake)
@@ -845,7 +934,8 @@ def validate(
     """spread: the standard deviation over samples, over that of pictures; under 1, the samples
     are too much alike. With --track_val_fid, FID."""
     count = min(run.cfg.validation_num_images, len(test_set))
-    real, fake = draw(nets, run, read, [test_set[i] for i in range(count)])
+    items = [test_set[i] for i in range(count)]
+    real, fake = draw(nets, run, read, items, nets.base.vae)
     spread_real = real.std(0, correction=0).mean()
     spread_fake = fake.std(0, correction=0).mean()
     values = {"val_spread": (spread_fake / spread_real).item()}
@@ -876,12 +966,18 @@ def choose_preview(cfg: Config, test_set: Dataset) -> list[dict]:
 
 def preview(
     nets: Networks, run: training.Run, read: Reader, items: list[dict], step: int
-) -> None:
-    """Writes a grid: picture, sample. Pictures do not belong to --validation_prompts."""
-    columns = draw(nets, run, read, items)
+) -> dict[str, float]:
+    """Writes a grid: picture, sample. Returns signals for the log.
+
+    Pictures do not belong to --validation_prompts: then samples stand alone and say nothing.
+    """
+    real, fake = draw(nets, run, read, items, nets.preview_vae or nets.base.vae)
+    path = run.folder / "samples" / f"{step + 1:06d}.png"
     if run.cfg.validation_prompts and not nets.teacher:
-        columns = columns[1:]
-    training.save_grid(run.folder / "samples" / f"{step + 1:06d}.png", columns)
+        training.save_grid(path, [fake])
+        return {}
+    training.save_grid(path, [real, fake])
+    return training.preview_signals(outputs=fake, inputs=real, targets=real)
 
 
 def save_generator(nets: Networks, run: training.Run, name: str) -> None:
@@ -917,9 +1013,12 @@ def update_ema(ema: dict[str, Tensor], trained: dict[str, Tensor], decay: float)
 
 def main() -> None:
     cfg = training.parse(Config, TABLES, ALIASES, __doc__)
+    if cfg.plan:
+        training.print_plan(cfg, __file__)
+        return
     run = training.Run(cfg, "yoso")
     train_set, test_set = open_data(cfg)
-    run.plan(len(train_set))
+    run.prepare(train_set, test_set)
     nets = build_networks(cfg, run, train_set)
     D, trained, ema = nets.D, nets.trained, nets.ema
     optimizer_g, optimizer_d = build_optimizers(cfg, run, nets)
@@ -947,8 +1046,7 @@ def main() -> None:
         run.save_state(step, nets.frozen, state, prior=nets.prior)
 
     shown = choose_preview(cfg, test_set)
-    losses_of = stage_losses(cfg, nets)
-    run.start(trained, f"{len(train_set)} items")
+    run.start(nets, state, "items")
     train_batches = batches(
         train_set,
         run.global_batch,
@@ -963,6 +1061,7 @@ def main() -> None:
         run.set_learning_rate(step, optimizer_g)
         run.set_learning_rate(step, optimizer_d, scale=cfg.disc_lr_ratio)
         timesteps = draw_timesteps(nets, run, step)
+        losses_of = step_losses(cfg, nets, step)
 
         # The generator's turn. The discriminator only passes the gradient on.
         losses, pairs = {}, []
@@ -983,7 +1082,7 @@ def main() -> None:
         update_ema(ema, trained, decay=min(cfg.ema_decay, (1 + step) / (10 + step)))
 
         # The discriminator's turn: its real side against G(x_t).
-        if D:
+        if D and step >= cfg.denoising_steps:
             training.set_trainable(D, True)
             for real, fake, t, disc_context, again in pairs:
                 look = partial(discriminate, D, t=t, context=disc_context, schedule=nets.schedule)
@@ -1001,12 +1100,12 @@ def main() -> None:
         stopping = run.stop_requested()
         losses = training.mean_over_ranks(losses)
         with training.saved_on_failure(save, step), training.swapped(trained, ema):
-            if run.due(step, cfg.validation_steps):
+            if run.due("validation", step):
                 losses |= validate_and_keep_best(nets, run, read, test_set)
-            if run.due(step, cfg.viz_freq, also=step == 0):
-                preview(nets, run, read, shown, step)
+            if run.due("preview", step, also=step == 0):
+                losses |= preview(nets, run, read, shown, step)
         run.log(step, losses)
-        if run.due(step, cfg.checkpointing_steps, also=stopping):
+        if run.due("save", step, also=stopping):
             save(step)
         if stopping:
             raise run.stopped(step)

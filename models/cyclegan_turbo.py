@@ -20,6 +20,7 @@ from models.pix2pix_turbo import (
     VAE_TARGETS,
     add_skip_convs,
     check_official,
+    check_timestep,
     convolved_skips,
     skip_conv_names,
 )
@@ -60,7 +61,7 @@ class CycleGANTurbo(nn.Module):
     """The generator. It changes the given networks in place: they belong to it from now on.
 
     Exactly the parameters to be trained have `requires_grad`. `generator` is the random generator
-    of the initial LoRA weights.
+    of the initial LoRA weights. ValueError for a timestep that the schedule does not have.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class CycleGANTurbo(nn.Module):
         self.unet = unet
         self.schedule = schedule
         self.config = config
+        check_timestep(config.timestep, schedule)
 
         # While the VAE is frozen, the copy has modules of its own around the same Parameters.
         shared = {}

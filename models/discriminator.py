@@ -298,25 +298,47 @@ class PixelDiscriminator(nn.Module):
     """Pictures [B, C, H, W], their timesteps [B] and captions -> logits [B, 1].
 
     For pictures so small that no U-Net is needed. Convolutions halve them until 4 to 7 pixels a
-    side are left. The timestep is added at each level, and the mean of the context enters by an
-    inner product (Miyato and Koyama 2018, "cGANs with Projection Discriminator").
+    side are left. The timestep is added at each level, and the captions enter by an inner product
+    (Miyato and Koyama 2018, "cGANs with Projection Discriminator").
     """
 
     def __init__(self, in_channels: int, side: int, c_context: int, width: int = 64):
         super().__init__()
         halvings = max(side // 4, 1).bit_length() - 1  # log2(side / 4), rounded down
         widths = [width * min(2**i, 4) for i in range(halvings + 1)]
+        places = (side // 2**halvings) ** 2
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList([
             nn.Conv2d(c_in, c_out, 4, 2, padding=1) for c_in, c_out in zip(widths, widths[1:])
         ])
+        self.norm = nn.ModuleList([nn.GroupNorm(8, c) for c in widths[1:]])
         self.time = nn.ModuleList([nn.Linear(width, c) for c in widths])
+        self.flat = nn.Linear(places * widths[-1], widths[-1])
         self.last = nn.Linear(widths[-1], 1)
         self.context = nn.Linear(c_context, widths[-1])
+        self.register_buffer("context_mean", torch.zeros(c_context))
+        self.register_buffer("context_std", torch.ones(()))
         # With PyTorch's default initialisation, half of the signal would be lost at each level.
         for conv in (self.conv_in, *self.down):
             nn.init.kaiming_normal_(conv.weight, 0.2)
             nn.init.zeros_(conv.bias)
+        # Logits begin at 0: those of random heads are noise, which takes long to unlearn.
+        for head in (self.last, self.context):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    @torch.no_grad()
+    def standardise(self, contexts: Tensor) -> None:
+        """Takes mean and standard deviation of captions from contexts [M, N, C] of the data.
+
+        What all captions have in common would drown what tells them apart: in the output of a
+        random text encoder it is ten times as large.
+        """
+        means = contexts.mean(1)  # [M, C]
+        self.context_mean.copy_(means.mean(0))
+        std = (means - self.context_mean).square().mean().sqrt()
+        if std > 1e-6:  # else there is one caption alone
+            self.context_std.copy_(std)
 
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
         """t: the timestep that the pictures were made from. context [B, N, C]: the captions'."""
@@ -325,12 +347,13 @@ class PixelDiscriminator(nn.Module):
         t = t.to(x.device).expand(len(x))
         t = timestep_embedding(t, self.time[0].in_features).to(x.dtype)  # [B, width]
 
-        h = self.conv_in(x)
-        for down, time in zip(self.down, self.time):
-            h = F.leaky_relu(h + time(t)[:, :, None, None], 0.2)
-            h = down(h)
-        h = F.leaky_relu(h + self.time[-1](t)[:, :, None, None], 0.2)
-        h = h.mean((2, 3))  # [B, C]
-        logits = self.last(h)  # [B, 1]
-        match = (h * self.context(context.mean(1))).mean(1, keepdim=True)  # [B, 1]
-        return logits + match
+        h = self.conv_in(x) + self.time[0](t)[:, :, None, None]
+        h = F.leaky_relu(h, 0.2)
+        for down, norm, time in zip(self.down, self.norm, self.time[1:]):
+            h = norm(down(h)) + time(t)[:, :, None, None]
+            h = F.leaky_relu(h, 0.2)
+        h = F.leaky_relu(self.flat(h.flatten(1)), 0.2)  # [B, C]
+
+        words = (context.mean(1) - self.context_mean) / self.context_std
+        match = (h * self.context(words)).sum(1, keepdim=True)  # [B, 1]
+        return self.last(h) + match

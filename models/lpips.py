@@ -54,43 +54,50 @@ class LPIPS(nn.Module):
         self.lin3 = Lin(CHANNELS[3])
         self.lin4 = Lin(CHANNELS[4])
 
-    def normalised_features(self, x: Tensor) -> list[Tensor]:
-        """Pictures [B, 3, H, W] in [-1, 1] -> the maps [B, C, h, w] of the five stages.
+    def vgg_features(self, x: Tensor) -> list[Tensor]:
+        """Pictures [B, 3, H, W] in [-1, 1] -> the features [B, C, h, w] of VGG's five stages.
 
-        The features of each pixel have unit length, or are all zero.
+        Pictures are not resized; both sides need at least 16 pixels. At least float32 comes out.
         """
+        if min(x.shape[2:]) < 16:
+            raise ValueError(
+                f"VGG was given pictures of shape {list(x.shape)}; it takes 16 pixels a side or"
+                " more"
+            )
         shift = x.new_tensor(SHIFT).view(3, 1, 1)
         scale = x.new_tensor(SCALE).view(3, 1, 1)
         x = (x - shift) / scale
-        maps = []
+        features = []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in LAST:
-                # At least float32: 1e-10 is zero in half precision.
-                f = x.to(torch.promote_types(x.dtype, torch.float32))
-                length = torch.linalg.vector_norm(f, dim=1, keepdim=True)
-                maps.append(f / (length + 1e-10))
-        return maps
+                features.append(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return features
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] -> distances [B], differentiable.
-
-        Pictures are not resized; both sides need at least 16 pixels.
-        """
-        if a.shape != b.shape or min(a.shape[2:]) < 16:
-            raise ValueError(
-                f"LPIPS was given pictures of shapes {list(a.shape)} and {list(b.shape)};"
-                " it takes two of the same shape, of 16 pixels a side or more"
-            )
+    def distance(self, features_a: list[Tensor], features_b: list[Tensor]) -> Tensor:
+        """The distances [B] of pictures whose `vgg_features` these are."""
         lins = (self.lin0, self.lin1, self.lin2, self.lin3, self.lin4)
-        maps_a = self.normalised_features(a)
-        maps_b = self.normalised_features(b)
-        distance = a.new_zeros(len(a))  # [B]
-        for lin, map_a, map_b in zip(lins, maps_a, maps_b):
+        distance = 0.0
+        for lin, a, b in zip(lins, features_a, features_b):
             weight = lin.model[1].weight  # [1, C, 1, 1]
-            difference = (weight * (map_a - map_b) ** 2).sum(1)  # [B, h, w]
+            difference = (weight * (unit_length(a) - unit_length(b)) ** 2).sum(1)  # [B, h, w]
             distance = distance + difference.mean((1, 2))
         return distance
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] -> distances [B], differentiable."""
+        if a.shape != b.shape:
+            raise ValueError(
+                f"LPIPS was given pictures of shapes {list(a.shape)} and {list(b.shape)};"
+                " it takes two of the same shape"
+            )
+        return self.distance(self.vgg_features(a), self.vgg_features(b))
+
+
+def unit_length(f: Tensor) -> Tensor:
+    """Features [B, C, h, w], scaled to length 1 at each pixel, unless all are zero there."""
+    length = torch.linalg.vector_norm(f, dim=1, keepdim=True)
+    return f / (length + 1e-10)
 
 
 def from_state_dict(vgg: dict[str, Tensor], lin: dict[str, Tensor]) -> LPIPS:

@@ -1,6 +1,6 @@
 """pix2pix-Turbo: a one-step text-to-image model that translates pictures, trained on pairs.
 
-    VAE encoder -> U-Net at the last timestep -> VAE decoder
+    VAE encoder -> U-Net at one timestep, the last -> VAE decoder
 
 The latent of the condition takes the place of the noise, and four skip connections from encoder to
 decoder carry the detail that the latent loses. Trained are LoRA on the U-Net and the VAE, the
@@ -57,6 +57,7 @@ class Pix2PixTurboConfig:
     lora_rank_vae: int = 4
     lora_alpha: float = 8.0
     stochastic: bool = False  # takes r and a noise map, with which pictures vary
+    skips: bool = True
     conv_in: bool = True  # the U-Net's first convolution is trained in full
     train: str = "lora"  # "lora" | "all"
     timestep: int = 999
@@ -107,11 +108,18 @@ def convolved_skips(vae: VAE, skips: list[Tensor], skip_scale: float) -> list[Te
 
 # -------------------- generator
 
+def check_timestep(timestep: int, schedule: Schedule) -> None:
+    """ValueError unless the schedule has this timestep."""
+    last = len(schedule.alpha) - 1
+    if not 0 <= timestep <= last:
+        raise ValueError(f"the timestep is {timestep}; expected 0 to {last}, the base's last")
+
+
 class Pix2PixTurbo(nn.Module):
     """The generator. It changes the given networks in place: they belong to it from now on.
 
     Exactly the parameters to be trained have `requires_grad`. `generator` is the random generator
-    of the initial LoRA weights.
+    of the initial LoRA weights. ValueError for a timestep that does not suit.
     """
 
     def __init__(
@@ -127,11 +135,20 @@ class Pix2PixTurbo(nn.Module):
         self.unet = unet
         self.schedule = schedule
         self.config = config
+        check_timestep(config.timestep, schedule)
+        if config.stochastic and config.timestep != len(schedule.alpha) - 1:
+            raise ValueError(
+                f"the timestep of a stochastic model is {config.timestep}; expected the last,"
+                f" {len(schedule.alpha) - 1}, because at r = 0 it starts from pure noise"
+            )
 
         self.requires_grad_(config.train == "all")
-        add_skip_convs(vae)
+        if config.skips:
+            add_skip_convs(vae)
         if config.train == "lora":
-            vae_targets = (*config.vae_targets, *skip_conv_names(vae))
+            vae_targets = list(config.vae_targets)
+            if config.skips:
+                vae_targets += skip_conv_names(vae)
             add_lora(vae, vae_targets, config.lora_rank_vae, config.lora_alpha, generator)
             add_lora(
                 unet, config.unet_targets, config.lora_rank_unet, config.lora_alpha, generator
@@ -180,7 +197,7 @@ class Pix2PixTurbo(nn.Module):
 
         prediction = self.unet(z, t, context)
         z = predict_x0(prediction, z, t, self.schedule, self.config.prediction_type)
-        skips = convolved_skips(self.vae, skips, skip_scale)
+        skips = convolved_skips(self.vae, skips, skip_scale) if self.config.skips else None
         return self.vae.decode(z / scaling, skips).clamp(-1, 1)
 
 

@@ -5,7 +5,7 @@ editing. It has plain convolutions only, without norms or attention. A picture [
 [-1, 1] becomes a latent [B, 4, H/8, W/8] that is already scaled as the U-Net expects it.
 
 Module names are those of a `diffusers` checkpoint. `from_pth` renames the tensors of the original
-pair of files. (So far a network with its tests: no script loads it yet.)
+pair of files.
 
 Source: https://github.com/madebyollin/taesd
 """

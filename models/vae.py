@@ -357,12 +357,18 @@ def latent_size(sides: Sequence[int], factor: int) -> list[int]:
     return [side // factor for side in sides]
 
 
-def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where the tiles along one side begin: evenly spaced, each overlapping the next by `overlap`
-    or more."""
-    last = max(side - tile, 0)
-    intervals = math.ceil(last / (tile - overlap))
-    return [last * i // max(intervals, 1) for i in range(intervals + 1)]
+def tile_starts(side: int, tile: int) -> tuple[list[int], int]:
+    """Where the tiles along one side begin, and how long they are: at most `tile`.
+
+    They are evenly spaced and overlap by a quarter of `tile` or more. As many shorter ones are
+    taken if those are enough.
+    """
+    if side <= tile:
+        return [0], side
+    overlap = max(tile // 4, 1)
+    count = math.ceil((side - overlap) / (tile - overlap))
+    length = math.ceil((side + (count - 1) * overlap) / count)
+    return [(side - length) * i // (count - 1) for i in range(count)], length
 
 
 def fade(length: int, margin: int, like: Tensor) -> Tensor:
@@ -379,30 +385,32 @@ def tiled(
     size: tuple[int, int],
     tile: int,
 ) -> Tensor:
-    """network(*inputs), computed in square tiles, for pictures that do not fit into memory.
+    """network(*inputs), computed in tiles, for pictures that take too much memory or time.
 
-    `size` is (h, w) in latents, and a tile is `tile` latents wide and high. What fits into one tile
-    is computed at once. Inputs and result are latents or pictures [B, C, H, W]. Tiles overlap by
-    at least a quarter and are blended linearly. No tile sees beyond its own edge.
+    `size` is (h, w) in latents, and a tile is at most `tile` latents wide and high. What fits into
+    one tile is computed at once. Inputs and result are latents or pictures [B, C, H, W]. Tiles
+    overlap by at least a quarter of `tile` and are blended linearly. No tile sees beyond its own
+    edge.
     """
     h, w = size
     if max(h, w) <= tile:
         return network(*inputs)
 
     overlap = max(tile // 4, 1)
+    tops, height = tile_starts(h, tile)
+    lefts, width = tile_starts(w, tile)
 
     def cut(x: Tensor, top: int, left: int) -> Tensor:
         """The tile of x whose corner is at (top, left), in latents."""
         scale = x.shape[-1] // w  # 1 for a latent, the VAE's factor for a picture
-        rows = slice(scale * top, scale * (top + tile))
-        columns = slice(scale * left, scale * (left + tile))
+        rows = slice(scale * top, scale * (top + height))
+        columns = slice(scale * left, scale * (left + width))
         return x[..., rows, columns]
 
-    corners = itertools.product(tile_starts(h, tile, overlap), tile_starts(w, tile, overlap))
     total = None
-    for top, left in corners:
+    for top, left in itertools.product(tops, lefts):
         part = network(*(cut(x, top, left) for x in inputs))
-        scale = part.shape[-1] // min(tile, w)
+        scale = part.shape[-1] // width
 
         # Only the first result tells how large the whole is.
         if total is None:

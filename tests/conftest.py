@@ -14,6 +14,9 @@ def pytest_configure(config: pytest.Config) -> None:
     pytest.register_assert_rewrite("pipelines", "pictures_helpers", "trainer_helpers")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: a thread each
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def relative(ours: Tensor, peer: Tensor) -> float:

@@ -29,6 +29,7 @@ from files import bases, checkpoints
 from files.tensors import assign, cast_frozen
 from models import pix2pix_turbo
 from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig, from_official
+from models.diffusion import Schedule
 from models.lora import ADAPTERS
 from models.unet import UNet, UNetConfig
 from models.vae import VAE, VAEConfig
@@ -106,6 +107,7 @@ class Official:
             **SCHEDULE, timestep_spacing="trailing", clip_sample=False
         )
         self.scheduler.set_timesteps(1)
+        self.timestep = 999
         unet = dict(UNET, use_linear_projection=True)
         pipe = tiny_pipeline(unet, SIZES, self.scheduler).to(torch.float64)
         pipe.save_pretrained(self.base)
@@ -154,11 +156,12 @@ class Official:
             z = latents.sample(torch.Generator().manual_seed(seed))
         z = z * vae.config.scaling_factor
 
-        t = torch.tensor([999] * len(x))
+        t = torch.tensor([self.timestep] * len(x))
         predictions = self.unet(z, t, encoder_hidden_states=context).sample
         clean = []
         for prediction, latent in zip(predictions, z):
-            step = self.scheduler.step(prediction, torch.tensor(999), latent, return_dict=True)
+            t = torch.tensor(self.timestep)
+            step = self.scheduler.step(prediction, t, latent, return_dict=True)
             clean.append(step.prev_sample)
         z = torch.stack(clean)
 
@@ -306,6 +309,20 @@ def test_without_skips_there_are_no_skip_convolutions(official, direction):
 
 
 @torch.no_grad()
+def test_the_timestep_is_the_one_of_the_settings(official):
+    earlier = copy.copy(official)
+    earlier.timestep = 199
+    earlier.scheduler = copy.deepcopy(official.scheduler)
+    earlier.scheduler.timesteps = torch.tensor([199])
+    generator = as_official(official, timestep=199)
+    args = *inputs(), "a2b"
+    assert relative(generator(*args), earlier(*args)) < 1e-9
+    assert relative(generator(*args), official(*args)) > 1e-3
+    with pytest.raises(ValueError, match="^the timestep is 1000; expected 0 to 999"):
+        fresh(official, timestep=1000)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_latent_noise_samples_the_latent_as_the_official_code_does(
     official, generator, direction
@@ -349,7 +366,7 @@ def test_full_size_groups_are_those_of_the_official_rule():
     sizes = {group: len(names) for group, names in groups.items()}
     assert sizes == dict(encoder=94, decoder=147, others=17)
 
-    generator = CycleGANTurbo(vae, unet, None, CycleGANTurboConfig())
+    generator = CycleGANTurbo(vae, unet, Schedule.from_config(SCHEDULE), CycleGANTurboConfig())
     names = []
     for name, layer in generator.named_modules():
         if not isinstance(layer, ADAPTERS):
@@ -518,7 +535,12 @@ def test_checkpointed_blocks_give_the_same_gradients(official, train):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "train, options",
-    [("lora", {}), ("all", {}), ("lora", dict(skips=False, conv_in=False))],
+    [
+        ("lora", {}),
+        ("all", dict(timestep=199)),
+        ("lora", dict(skips=False, conv_in=False)),
+        ("lora", dict(timestep=199)),
+    ],
     ids=str,
 )
 def test_what_is_saved_is_what_is_loaded(official, tmp_path, train, options):

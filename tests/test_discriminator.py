@@ -383,6 +383,7 @@ def test_every_weight_of_the_latent_discriminator_trains_and_none_of_the_base():
 @pytest.mark.parametrize(("side", "levels"), [(32, 3), (48, 3), (8, 1), (4, 0)])
 def test_the_pixel_logit_is_its_convolutions_and_a_product_with_the_caption(side, levels):
     discriminator = randomise(PixelDiscriminator(3, side, 12, width=8).double(), seed=1)
+    discriminator.context_std.abs_()
     x = normal(2, 3, side, side)
     t = torch.tensor([3, 700])
     context = normal(2, 5, 12)
@@ -390,16 +391,40 @@ def test_the_pixel_logit_is_its_convolutions_and_a_product_with_the_caption(side
     time = timestep_embedding(t, 8).double()
     h = F.conv2d(x, discriminator.conv_in.weight, discriminator.conv_in.bias, padding=1)
     for i in range(levels + 1):
+        if i > 0:
+            down, norm = discriminator.down[i - 1], discriminator.norm[i - 1]
+            h = F.conv2d(h, down.weight, down.bias, stride=2, padding=1)
+            groups = h.view(2, 8, -1)
+            variance = groups.var(2, correction=0, keepdim=True)
+            groups = (groups - groups.mean(2, keepdim=True)) / (variance + 1e-5).sqrt()
+            h = groups.view_as(h) * norm.weight[:, None, None] + norm.bias[:, None, None]
         added = time @ discriminator.time[i].weight.T + discriminator.time[i].bias
         h = h + added[:, :, None, None]
         h = torch.where(h > 0, h, 0.2 * h)
-        if i < levels:
-            down = discriminator.down[i]
-            h = F.conv2d(h, down.weight, down.bias, stride=2, padding=1)
     assert 4 <= h.shape[-1] < 8
-    h = h.mean((2, 3))
-    words = context.mean(1) @ discriminator.context.weight.T + discriminator.context.bias
+    h = h.flatten(1) @ discriminator.flat.weight.T + discriminator.flat.bias
+    h = torch.where(h > 0, h, 0.2 * h)
+    words = (context.mean(1) - discriminator.context_mean) / discriminator.context_std
+    words = words @ discriminator.context.weight.T + discriminator.context.bias
     expected = h @ discriminator.last.weight.T + discriminator.last.bias
-    expected = expected + (h * words).mean(1, keepdim=True)
+    expected = expected + (h * words).sum(1, keepdim=True)
     assert relative(discriminator(x, t, context), expected) < 1e-9
     assert relative(discriminator(x, 3, context)[:1], expected[:1]) < 1e-9
+
+
+@torch.no_grad()
+def test_what_all_captions_have_in_common_is_taken_off():
+    discriminator = PixelDiscriminator(3, 8, 12, width=8).double()
+    contexts = 10 + 0.1 * normal(6, 5, 12)
+    discriminator.standardise(contexts)
+    words = (contexts.mean(1) - discriminator.context_mean) / discriminator.context_std
+    assert words.mean(0).abs().max() < 1e-9
+    assert abs(words.square().mean() - 1) < 1e-9
+    assert (discriminator(normal(6, 3, 8, 8), 3, contexts) == 0).all()  # heads begin at 0
+
+
+@torch.no_grad()
+def test_one_caption_for_all_divides_by_nothing():
+    discriminator = PixelDiscriminator(3, 8, 12, width=8)
+    discriminator.standardise(torch.ones(4, 5, 12))
+    assert discriminator.context_std == 1

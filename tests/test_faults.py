@@ -1008,11 +1008,11 @@ class Runs:
         self.capsys = capsys
         self.append_log = training.append_log
         # A test has no terminal from which the run could be stopped.
-        monkeypatch.setattr(training, "catch_stop", lambda: lambda: False)
+        monkeypatch.setattr(training.run, "catch_stop", lambda: lambda: False)
 
     def run(self, *flags: str) -> None:
         """To the end, without an error."""
-        self.monkeypatch.setattr(training, "append_log", self.append_log)
+        self.monkeypatch.setattr(training.run, "append_log", self.append_log)
         self._main(flags)
         assert not self._error_lines()
 
@@ -1024,7 +1024,7 @@ class Runs:
             if done == step:
                 fault()
 
-        self.monkeypatch.setattr(training, "append_log", append_log)
+        self.monkeypatch.setattr(training.run, "append_log", append_log)
         with pytest.raises(SystemExit) as end:
             self._main(flags)
         assert end.value.code == 2

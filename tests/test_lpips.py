@@ -81,6 +81,19 @@ def test_distance_is_the_definitions(files, size):
     assert network(a, a).eq(0).all() and network(a, b).gt(0).all()
 
 
+@torch.no_grad()
+def test_features_can_be_computed_once_and_used_for_other_losses_too(files):
+    a = normal(2, 3, 24, 32).clamp(-1, 1)
+    b = normal(2, 3, 24, 32, seed=1).clamp(-1, 1)
+    network = from_state_dict(*files)
+    features_a, features_b = network.vgg_features(a), network.vgg_features(b)
+    assert torch.equal(network.distance(features_a, features_b), network(a, b))
+    # They are the maps after each stage's last ReLU, as VGG16 has them.
+    x = (a - a.new_tensor(SHIFT).view(3, 1, 1)) / a.new_tensor(SCALE).view(3, 1, 1)
+    for last, ours in zip((3, 8, 15, 22, 29), features_a):
+        assert torch.equal(ours, network.features[:last + 1](x))
+
+
 def test_gradient_to_the_first_picture_is_the_definitions(files):
     a = normal(2, 3, 24, 32).clamp(-1, 1).requires_grad_()
     b = normal(2, 3, 24, 32, seed=1).clamp(-1, 1)
@@ -122,11 +135,11 @@ def test_files_that_do_not_fit_are_refused_by_the_tensors_name(files):
 
 def test_pictures_that_cannot_be_compared_are_refused():
     network = randomise(LPIPS())
-    for a, b in [
-        ((1, 3, 32, 32), (1, 3, 32, 31)),
-        ((1, 3, 15, 32), (1, 3, 15, 32)),
+    for a, b, message in [
+        ((1, 3, 32, 32), (1, 3, 32, 31), "two of the same shape"),
+        ((1, 3, 15, 32), (1, 3, 15, 32), "16 pixels a side or more"),
     ]:
-        with pytest.raises(ValueError, match="two of the same shape, of 16 pixels a side or more"):
+        with pytest.raises(ValueError, match=message):
             network(torch.zeros(a), torch.zeros(b))
 
 

@@ -84,6 +84,7 @@ class Official:
             clip_sample=False,
         )
         self.scheduler.set_timesteps(1)
+        self.timestep = 999
         pipe = tiny_pipeline(vae=SIZES, scheduler=self.scheduler).to(torch.float64)
         self.stochastic = stochastic
         self.base = folder / "base"
@@ -118,7 +119,8 @@ class Official:
             return self.scheduler.step(prediction, self.scheduler.timesteps[0], z).prev_sample
         first = SCHEDULE["beta_start"] ** 0.5
         last = SCHEDULE["beta_end"] ** 0.5
-        alpha_bar = (1 - torch.linspace(first, last, 1000, dtype=torch.float64) ** 2).prod()
+        alphas = 1 - torch.linspace(first, last, 1000, dtype=torch.float64) ** 2
+        alpha_bar = alphas[:self.timestep + 1].prod()
         if self.scheduler.config.prediction_type == "epsilon":
             return (z - (1 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
         return alpha_bar.sqrt() * z - (1 - alpha_bar).sqrt() * prediction
@@ -140,7 +142,8 @@ class Official:
             z = z * r + noise * (1 - r)
             gamma = gamma * r
             self.unet.conv_in.r = r
-        z = self.x0(self.unet(z, 999, encoder_hidden_states=context).sample, z, by_scheduler)
+        prediction = self.unet(z, self.timestep, encoder_hidden_states=context).sample
+        z = self.x0(prediction, z, by_scheduler)
 
         z = self.vae.post_quant_conv(z / self.vae.config.scaling_factor)
         decoder = self.vae.decoder
@@ -301,6 +304,37 @@ def test_skip_scale_is_the_official_gamma(official, generator, gamma):
     for args in calls(official):
         ours = at(generator, *args, skip_scale=gamma)
         assert relative(ours, official(*args, gamma)) < 1e-9
+
+
+@torch.no_grad()
+def test_without_skips_there_are_no_skip_convolutions(official):
+    generator, _ = fresh(official, seed=7, skips=False)
+    with_skips, _ = fresh(official, seed=7)
+    assert not any("skip_conv" in name for name, _ in generator.named_modules())
+    state = generator.state_dict()
+    missing, unexpected = with_skips.load_state_dict(state, strict=False)
+    assert not unexpected and missing and all("skip_conv" in name for name in missing)
+    for args in calls(official):
+        expected = at(with_skips, *args, skip_scale=0.0)
+        assert relative(at(generator, *args), expected) < 1e-12
+
+
+@torch.no_grad()
+def test_the_timestep_is_the_one_of_the_settings(official):
+    last = "^the timestep of a stochastic model is 199; expected the last, 999"
+    if official.stochastic:
+        with pytest.raises(ValueError, match=last):
+            fresh(official, timestep=199)
+        return
+    earlier = copy.copy(official)
+    earlier.timestep = 199
+    generator, _ = fresh(official, timestep=199)
+    assign(generator, from_official(official.contents(), "")[1], official.pkl)
+    x, context, _ = inputs()
+    assert relative(generator(x, context), earlier(x, context)) < 1e-9
+    assert relative(generator(x, context), official(x, context)) > 1e-3
+    with pytest.raises(ValueError, match="^the timestep is 1000; expected 0 to 999"):
+        fresh(official, timestep=1000)
 
 
 @torch.no_grad()
@@ -474,10 +508,16 @@ def test_strength_scales_the_lora_and_interpolates_the_rest_from_its_start(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("train", ["lora", "all"])
-def test_what_is_saved_is_what_is_loaded(official, tmp_path, train):
+@pytest.mark.parametrize(
+    "train, options",
+    [("lora", {}), ("all", {}), ("lora", dict(skips=False)), ("lora", dict(timestep=199))],
+    ids=str,
+)
+def test_what_is_saved_is_what_is_loaded(official, tmp_path, train, options):
     """A LoRA checkpoint opens its base. One of all weights needs no other file."""
-    generator, base = fresh(official, seed=7, train=train)
+    if official.stochastic and "timestep" in options:
+        pytest.skip("stochastic models have the last timestep")
+    generator, base = fresh(official, seed=7, train=train, **options)
     if train == "all":  # the text encoder is trained too
         base.text_encoder.text_model.final_layer_norm.bias += 1
     folder = tmp_path / "base"
@@ -499,7 +539,9 @@ def test_what_is_saved_is_what_is_loaded(official, tmp_path, train):
         names = {*file.keys()}
     trained = {name for name, p in generator.named_parameters() if p.requires_grad}
     assert trained <= names
-    assert train == "all" or names == trained  # the base is not copied
+    if train == "lora":  # of the base, only the original of a stochastic model's conv_in is copied
+        originals = {"unet.conv_in.weight0", "unet.conv_in.bias0"}
+        assert names == trained | (originals if official.stochastic else set())
     for args in calls(official):
         for merged in (False, True):
             loaded = checkpoints.load_generator(str(path.parent), r=args[2], merged=merged)

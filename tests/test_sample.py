@@ -14,10 +14,12 @@ import torch
 from conftest import normal, randomise, relative
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -29,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import sample
 import training
 from dataset.pictures import canny, open_picture, pad_to_multiple, sketch, to_picture, to_tensor
-from files import bases, checkpoints, tokenizers
+from files import autoencoders, bases, checkpoints, tokenizers
 from models import clip, t5, unet, vae
 from models.cyclegan_turbo import CycleGANTurbo, CycleGANTurboConfig
 from models.diffusion import Schedule
@@ -124,6 +126,73 @@ def test_lcm_draws_what_the_lcm_pipeline_draws(tmp_path, monkeypatch, steps, gui
     pipe = tiny_pipeline(scheduler=scheduler)
     ours, theirs = both(pipe, tmp_path, (16, 16), steps, guidance, sampler="lcm")
     assert relative(ours, theirs) < 1e-7
+
+
+TAESD = dict(
+    encoder_block_out_channels=(8, 8),
+    decoder_block_out_channels=(8, 8),
+    num_encoder_blocks=(1, 1),
+    num_decoder_blocks=(1, 1),
+)
+
+
+def with_taesd(folder: Path) -> tuple[StableDiffusionPipeline, bases.Base]:
+    """A pipeline and a base of the same weights, in float64, with the same AutoencoderTiny."""
+    pipe = tiny_pipeline(scheduler=EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="trailing"))
+    tiny = randomise(AutoencoderTiny(**TAESD))
+    tiny.decoder.layers[-1].weight.data *= 0.3  # so that less is clipped
+    tiny.decoder.layers[-1].bias.data += 0.5
+    pipe.save_pretrained(folder / "base")
+    tiny.save_pretrained(folder / "taesd")
+    base = bases.load_base(str(folder / "base"), dtype=torch.float64)
+    base.vae = autoencoders.load_autoencoder(str(folder / "taesd"), base, torch.float64)
+    pipe.vae = tiny
+    return pipe.to(torch.float64), base
+
+
+@pytest.mark.parametrize("steps, size", [(1, (16, 16)), (4, (16, 24))])
+def test_with_taesd_it_draws_what_the_pipeline_with_autoencoder_tiny_draws(tmp_path, steps, size):
+    pipe, base = with_taesd(tmp_path)
+    ours = sample.text_to_image(base, PROMPT, [3], size, steps)
+    width, height = size
+    noise, _ = training.draw_noise([3], (4, height // 2, width // 2))
+    theirs = pipe(
+        PROMPT,
+        width=width,
+        height=height,
+        latents=noise.double(),
+        num_inference_steps=steps,
+        guidance_scale=0.0,
+        output_type="pt",
+    ).images
+    assert theirs.std() > 0 and ((0 < theirs) & (theirs < 1)).float().mean() > 0.5
+    assert relative((ours + 1) / 2, theirs) < 1e-6
+
+
+def test_with_taesd_it_edits_as_the_pipeline_with_autoencoder_tiny(tmp_path, monkeypatch):
+    """Two steps of the pipeline at strength 0.5 are one, at the timestep of our one step."""
+    pipe, base = with_taesd(tmp_path)
+    pipe = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    x = normal(1, 3, 24, 16).sigmoid()
+    noise, _ = training.draw_noise([3], (4, 12, 8))
+
+    def same_noise(*shape, **options) -> Tensor:
+        return noise.double()
+
+    module = diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img
+    monkeypatch.setattr(module, "randn_tensor", same_noise)
+    ours = sample.text_to_image(base, PROMPT, [3], (16, 24), pictures=x, strength=0.5)
+    theirs = pipe(
+        PROMPT,
+        image=x,
+        strength=0.5,
+        num_inference_steps=2,
+        guidance_scale=0.0,
+        output_type="pt",
+    ).images
+    assert theirs.std() > 0 and ((0 < theirs) & (theirs < 1)).float().mean() > 0.5
+    assert relative((ours + 1) / 2, theirs) < 1e-6
 
 
 @pytest.mark.slow
@@ -336,6 +405,27 @@ def test_a_png_holds_the_picture_to_the_nearest_level_and_how_it_was_made(base, 
     expected |= {name: str(value) for name, value in options.items()}
     assert {name: text[name] for name in expected} == expected
     assert text["version"] and "checkpoint" not in text
+
+
+def test_another_autoencoder_draws_and_edits_and_the_base_is_saved_with_its_own(
+    base, command, tmp_path
+):
+    randomise(AutoencoderTiny(**TAESD)).save_pretrained(tmp_path / "taesd")
+    source = picture(tmp_path / "in.png", 21, 13)
+    flags = [PROMPT, "--base", base, "--vae", tmp_path / "taesd"]
+    status, paths, err = command(*flags, "--save", tmp_path / "saved")
+    assert (status, paths[-1]) == (0, "out.png"), err
+    assert Image.open("out.png").text["vae"] == str(tmp_path / "taesd")
+
+    loaded = bases.load_base(str(base))
+    loaded.vae = autoencoders.load_autoencoder(str(tmp_path / "taesd"), loaded)
+    assert_holds("out.png", sample.text_to_image(loaded, PROMPT, [42], (16, 16))[0])
+    assert isinstance(bases.load_base(str(tmp_path / "saved")).vae, vae.VAE)
+
+    assert command(*flags, "--input", source, "--output", "edited.png")[0] == 0
+    x = torch.nn.functional.pad(to_tensor(open_picture(source))[None], (0, 1, 0, 1), mode="reflect")
+    edited = sample.text_to_image(loaded, PROMPT, [42], (22, 14), pictures=x, strength=0.6)
+    assert_holds("edited.png", edited[0, :, :13, :21])
 
 
 @pytest.mark.parametrize("size", [(37, 53), (5, 7), (1, 1), (8, 16), (64, 3)])
@@ -700,56 +790,137 @@ def test_the_default_type_is_bf16_where_the_processor_computes_in_it(monkeypatch
     assert sample.DTYPES[loaded.precision] == dtype
 
 
-@pytest.mark.parametrize("use", ["translate", "edit"])
+@pytest.mark.parametrize("use", ["translate", "edit", "draw"])
 def test_a_picture_that_takes_long_says_so_and_keeps_its_bits(
     base, trained_files, command, tmp_path, monkeypatch, use
 ):
-    flags = ["--checkpoint", trained_files["stochastic"], "--preprocess", "sketch"]
-    if use == "edit":
-        flags = [PROMPT, "--base", base]
     source = picture(tmp_path / "in.png", 40, 24)
-    assert command(*flags, "--input", source)[2] == ""
-    monkeypatch.setattr(sample, "LARGE", 24 * 24)
-    monkeypatch.setattr(sample, "CORNER", 32)
-    assert command(*flags, "--input", source, "--output", "fast.png")[2] == ""
+    flags = ["--checkpoint", trained_files["stochastic"], "--preprocess", "sketch"]
+    flags += ["--input", source]
+    which = str(source)
+    tile = 512  # 64 latents
+    if use != "translate":
+        flags = [PROMPT, "--base", base, "--input", source]
+        tile = 128
+    if use == "draw":
+        flags = [PROMPT, "--base", base, "--size", "40x24"]
+        which = "a picture"
+    assert command(*flags)[2] == ""
+    monkeypatch.setattr(sample, "LARGE", 14)
+    monkeypatch.setattr(sample, "CORNER", 4)
+    assert command(*flags, "--output", "fast.png")[2] == ""
     monkeypatch.setattr(sample, "PATIENCE", 0)
-    status, _, err = command(*flags, "--input", source, "--output", "slow.png")
+    status, _, err = command(*flags, "--output", "slow.png")
     assert status == 0 and err.count("\n") == 1
-    assert err.startswith(f"{source} (40x24 pixels): about 1 min; --tile 512 computes")
+    advice = f"--tile {tile} computes it in overlapping squares, which takes less memory"
+    assert err == f"{which} (40x24 pixels): about 1 min; {advice}\n"
     assert torch.equal(levels("slow.png"), levels("out.png"))
-    assert command(*flags, "--input", source, "--output", "tiles.png", "--tile", 32)[2] == ""
+    status, _, err = command(*flags, "--tile", 32)
+    how = "in overlapping squares of 32 pixels (--tile)"
+    assert err == f"{which} (40x24 pixels): about 1 min; {how}\n"
 
-    # In a folder it is said once, as all take as long.
+
+def test_a_folder_says_once_how_long_its_pictures_take_and_how_many_there_are(
+    trained_files, command, tmp_path, monkeypatch
+):
     for name in "abc":
         picture(tmp_path / "in" / f"{name}.png", 40, 24)
-    status, paths, err = command(*flags, "--input", tmp_path / "in", "--batch", 2)
+    monkeypatch.setattr(sample, "LARGE", 14)
+    monkeypatch.setattr(sample, "CORNER", 4)
+    monkeypatch.setattr(sample, "PATIENCE", 0)
+    flags = ["--checkpoint", trained_files["one caption"], "--input", tmp_path / "in"]
+    status, paths, err = command(*flags, "--batch", 2)
     assert status == 0 and len(paths) == 3
     assert f"{tmp_path / 'in' / 'a.png'} and 1 more at a time (40x24 pixels)" in err
     assert err.count("about 1 min") == 1 and "3/3" in err
 
 
-def test_the_estimate_grows_from_the_pixels_to_their_square(monkeypatch):
+@pytest.mark.parametrize("use", ["edit", "draw"])
+def test_with_several_steps_the_second_tells_how_long_all_take(
+    base, command, tmp_path, monkeypatch, use
+):
+    source = picture(tmp_path / "in.png", 16, 16)
+    flags = [PROMPT, "--base", base, "--steps", 4]
+    if use == "edit":
+        flags += ["--input", source]
+    command(*flags)
+    now = iter(range(0, 1000, 50))
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(now))
+    status, _, err = command(*flags, "--output", "slow.png")
+    assert status == 0, err
+    assert err.startswith("a picture (16x16 pixels): about 3 min; --tile 128")
+    assert torch.equal(levels("slow.png"), levels("out.png"))
+
+
+def test_the_estimate_grows_from_the_pixels_to_their_square(monkeypatch, capsys):
     now = iter(range(0, 1000, 3))
     monkeypatch.setattr(sample.time, "perf_counter", lambda: next(now))
-    seen = []
+    monkeypatch.setattr(sample, "PATIENCE", 0)
 
-    def transform(pictures: list[Image.Image]) -> Tensor:
-        seen.append(pictures[0].size)
-        return torch.zeros(1)
+    def seconds(width: int, height: int, tile: int = 0) -> float:
+        seen = []
 
-    def seconds(width: int, height: int) -> float:
-        return sample.estimate_seconds(Image.new("RGB", (width, height)), transform)
+        def compute(side: int) -> Tensor:
+            seen.append(side)
+            return torch.zeros(1)
 
-    assert seconds(256, 256) == pytest.approx(3)
-    assert seconds(512, 512) == pytest.approx(3 * 1.2 / 0.2625)
-    assert seconds(1024, 1024) / seconds(512, 512) == pytest.approx(6)  # 89 s and 15 s
-    assert seconds(8192, 8192) / seconds(4096, 4096) == pytest.approx(16, rel=0.1)
-    assert set(seen) == {(64, 64), (256, 256)}
+        pace = sample.Pace(tile, 8, translates=True, chooses=False, estimates=True)
+        pace.warn("a picture", (width, height), 1, compute)
+        assert seen == [64, 256]
+        return pace.said
 
-    def fail(pictures: list[Image.Image]) -> Tensor:
+    assert seconds(1024, 1024) == pytest.approx(3 * 5.6 / 0.25625)
+    assert "a picture (1024x1024 pixels): about 1 min; --tile 512" in capsys.readouterr().err
+    assert seconds(1024, 1024) / seconds(1024, 768) == pytest.approx(5.6 / 3.9)
+    assert seconds(8192, 8192) / seconds(4096, 4096) == pytest.approx(16, rel=0.2)
+    # In tiles it grows as the pixels do.
+    assert seconds(8192, 8192, 1024) / seconds(4096, 4096, 1024) == pytest.approx(4, rel=0.2)
+
+    def fail(side: int) -> Tensor:
         raise MemoryError
 
-    assert sample.estimate_seconds(Image.new("RGB", (999, 999)), fail) == 0
+    pace = sample.Pace(None, 8, translates=True, chooses=True, estimates=True)
+    pace.warn("a picture", (1024, 1024), 1, fail)
+    assert pace.said == 0
+
+
+def test_a_cpu_computes_huge_pictures_in_tiles_unless_that_is_forbidden(
+    base, trained_files, command, tmp_path, monkeypatch
+):
+    source = picture(tmp_path / "in.png", 72, 40)
+    seen = []
+    decode = vae.VAE.decode
+
+    def watch_decode(*inputs) -> Tensor:
+        decoded = decode(*inputs)
+        seen.append(max(decoded.shape[2:]))
+        return decoded
+
+    monkeypatch.setattr(vae.VAE, "decode", watch_decode)
+    monkeypatch.setattr(sample, "LARGE", 0)
+    monkeypatch.setattr(sample, "CORNER", 4)
+    monkeypatch.setattr(sample, "TILED", 40)
+    monkeypatch.setattr(sample, "TILE", 6)
+    translate = ["--checkpoint", trained_files["stochastic"], "--input", source]
+    prompt = [PROMPT, "--base", base]
+    for flags, which, tile in [
+        (translate, source, 48),
+        ([*prompt, "--input", source], source, 12),
+        ([*prompt, "--size", "72x40"], "a picture", 12),
+    ]:
+        seen.clear()
+        status, _, err = command(*flags)
+        assert status == 0 and max(seen) <= tile
+        assert err == (
+            f"{which} (72x40 pixels): about 1 min; computed in overlapping squares of {tile}"
+            " pixels; --tile off computes it whole\n"
+        )
+        for off in ("off", "0"):
+            seen.clear()
+            status, _, err = command(*flags, "--tile", off)
+            assert (status, err, max(seen)) == (0, "", 72)
+    on_a_gpu = sample.Pace(None, 8, translates=True, chooses=False, estimates=True)
+    assert on_a_gpu.tile_of((9000, 9000)) is None
 
 
 def test_tiles_bound_what_the_networks_see_and_small_pictures_keep_their_bits(
@@ -876,7 +1047,7 @@ REFUSED = {
     ),
     "checkpoint that is a picture": ("--checkpoint P --input P", ["in.png", "checkpoint"]),
     "checkpoint that is a base": ("--checkpoint B --input P", ["model.safetensors"]),
-    "base that is a checkpoint": ("T --base C", ["is a file", "expected a folder"]),
+    "base that is a checkpoint": ("T --base C", ["is a translator", "expected a folder"]),
     "missing base": ("T --base none", ["no folder here", "sd-turbo"]),
     "base without network": (
         "T --base someone/model",
@@ -902,6 +1073,18 @@ REFUSED = {
         "--checkpoint U --input P --r 0.5",
         ["--r", "not a stochastic"],
     ),
+    "an embedding for a translator": (
+        "--checkpoint C --input P --embedding cat.pt",
+        ["--embedding has no meaning with a translator"],
+    ),
+    "an embedding that is not there": (
+        "T --base B --embedding none.pt:<cat>",
+        ["there is no none.pt", "expected an embedding"],
+    ),
+    "an embedding that is text": (
+        "T --base B --embedding notes.txt",
+        ["notes.txt", "expected an embedding"],
+    ),
     "negative prompt without guidance": (
         "T --base B --negative fog",
         ["--negative has no meaning without"],
@@ -923,6 +1106,19 @@ REFUSED = {
         ["--strength nan", "finite"],
     ),
     "device without numbers": ("T --base B --device meta", ["--device meta"]),
+    "autoencoder of a translator": (
+        "--checkpoint C --input P --vae taesd",
+        ["--vae has no meaning with a translator, whose skips need the VAE of its base"],
+    ),
+    "autoencoder of another factor": (
+        "T --base tiny-turbo --vae B",
+        ["1/2 of a picture's side; expected 4 channels and 1/4"],
+    ),
+    "autoencoder that is text": ("T --base B --vae notes.txt", ["notes.txt", "autoencoder"]),
+    "autoencoder that may not be fetched": (
+        "T --base B --vae taesd",
+        ["madebyollin/taesd", "could not be fetched"],
+    ),
     "program of a prompt": (
         "T --base B --export a.pt2",
         ["--export has no meaning without a"],
@@ -965,8 +1161,8 @@ REFUSED = {
         ["--guidence", "did you mean --guidance?"],
     ),
     "unknown sampler": (
-        "T --base B --sampler euler",
-        ["--sampler", "euler", "ddim", "lcm"],
+        "T --base B --sampler heun",
+        ["--sampler", "heun", "ddim", "lcm"],
     ),
     "two prompts": ("T another --base B", ["another"]),
     "several pictures into one file": (
@@ -993,6 +1189,7 @@ REFUSED = {
     "output below a file": ("T --base B --output notes.txt/a.png", ["notes.txt"]),
     "unknown device": ("T --base B --device tpu9", ["--device tpu9", "cpu"]),
     "tile too small": ("T --base B --tile 8", ["--tile 8", "32 or more"]),
+    "tile that is no number": ("T --base B --tile large", ["--tile large", "or off"]),
     "unknown type": ("T --base B --dtype int8", ["--dtype", "int8", "bf16"]),
 }
 

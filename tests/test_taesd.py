@@ -1,14 +1,26 @@
 """models/taesd.py agrees with its peer, `diffusers`' AutoencoderTiny, reads the original names of
-TAESD's tensors, and takes the place of a VAE."""
+TAESD's tensors, and takes the place of a VAE. files/autoencoders.py finds it in any layout."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import gradients, normal, parameters, randomise, relative
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
+from pipelines import VAE, refusal, tiny_pipeline
+from safetensors.torch import save_file
 from torch import nn
+from trainer_helpers import read_log, train
 
+import train_yoso
+from dataset.pictures import open_picture, to_tensor
+from files import autoencoders, bases
+from files.autoencoders import load_autoencoder
+from files.formats import vae_original_name
 from files.tensors import from_json
+from models import vae
 from models.taesd import FIXED, TAESD, TAESDConfig, from_pth
 from models.vae import tiled
 
@@ -277,3 +289,166 @@ def test_the_peer_cannot_run_widths_that_differ_either():
     peer = AutoencoderTiny(decoder_block_out_channels=(16, 8, 8, 8))
     with pytest.raises(RuntimeError):
         peer.decode(torch.zeros(1, 4, 2, 2))
+
+
+# -------------------- files
+
+# Of the same factor, 2, and of as many latent channels as the VAE of the tests' pipelines.
+SMALL = dict(
+    encoder_block_out_channels=(6, 6),
+    decoder_block_out_channels=(8, 8),
+    num_encoder_blocks=(1, 1),
+    num_decoder_blocks=(2, 1),
+)
+OTHER_SIZES = {
+    "channels": dict(SMALL, latent_channels=16),
+    "factor": CONFIGS["four levels, as in TAESD"],
+}
+
+
+@pytest.fixture(scope="module")
+def peer() -> AutoencoderTiny:
+    return randomise(AutoencoderTiny(**SMALL))
+
+
+@pytest.fixture(scope="module")
+def base() -> bases.Base:
+    """The base whose VAE is replaced."""
+    config = from_json(vae.VAEConfig, {**VAE, "scaling_factor": 0.5})
+    return bases.Base("the base", vae=vae.VAE(config).double())
+
+
+def write_pair(peer: AutoencoderTiny, folder: Path) -> tuple[Path, Path]:
+    """The two files of the original code, with the peer's tensors, and a config.json."""
+    folder.mkdir()
+    peer.save_config(folder)
+    encoder = folder / "taesd_encoder.pth"
+    decoder = folder / "taesd_decoder.pth"
+    torch.save(peer.encoder.layers.state_dict(), encoder)
+    torch.save(nn.Sequential(Clamp(), *peer.decoder.layers).state_dict(), decoder)
+    return encoder, decoder
+
+
+def assert_has_weights(network: TAESD, peer: AutoencoderTiny) -> None:
+    """Those of the peer, frozen and in float64."""
+    assert isinstance(network, TAESD)
+    for name, tensor in peer.state_dict().items():
+        own = network.get_parameter(name)
+        assert torch.equal(own, tensor.double()) and not own.requires_grad
+
+
+def test_every_layout_is_read(peer, base, tmp_path, monkeypatch):
+    flat = tmp_path / "flat"
+    peer.save_pretrained(flat)
+    pipe = tiny_pipeline()
+    pipe.vae = peer
+    pipe.save_pretrained(tmp_path / "pipeline")
+    encoder, decoder = write_pair(peer, tmp_path / "pair")
+    names = [flat, flat / "diffusion_pytorch_model.safetensors", encoder, decoder]
+    names += [tmp_path / "pipeline", tmp_path / "pipeline" / "vae"]
+    for name in names:
+        assert_has_weights(load_autoencoder(str(name), base, torch.float64), peer)
+
+    monkeypatch.setitem(autoencoders.AUTOENCODERS, "taesd", str(flat))
+    assert_has_weights(load_autoencoder("taesd", base, torch.float64), peer)
+
+
+def test_the_original_pair_is_taesd_where_no_config_says_more(base, tmp_path):
+    base = bases.Base("of factor 8", vae=vae.VAE(vae.VAEConfig(block_out_channels=(32,) * 4)))
+    peer = randomise(AutoencoderTiny())
+    _, decoder = write_pair(peer, tmp_path / "pair")
+    (tmp_path / "pair" / "config.json").unlink()
+    for name in (decoder, decoder.parent):
+        assert_has_weights(load_autoencoder(str(name), base, torch.float64), peer)
+
+
+def test_another_vae_of_the_base_is_read_with_the_names_of_both_codes(base, tmp_path):
+    other = randomise(AutoencoderKL(**VAE), seed=5)
+    config = base.vae.config
+    tensors = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    original = {vae_original_name(name, config): tensor for name, tensor in tensors.items()}
+    other.save_pretrained(tmp_path / "folder")
+    save_file(tensors, tmp_path / "ours.safetensors")
+    save_file(original, tmp_path / "original.safetensors")
+    for name in ("folder", "ours.safetensors", "original.safetensors"):
+        network = load_autoencoder(str(tmp_path / name), base)
+        assert isinstance(network, vae.VAE)
+        assert all(torch.equal(network.get_parameter(key), tensors[key]) for key in tensors)
+
+
+def test_a_base_may_have_taesd_for_its_vae_and_is_written_as_the_peer_reads_it(peer, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.vae = peer
+    pipe.save_pretrained(tmp_path / "pipeline")
+    loaded = bases.load_base(str(tmp_path / "pipeline"), dtype=torch.float64)
+    assert_has_weights(loaded.vae, peer)
+
+    bases.save_folder(tmp_path / "saved", loaded)
+    again = AutoencoderTiny.from_pretrained(tmp_path / "saved", subfolder="vae")
+    assert from_json(TAESDConfig, known_options(again)) == loaded.vae.config
+    assert all(torch.equal(again.state_dict()[name], t) for name, t in peer.state_dict().items())
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["vae"] == ["diffusers", "AutoencoderTiny"]
+
+
+@pytest.mark.parametrize("options", OTHER_SIZES.values(), ids=OTHER_SIZES.keys())
+def test_an_autoencoder_of_other_latents_is_refused(base, tmp_path, options):
+    AutoencoderTiny(**options).save_pretrained(tmp_path)
+    message = refusal(lambda: load_autoencoder(str(tmp_path), base))
+    assert "4 channels and 1/2, as in the base" in message
+
+
+def test_other_files_are_refused(peer, base, tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "base")
+    encoder, decoder = write_pair(peer, tmp_path / "pair")
+    encoder.unlink()
+    (tmp_path / "notes.txt").write_text("words")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
+    (tmp_path / "empty").mkdir()
+    for name, words in [
+        (tmp_path / "base" / "unet", "is of 'UNet2DConditionModel'"),
+        (decoder, "one half of TAESD; expected taesd_encoder.pth beside it"),
+        (tmp_path / "notes.txt", "notes.txt"),
+        (tmp_path / "lora.safetensors", "weight"),
+        (tmp_path / "empty", "has no config.json"),
+        (tmp_path / "none.safetensors", "there is no"),
+    ]:
+        assert words in refusal(lambda name=name: load_autoencoder(str(name), base))
+
+
+def test_yosos_sample_grids_are_decoded_by_another_autoencoder_and_nothing_else(
+    tmp_path, monkeypatch
+):
+    options = dict(SMALL)
+    for name, values in SMALL.items():
+        options[name] = (*values, values[-1])  # factor 4, as the base tiny
+    randomise(AutoencoderTiny(**options)).save_pretrained(tmp_path / "taesd")
+    flags = dict(
+        dataset_folder="drawn:scenes",
+        device="cpu",
+        max_train_steps=1,
+        train_batch_size=1,
+        lambda_gan=0,
+        lambda_con=0,
+        prior_pictures=0,
+        validation_steps=1,
+        validation_num_images=2,
+    )
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    usual = tmp_path / "usual"
+    other = tmp_path / "other"
+    train(monkeypatch, train_yoso, *words, "--output_dir", usual)
+    preview = ("--preview_vae", tmp_path / "taesd")
+    train(monkeypatch, train_yoso, *words, "--output_dir", other, *preview)
+
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (usual, other)]
+    assert weights[0] == weights[1]
+    logs = [read_log(folder)[-1]["val_spread"] for folder in (usual, other)]
+    assert logs[0] == logs[1]
+    grids = [
+        to_tensor(open_picture(folder / "samples" / "000001.png")) for folder in (usual, other)
+    ]
+    difference = (grids[0] - grids[1]).abs().amax(0)
+    assert (difference == 0).float().mean() > 0.4  # the pictures themselves
+    assert difference.max() > 0.1

@@ -13,6 +13,7 @@ import trainer_helpers as helpers
 from conftest import normal, relative
 from PIL import Image
 from safetensors.torch import load_file
+from test_cyclegan_turbo import Official
 from torch import nn
 from trainer_helpers import metric_networks  # noqa: F401  (a fixture)
 
@@ -20,7 +21,8 @@ import train_cyclegan_turbo as trainer
 import training
 from dataset.folders import open_unpaired
 from dataset.loader import batches
-from files import bases
+from files import bases, checkpoints
+from models.cyclegan_turbo import from_official
 
 SMALL = ["--validation_num_images", "1", "--viz_freq", "1000", "--device", "cpu"]
 SMALL += ["--resolution", "24", "--disc_width", "8"]
@@ -136,7 +138,7 @@ def test_gradients_of_a_step_are_those_of_one_joint_backward(monkeypatch, tmp_pa
 
     for name in made:
         recorded(name)
-    monkeypatch.setattr(training, "average_gradients", record)
+    monkeypatch.setattr(training.run, "average_gradients", record)
     # Nothing moves, so that the graph can be built again.
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
     monkeypatch.setattr(trainer, "spectral_step", lambda discriminators: None)
@@ -212,7 +214,7 @@ def test_three_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_pa
         assert all(p.grad is not None for p in parameters) or "all" in flags
         average(parameters)
 
-    monkeypatch.setattr(training, "average_gradients", watch)
+    monkeypatch.setattr(training.run, "average_gradients", watch)
     more = ["--max_train_steps", 3, "--lr_warmup_steps", 1, "--lr_scheduler", "constant"]
     more += ["--dataset_folder", domains, *ONE_PICTURE, "--output_dir", tmp_path / "run"]
     train(monkeypatch, *flags, *more)
@@ -358,6 +360,67 @@ def test_a_run_begun_under_older_names_of_settings_goes_on(monkeypatch, tmp_path
     assert ["val_change_a2b" in line for line in helpers.read_log(run)] == [True, True]
 
 
+def test_runs_with_these_flags_resume_to_the_same_bits(monkeypatch, tmp_path, domains):
+    whole, cut, start = tmp_path / "whole", tmp_path / "cut", tmp_path / "start.safetensors"
+    shutil.copy(checkpoints.find_checkpoint("day2night"), start)
+    flags = ["--base", "tiny-turbo", "--init", start, "--timestep", 199]
+    flags += ["--dataset_folder", domains, *ONE_PICTURE, "--lr_scheduler", "constant"]
+    train(monkeypatch, *flags, "--max_train_steps", 2, "--output_dir", whole)
+    train(monkeypatch, *flags, "--max_train_steps", 1, "--output_dir", cut)
+    start.unlink()  # a resumed run needs only its own folder
+    train(monkeypatch, "--resume", cut, "--max_train_steps", 2)
+    helpers.assert_same_bits(whole, cut)
+
+
+# ----------------------------------------------------------------- starting from a checkpoint
+
+def test_a_new_run_starts_from_the_weights_of_a_named_checkpoint(
+    monkeypatch, capsys, tmp_path, domains
+):
+    run, adapter = tmp_path / "run", checkpoints.find_checkpoint("day2night")
+    flags = ["--base", "tiny-turbo", "--init", "day2night", "--dataset_folder", domains]
+    # At a learning rate of 0 the weights stay what they were.
+    flags += [*ONE_PICTURE, "--learning_rate", 0, "--max_train_steps", 1, "--timestep", 500]
+    train(monkeypatch, *flags, "--output_dir", run)
+    note = f"starting from {adapter}, which was trained at timestep 999\n"
+    assert note in capsys.readouterr().err
+    before, after = load_file(adapter), load_file(run / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name].float()) for name in before)
+    assert checkpoints.load_generator(str(run)).generator.config.timestep == 500
+    assert helpers.read_settings(run)["init"] == "day2night"
+
+
+@torch.no_grad()
+def test_an_official_file_trains_on_and_is_read_by_the_official_code_again(
+    monkeypatch, tmp_path, domains
+):
+    official, run = Official(tmp_path / "official"), tmp_path / "run"
+    torch.save(official.saved(), official.pkl)
+    context = bases.load_base(str(official.base)).encode(["a picture of B"])[0]
+    args = (normal(1, 3, 16, 24).tanh(), context, "a2b")
+    before = official(*args)
+    flags = ["--base", official.base, "--init", official.pkl, "--dataset_folder", domains]
+    flags += ["--lora_rank_unet", 6, "--dtype", "float64", *ONE_PICTURE]
+    flags += ["--lambda_cycle_lpips", 0, "--lambda_idt_lpips", 0, "--lambda_gan", 0]
+    with torch.enable_grad():
+        train(monkeypatch, *flags, "--max_train_steps", 10, "--output_dir", run)
+
+    tensors = load_file(run / "model.safetensors")
+    # An official file has no conv_in: it was the base's, and ours trains it and saves it.
+    for leaf, place in official.unet.conv_in.base_layer.named_parameters():
+        trained = tensors.pop(f"unet.conv_in.{leaf}")
+        assert 0 < relative(trained, place) < 0.1
+        place.copy_(trained)
+    _, places = from_official(official.saved(), "")
+    assert places.keys() == tensors.keys()
+    for name, place in places.items():
+        place.copy_(tensors[name])
+    ours = checkpoints.load_generator(str(run)).generator(*args)
+    assert relative(ours, official(*args)) < 1e-9
+    assert 1e-5 < relative(ours, before) < 0.3  # ten steps at 1e-5 change a little
+
+
 # -------------------------------------------------------------------------------- bad input
 
 def without_second_domain(folder):
@@ -390,6 +453,27 @@ BAD = {
         ["squares", "drawn:day2night"],
     ),
     "the paired trainer's flag": (None, ["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
+    "timestep of none": (None, ["--timestep", "1000"], ["timestep is 1000", "0 to 999"]),
+    "init of another kind": (
+        None,
+        ["--base", "tiny-turbo", "--init", "edges2scene"],
+        ["edges2scene", "pix2pix_turbo", "train_pix2pix_turbo.py"],
+    ),
+    "init of another base": (
+        None,
+        ["--init", "day2night", "--train", "lora"],
+        ["trained on the base tiny-turbo", "--base tiny-turbo"],
+    ),
+    "init of another rank": (
+        None,
+        ["--base", "tiny-turbo", "--init", "day2night", "--lora_rank_unet", "8"],
+        ["lora_rank_unet 4 (this run: 8)"],
+    ),
+    "init with skips, which are off": (
+        None,
+        ["--base", "tiny-turbo", "--init", "day2night", "--skips", "off"],
+        ["skips on (this run: off)"],
+    ),
     "neither on nor off": (None, ["--skips", "maybe"], ["--skips", "on or off"]),
     "unknown discriminator": (None, ["--gan_disc_type", "vgg"], ["--gan_disc_type", "patch"]),
 }

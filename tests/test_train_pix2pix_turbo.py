@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,11 +16,13 @@ import trainer_helpers as helpers
 from conftest import normal, relative
 from PIL import Image
 from safetensors.torch import load_file
+from test_pix2pix_turbo import Official
 from trainer_helpers import metric_networks, pairs  # noqa: F401  (fixtures)
 
 import train_pix2pix_turbo as trainer
 import training
 from files import bases, checkpoints
+from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig, from_official
 
 QUIET = ["--viz_freq", "1000", "--validation_steps", "1000", "--validation_num_images", "2"]
 SMALL = [*QUIET, "--device", "cpu", "--resolution", "24", "--disc_width", "8"]
@@ -63,6 +66,66 @@ def test_adversarial_losses_are_cross_entropies_and_so_are_their_gradients(kind,
     assert torch.allclose(fake.grad, torch.sigmoid(b) / b.numel(), rtol=1e-9)
 
 
+def gram_by_definition(vgg, picture, target):
+    """Difix3D's loss of one picture: its layers, weights and divisors, in sums over channels."""
+    def features(x):
+        mean = torch.tensor([0.485, 0.456, 0.406], dtype=x.dtype).view(3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225], dtype=x.dtype).view(3, 1, 1)
+        x = (x * 0.5 + 0.5 - mean) / std
+        found = []
+        for n in range(30):
+            if f"{n}.weight" in vgg:
+                x = F.conv2d(x[None], vgg[f"{n}.weight"], vgg[f"{n}.bias"], padding=1)[0]
+            elif n in (4, 9, 16, 23):
+                x = F.max_pool2d(x, 2)
+            else:
+                x = x * (x > 0)
+            if n in (3, 8, 15, 22, 29):
+                found.append(x)
+        return found
+
+    total = 0
+    weights = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
+    for weight, f, g in zip(weights, features(picture), features(target)):
+        channels, height, width = f.shape
+        error = torch.einsum("chw,dhw->cd", f, f) - torch.einsum("chw,dhw->cd", g, g)
+        total = total + weight * (error**2).mean() / (channels * height * width)
+    return total
+
+
+def test_gram_loss_and_its_gradient_are_difix3ds_of_each_picture(metric_networks):
+    lpips = metric_networks["lpips"].double()
+    x, y = normal(2, 3, 24, 16).tanh().requires_grad_(), normal(2, 3, 24, 16, seed=1).tanh()
+    loss = trainer.gram_loss(lpips.vgg_features(x), lpips.vgg_features(y), r=0.3)
+    vgg = lpips.features.state_dict()
+    wanted = [gram_by_definition(vgg, picture, target) for picture, target in zip(x, y)]
+    wanted = 0.3 * torch.stack(wanted).mean()
+    assert relative(loss, wanted) < 1e-9
+    (ours,), (theirs,) = torch.autograd.grad(loss, x), torch.autograd.grad(wanted, x)
+    assert relative(ours, theirs) < 1e-9
+
+    # Only textures count, not where they are; and sums are never taken in half precision.
+    turned = [f.flip(2, 3) for f in lpips.vgg_features(y)]
+    assert trainer.gram_loss(turned, lpips.vgg_features(y), r=1.0) < 1e-12 * wanted
+    large = [200 * normal(1, 3, 4, 4, dtype=torch.float32)]
+    with torch.autocast("cpu", torch.float16):
+        half = trainer.gram_loss(large, [0 * large[0]], r=1.0)
+    assert torch.equal(half, trainer.gram_loss(large, [0 * large[0]], r=1.0))
+
+
+def test_lpips_and_gram_loss_share_one_pass_through_vgg(metric_networks):
+    lpips, passes = metric_networks["lpips"], []
+    lpips.features[0].register_forward_hook(lambda *_: passes.append(1))
+    x = normal(1, 3, 16, 16, dtype=torch.float32).sigmoid()
+    for weights in (dict(lambda_gram=1.0), dict(lambda_lpips=0.0, lambda_gram=1.0), {}):
+        passes.clear()
+        cfg = trainer.Config(**weights)
+        terms, _ = trainer.pix2pix_losses(triple, None, x, x, None, cfg, lpips=lpips)
+        assert len(passes) == 2  # of the output and of the target
+        assert ("lpips" in terms) == bool(cfg.lambda_lpips)
+        assert ("gram" in terms) == bool(cfg.lambda_gram)
+
+
 def triple(x, *_, **__):
     return 3 * x
 
@@ -74,12 +137,16 @@ def one_level(picture):
 def test_pix2pix_losses_are_the_weighted_terms_of_the_paper():
     x, y, captions = normal(2, 3, 8, 8), normal(2, 3, 8, 8, seed=1), normal(2)
     cfg = trainer.Config(lambda_l2=2, lambda_lpips=3, lambda_clipsim=5, lambda_gan=7)
+    cfg.lambda_gram = 11
+    lpips = SimpleNamespace(vgg_features=one_level, distance=lambda a, b: a[0] - b[0])
     clip = SimpleNamespace(similarity=lambda fake, captions: fake.mean((1, 2, 3)) * captions)
-    losses = dict(lpips=torch.sub, clip=clip, caption_embeddings=captions)
+    losses = dict(lpips=lpips, clip=clip, caption_embeddings=captions)
     terms, fake = trainer.pix2pix_losses(triple, one_level, x, y, None, cfg, r=0.5, **losses)
     cross_entropy = -0.8 * F.logsigmoid(3 * x) - 0.2 * F.logsigmoid(-3 * x)
     similarity = ((3 * x).mean((1, 2, 3)) * captions).mean()
-    assert torch.equal(fake, 3 * x) and list(terms) == ["l2", "lpips", "clipsim", "gan"]
+    gram = trainer.gram_loss([3 * x], [y], r=0.5)
+    assert torch.equal(fake, 3 * x) and list(terms) == ["l2", "lpips", "gram", "clipsim", "gan"]
+    assert relative(terms["gram"], 11 * gram) < 1e-12
     assert relative(terms["l2"], 2 * 0.5 * (3 * x - y).square().mean()) < 1e-12
     assert relative(terms["lpips"], 3 * 0.5 * (3 * x - y).mean()) < 1e-12
     assert relative(terms["clipsim"], 5 * (1 - similarity)) < 1e-12
@@ -111,8 +178,8 @@ def test_pix2pix_losses_hand_r_and_noise_to_the_generator_and_keep_the_targets_t
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["--stochastic"], ["--conv_in", "off"], ["--train", "all"]],
-    ids=["lora", "stochastic", "conv_in frozen", "all"],
+    [[], ["--stochastic"], ["--conv_in", "off"], ["--skips", "off"], ["--train", "all"]],
+    ids=["lora", "stochastic", "conv_in frozen", "no skips", "all"],
 )
 def test_three_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_path, pairs, extra):
     made, before = {}, {}
@@ -145,7 +212,7 @@ def test_three_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_pa
             assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
         average(parameters)
 
-    monkeypatch.setattr(training, "average_gradients", watch)
+    monkeypatch.setattr(training.run, "average_gradients", watch)
     flags = ["--train", "lora", *extra, "--dataset_folder", pairs, *PAIRS_OF_TWO]
     flags += ["--max_train_steps", 3, "--lr_warmup_steps", 1, "--lr_scheduler", "constant"]
     train(monkeypatch, *flags, "--lambda_gan", "0.5", "--output_dir", tmp_path / "run")
@@ -162,7 +229,10 @@ def test_three_steps_change_all_that_trains_and_nothing_else(monkeypatch, tmp_pa
         saved = load_file(tmp_path / "run" / "model.safetensors")
         generator = made["Pix2PixTurbo"]
         names = {name for name, p in generator.named_parameters() if p.requires_grad}
-        assert saved.keys() == names and "vae.decoder.skip_conv_1.weight" in names
+        originals = {name for name, _ in generator.named_buffers()}
+        assert saved.keys() == names | originals
+        assert bool(originals) == ("--stochastic" in extra)
+        assert ("vae.decoder.skip_conv_1.weight" in names) == ("--skips" not in extra)
         assert ("unet.conv_in.weight" in names) == ("--conv_in" not in extra)
 
 
@@ -223,10 +293,11 @@ def test_all_losses_of_the_paper_train_in_slices_as_in_one_batch(
     "flags, words",
     [
         (["--lambda_lpips", 5], ["vgg16", "--lambda_lpips 0"]),
+        (["--lambda_gram", 1], ["vgg16", "--lambda_gram 0"]),
         (["--lambda_clipsim", 5], ["openai/clip-vit-base-patch32", "--lambda_clipsim 0"]),
         (["--lambda_gan", 1, "--gan_disc_type", "vagan_clip"], ["--gan_disc_type patch"]),
     ],
-    ids=["LPIPS", "CLIP", "CLIP's discriminator"],
+    ids=["LPIPS", "Gram", "CLIP", "CLIP's discriminator"],
 )
 def test_missing_weights_are_named_with_the_flag_that_does_without(
     monkeypatch, capsys, tmp_path, pairs, flags, words
@@ -333,7 +404,138 @@ def test_a_run_begun_under_older_names_of_settings_goes_on(monkeypatch, tmp_path
     assert ["val_l2" in line for line in helpers.read_log(run)] == [True, True]
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--skips", "off", "--timestep", 199, "--lambda_gram", 1],
+        ["--init", "{start}", "--stochastic"],
+    ],
+    ids=["skips, timestep and Gram loss", "init"],
+)
+def test_runs_with_these_flags_resume_to_the_same_bits(
+    monkeypatch, tmp_path, pairs, metric_networks, other_runs, extra
+):
+    whole, cut, start = tmp_path / "whole", tmp_path / "cut", tmp_path / "start.safetensors"
+    shutil.copy(other_runs / "good.safetensors", start)
+    flags = ["--train", "lora", "--dataset_folder", pairs, *PAIRS_OF_TWO]
+    flags += [str(word).format(start=start) for word in extra]
+    flags += ["--lr_scheduler", "constant"]
+    train(monkeypatch, *flags, "--max_train_steps", 4, "--output_dir", whole)
+    train(monkeypatch, *flags, "--max_train_steps", 2, "--output_dir", cut)
+    start.unlink()  # a resumed run needs only its own folder
+    train(monkeypatch, "--resume", cut, "--max_train_steps", 4)
+    helpers.assert_same_bits(whole, cut)
+
+
+# ----------------------------------------------------------------- starting from a checkpoint
+
+def read_back(official, tensors):
+    """Puts the tensors of a checkpoint of ours into the official generator, by its own names."""
+    _, places = from_official(official.contents(), "")
+    assert places.keys() == tensors.keys()
+    for name, place in places.items():
+        place.copy_(tensors[name])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stochastic", [False, True], ids=["deterministic", "stochastic"])
+def test_an_official_file_trains_on_and_is_read_by_the_official_code_again(
+    monkeypatch, tmp_path, pairs, stochastic
+):
+    official = Official(tmp_path / "official", stochastic)
+    if stochastic:  # the original half need not be the base's
+        official.unet.conv_in.conv_in_pretrained.weight *= 2
+    official.save()
+    r = [0.4] if stochastic else []
+    x, noise = normal(1, 3, 16, 24).sigmoid(), normal(1, 4, 2, 3, seed=1)
+    context = bases.load_base(str(official.base)).encode(["noise"])[0]
+    args = (x, context, 0.4, noise) if stochastic else (x, context)
+    before = official(*args)
+
+    run = tmp_path / "run"
+    flags = ["--base", official.base, "--init", official.pkl, "--dataset_folder", pairs]
+    flags += ["--stochastic", "on" if stochastic else "off", "--dtype", "float64", *PAIRS_OF_TWO]
+    flags += ["--lambda_lpips", 0, "--lambda_clipsim", 0, "--lambda_gan", 0]
+    with torch.enable_grad():
+        train(monkeypatch, *flags, "--max_train_steps", 9, "--output_dir", run)
+        official.pkl.unlink()  # a resumed run needs only its own folder
+        train(monkeypatch, "--resume", run, "--max_train_steps", 10)
+    read_back(official, load_file(run / "model.safetensors"))
+    ours = checkpoints.load_generator(str(run), r=r[0] if r else None).generator(*args)
+    assert relative(ours, official(*args)) < 1e-9
+    assert 1e-4 < relative(ours, before) < 0.3  # ten steps at 5e-6 change a little
+
+
+@pytest.mark.parametrize("mode", ["lora", "all"])
+def test_a_new_run_starts_from_the_best_weights_of_another(
+    monkeypatch, capsys, tmp_path, pairs, mode
+):
+    old, new, last = tmp_path / "old", tmp_path / "new", tmp_path / "last"
+    flags = ["--train", mode, "--dataset_folder", pairs, *PAIRS_OF_TWO, "--max_train_steps", 1]
+    train(monkeypatch, *flags, "--output_dir", old)
+    train(monkeypatch, *flags, "--seed", 3, "--output_dir", last)
+    shutil.copy(last / "model.safetensors", old / "model.safetensors")
+    # At a learning rate of 0 the weights stay what they were.
+    still = [*flags, "--learning_rate", 0, "--seed", 7]
+    capsys.readouterr()
+    train(monkeypatch, *still, "--init", old, "--output_dir", new)
+    assert f"starting from {old / 'best.safetensors'}\n" in capsys.readouterr().err
+    assert helpers.read_settings(new)["init"] == str(old)
+    shutil.copy(old / "best.safetensors", tmp_path / "model.safetensors")
+    helpers.assert_same_bits(new, tmp_path)
+
+    file = old / "model.safetensors"
+    train(monkeypatch, *still, "--init", file, "--output_dir", tmp_path / "third")
+    helpers.assert_same_bits(tmp_path / "third", last)
+
+
+def test_a_deterministic_model_may_become_stochastic_and_the_reverse(
+    monkeypatch, tmp_path, pairs
+):
+    flags = ["--train", "lora", "--dataset_folder", pairs, *PAIRS_OF_TWO, "--learning_rate", 1e-3]
+    flags += ["--max_train_steps", 2, "--lr_warmup_steps", 1]
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "deterministic")
+    flags += ["--learning_rate", 0]
+    first = load_file(tmp_path / "deterministic" / "best.safetensors")
+    more = ["--init", tmp_path / "deterministic", "--stochastic"]
+    train(monkeypatch, *flags, *more, "--output_dir", tmp_path / "stochastic")
+    second = load_file(tmp_path / "stochastic" / "best.safetensors")
+    base = bases.load_base("tiny", ("unet",), torch.float32)
+    assert all(torch.equal(second[name], first[name]) for name in first)
+    assert torch.equal(second["unet.conv_in.weight0"], base.unet.conv_in.weight)
+
+    more = ["--init", tmp_path / "stochastic"]
+    train(monkeypatch, *flags, *more, "--output_dir", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "best.safetensors")
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
 # -------------------------------------------------------------------------------- bad input
+
+@pytest.fixture(scope="module")
+def other_runs(tmp_path_factory) -> Path:
+    """Checkpoints for a run with --train lora --base tiny: a good one, and others by what is
+    wrong with them."""
+    folder = tmp_path_factory.mktemp("others")
+    options = dict(
+        rank=dict(lora_rank_unet=3),
+        skips=dict(skips=False),
+        all=dict(train="all"),
+        good={},
+    )
+    for name, changes in options.items():
+        base = bases.load_base("tiny", dtype=torch.float32)
+        config = Pix2PixTurboConfig(prediction_type=base.schedule.prediction_type, **changes)
+        G = Pix2PixTurbo(base.vae, base.unet, base.schedule, config)
+        path = folder / f"{name}.safetensors"
+        text = (base.text_encoder, base.tokenizer)
+        checkpoints.save_generator(path, G, "pix2pix_turbo", "tiny", [], *text)
+        if name == "good":
+            path = folder / "base.safetensors"
+            checkpoints.save_generator(path, G, "pix2pix_turbo", "runs/z/base", [], *text)
+    return folder
+
 
 def wider(folder):
     Image.new("RGB", (50, 40)).save(folder / "train_B" / "0.png")
@@ -371,6 +573,7 @@ def without_pictures(folder):
 
 # What is wrong: the flags, what is done to the folder before, and words of the one line.
 CROP = ["--train_image_prep", "crop"]
+INIT = ["--train", "lora", "--init"]
 BAD = {
     "unknown flag": (["--lerning_rate", "1"], None, ["--lerning_rate", "--learning_rate"]),
     "not a number": (["--learning_rate", "fast"], None, ["--learning_rate", "fast"]),
@@ -394,6 +597,48 @@ BAD = {
         None,
         ["17x17", "multiples of"],
     ),
+    "init from nothing": ([*INIT, "/nowhere"], None, ["/nowhere", "day2night", "a file"]),
+    "init of another kind": (
+        [*INIT, "day2night"],
+        None,
+        ["day2night", "cyclegan_turbo", "train_cyclegan_turbo.py"],
+    ),
+    "init of another base": (
+        [*INIT, "{others}/base.safetensors"],
+        None,
+        ["runs/z/base", "--base runs/z/base"],
+    ),
+    "init of another rank": (
+        [*INIT, "{others}/rank.safetensors"],
+        None,
+        ["lora_rank_unet 3 (this run: 8)"],
+    ),
+    "init without skips": ([*INIT, "{others}/skips.safetensors"], None, ["skips off", "on"]),
+    "init of all weights": ([*INIT, "{others}/all.safetensors"], None, ["train all", "lora"]),
+    "init and a frozen conv_in": (
+        [*INIT, "{others}/good.safetensors", "--conv_in", "off"],
+        None,
+        ["conv_in on (this run: off)"],
+    ),
+    "init of base weights": (
+        [*INIT, "tiny/tiny-turbo/unet/diffusion_pytorch_model.safetensors"],
+        None,
+        ["diffusion_pytorch_model", "expected a checkpoint of a translator"],
+    ),
+    "init and resume": (
+        ["--resume", "{begun}", "--init", "{others}/good.safetensors"],
+        None,
+        ["--init", "differs from the None", "leave it out"],
+    ),
+    "timestep of none": (["--timestep", "1000"], None, ["timestep is 1000", "0 to 999"]),
+    "timestep of 0": (["--timestep", "0"], None, ["--timestep 0", "1 or more"]),
+    "stochastic at an earlier timestep": (
+        ["--timestep", "199", "--stochastic"],
+        None,
+        ["timestep", "199", "the last, 999"],
+    ),
+    "negative weight": (["--lambda_gram", "-1"], None, ["--lambda_gram -1", "0 or more"]),
+    "neither on nor off": (["--skips", "none"], None, ["--skips", "on or off"]),
     "empty batch": (["--train_batch_size", "0"], None, ["--train_batch_size", "1 or more"]),
     "no steps": (["--max_train_steps", "-1"], None, ["--max_train_steps", "1 or more"]),
     "rank of 0": (
@@ -420,16 +665,19 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing_half_written(
-    monkeypatch, capsys, tmp_path, pairs, case
+    monkeypatch, capsys, tmp_path, pairs, other_runs, case
 ):
     flags, spoil, words = BAD[case]
-    folder, taken = tmp_path / "data", tmp_path / "taken"
+    folder, taken, begun = tmp_path / "data", tmp_path / "taken", tmp_path / "begun"
     shutil.copytree(pairs, folder)
     taken.mkdir()
+    begun.mkdir()
+    (begun / "config.json").write_text('{"base": "tiny"}')
     (taken / "state.pt").write_text("{}")
     if spoil:
         spoil(folder)
-    flags = [flag.format(tmp=tmp_path, taken=taken) for flag in flags]
+    places = dict(tmp=tmp_path, taken=taken, begun=begun, others=other_runs)
+    flags = [flag.format(**places) for flag in flags]
     if "--resume" not in flags:
         run = ["--dataset_folder", folder, "--output_dir", tmp_path / "run", *PAIRS_OF_TWO]
         flags = [*run, *flags]
@@ -472,7 +720,7 @@ def test_a_discriminators_gradient_that_is_not_finite_stops_at_once(
         if len(calls) == 4:  # of the second step, the discriminator's
             parameters[0].grad.fill_(float("nan"))
 
-    monkeypatch.setattr(training, "average_gradients", spoil)
+    monkeypatch.setattr(training.run, "average_gradients", spoil)
     flags = ["--dataset_folder", pairs, *PAIRS_OF_TWO, "--checkpointing_steps", "1"]
     with pytest.raises(SystemExit) as caught:
         train(monkeypatch, *flags, "--lambda_gan", 0.5, "--output_dir", tmp_path / "run")

@@ -60,6 +60,18 @@ def text_file(folder: Path) -> Path:
     return folder / "captions.txt"
 
 
+def labelled_zip(folder: Path) -> None:
+    """set.zip: 20 pictures of 16 x 16 pixels and three classes."""
+    labels = []
+    with zipfile.ZipFile(folder / "set.zip", "w") as archive:
+        for i in range(20):
+            name = f"00000/img{i:08d}.png"
+            labels.append([name, i % 3])
+            Image.new("RGB", (16, 16), (10 * i, 100, 0)).save(folder / "one.png")
+            archive.write(folder / "one.png", name)
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+
+
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory) -> Path:
     """A small Stable Diffusion in a folder."""
@@ -412,7 +424,7 @@ def test_generator_and_discriminator_take_turns_and_nothing_else_changes(
     monkeypatch.setattr(bases, "load_base", load_and_keep)
     monkeypatch.setattr(trainer, "LatentDiscriminator", build_and_keep)
     monkeypatch.setattr(trainer, "lower_half", halve_and_keep)
-    monkeypatch.setattr(training, "average_gradients", watch)
+    monkeypatch.setattr(training.run, "average_gradients", watch)
     more = ["--dataset_folder", pairs, *SMALL_PICTURES, "--max_train_steps", 3]
     more += ["--learning_rate", 1e-3, "--output_dir", tmp_path / "run"]
     train(monkeypatch, *flags, *more)
@@ -725,14 +737,7 @@ def test_a_cache_is_not_cropped_again(monkeypatch, capsys, tmp_path, pairs, flag
 def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(
     monkeypatch, tmp_path
 ):
-    labels = []
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        for i in range(20):
-            name = f"00000/img{i:08d}.png"
-            labels.append([name, i % 3])
-            Image.new("RGB", (16, 16), (10 * i, 100, 0)).save(tmp_path / "one.png")
-            archive.write(tmp_path / "one.png", name)
-        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    labelled_zip(tmp_path)
     flags = ["--base", "pixels", "--dataset_folder", tmp_path / "set.zip", *QUIET]
     flags += ["--train_batch_size", 2, "--validation_num_images", 2, "--resolution", 16]
     with torch.enable_grad():
@@ -748,6 +753,39 @@ def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(
     assert relative(made, (x0 / 2).clamp(-1, 1)) < 1e-5
     other = sample.text_to_image(base, "class 1", [5], (16, 16), sampler="lcm")
     assert not torch.equal(made, other)  # the class matters
+
+
+def test_the_first_steps_denoise_and_resuming_among_them_gives_the_same_bits(
+    monkeypatch, tmp_path
+):
+    labelled_zip(tmp_path)
+    flags = ["--base", "pixels", "--dataset_folder", tmp_path / "set.zip", *QUIET]
+    flags += ["--train_batch_size", 2, "--validation_num_images", 2, "--resolution", 16]
+    flags += ["--denoising_steps", 2]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(monkeypatch, *flags, "--max_train_steps", 4, "--output_dir", whole)
+    train(monkeypatch, *flags, "--max_train_steps", 1, "--output_dir", cut)
+    train(monkeypatch, "--resume", cut, "--max_train_steps", 4)
+    helpers.assert_same_bits(whole, cut)
+
+    log = helpers.read_log(whole)
+    terms = [{"gan", "kl", "con", "disc"} & line.keys() for line in log]
+    assert terms == [{"kl"}] * 2 + [{"gan", "kl", "con", "disc"}] * 2
+
+
+def test_denoising_gives_pure_noise_a_weight():
+    x0, eps = normal(2, 4, 3, 3), normal(2, 4, 3, 3, seed=1)
+    t = torch.tensor([999, 10])
+    schedule = Schedule.from_config(SCHEDULE.config | {"rescale_betas_zero_snr": True})
+
+    def nothing(x, t, context):
+        return torch.zeros_like(x)
+
+    cfg = trainer.Config(snr_gamma=5.0)
+    terms, fake, real = trainer.denoising_losses(nothing, x0, [], t, eps, schedule, cfg)
+    squares = x0.square().mean((1, 2, 3))
+    assert terms.keys() == {"kl"} and real is x0 and (fake == 0).all()
+    assert relative(terms["kl"], (squares[0] + 5 * squares[1]) / 2) < 1e-9
 
 
 @pytest.mark.parametrize("way", ["lora", "all"])
@@ -811,7 +849,7 @@ def test_half_precision_and_checkpointing_train_every_lora(monkeypatch, tmp_path
         seen.append(parameters)
         average(parameters)
 
-    monkeypatch.setattr(training, "average_gradients", watch)
+    monkeypatch.setattr(training.run, "average_gradients", watch)
     flags = ["--train", "lora", "--mixed_precision", half, "--gradient_checkpointing"]
     flags += ["--dataset_folder", pairs, *SMALL_PICTURES, "--max_train_steps", 3]
     train(monkeypatch, *flags, "--learning_rate", 1e-3, "--output_dir", tmp_path / "run")
@@ -837,7 +875,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weight
         if len(calls) == which + 1:
             parameters[0].grad[0] = math.nan
 
-    monkeypatch.setattr(training, "average_gradients", spoil)
+    monkeypatch.setattr(training.run, "average_gradients", spoil)
     flags = ["--dataset_folder", pairs, *SMALL_PICTURES, "--lambda_con", 0]
     flags += ["--max_train_steps", 3, "--checkpointing_steps", 1]
     with pytest.raises(SystemExit):
@@ -1081,6 +1119,11 @@ BAD = {
         ["--stage adapt_v first"],
     ),
     "no prediction": (["--prediction_type", "x0"], ["x0", "v_prediction"]),
+    "denoising below nothing": (["--denoising_steps", "-1"], ["--denoising_steps", "0 or more"]),
+    "denoising and adapting": (
+        ["--stage", "adapt_zsnr", "--denoising_steps", "5"],
+        ["--denoising_steps", "--stage yoso"],
+    ),
     "no U-Net for features": (NO_U_NET, ["--train all", "--consistency mse"]),
     "no base for a LoRA": (["--base", "pixels", "--train", "lora"], ["--train all"]),
     "unknown adversary": (["--adversarial", "teacher"], ["--adversarial", "coop"]),
