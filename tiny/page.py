@@ -1,12 +1,13 @@
 """The page that `python sample.py` draws: what it shows, and how it is laid out.
 
 Above, twelve captions of combinations that training left out. Below, four translations by the
-adapters of tiny-turbo, input and output side by side. sample.py makes the pictures.
+adapters of tiny-turbo, input and output side by side. sample.py makes the pictures. Also the
+drawings that the page of demo.py begins with.
 """
 
 import textwrap
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 
 from dataset.pictures import to_picture, to_tensor
@@ -41,6 +42,22 @@ def translations() -> list[tuple[str, Image.Image, str | None]]:
         lines = scenes.outlines(scene, PICTURE_SIZE)
         cells.append(("edges2scene", lines, scenes.caption(scene)))
     return cells
+
+
+def drawing(size: tuple[int, int]) -> tuple[Image.Image, str]:
+    """Outlines to go on drawing from, black on white and (width, height) large, with a caption."""
+    scene = scenes.nth_scene("test", 1, 4, time="day", weather="clear")
+    lines = scenes.outlines(scene, max(size))
+    lines = lines.filter(ImageFilter.MaxFilter(3))  # as thick as a pen's
+    return ImageOps.invert(lines).resize(size), scenes.caption(scene)
+
+
+def example(adapter: str, direction: str, index: int, size: tuple[int, int]) -> Image.Image:
+    """The index-th scene to translate in this direction; with an unknown adapter, by day."""
+    lights = dict(zip("ab", scenes.TASKS.get(adapter, scenes.TASKS["day2night"])))
+    time, weather = lights[direction[0]]
+    scene = scenes.nth_scene("test", 1, index, time=time, weather=weather)
+    return scenes.draw(scene, max(size)).resize(size)
 
 
 def lay_out(cells: list[tuple[Tensor, str]]) -> Tensor:
