@@ -5,6 +5,8 @@
     $B --what translate --size 512            # a paired translation, beside the official style
     $B --what translate --against diffusers   # beside diffusers, LoRA fused, caption encoded once
     $B --what text --size 512                 # text to picture in one step, beside diffusers
+    $B --what taesd --size 512                # the same with TAESD, beside diffusers with it
+    $B --what taesd --against vae             # beside this code with the VAE
     $B --what train --size 256 [--gan]        # a paired training step, beside the official style
     $B --what lora --size 256                 # LoRA as a branch, beside LoRA as a weight
     $B --what load                            # cold start to the first picture, beside diffusers
@@ -38,7 +40,14 @@ import torch
 
 import training
 from benchmarks import ours, peers, report
-from benchmarks.inputs import PROMPT, ROOT, write_checkpoint, write_data, write_random_base
+from benchmarks.inputs import (
+    PROMPT,
+    ROOT,
+    write_checkpoint,
+    write_data,
+    write_random_base,
+    write_random_taesd,
+)
 from benchmarks.workers import Job, Side, Worker
 
 # The first side is ours; --against picks the other, by default the next one.
@@ -50,6 +59,7 @@ SIDES: dict[str, dict[str, Side | None]] = {
         "diffusers": peers.official_translation,
     },
     "text": {"ours": ours.text, "diffusers": peers.diffusers_text},
+    "taesd": {"ours": ours.text, "diffusers": peers.diffusers_text, "vae": ours.text_with_vae},
     "growth": {"ours": ours.translation},
     "train": {"ours": ours.training_steps, "official-style": peers.official_training},
     "lora": {"ours": ours.training_steps, "as a weight": peers.training_of_weights},
@@ -113,7 +123,7 @@ def measure_task(
         row["of_peak"] = row["tflop"] / row["seconds"] / peaks[dtype]
     if len(rows) == 2:
         mine, theirs = (answer["result"] for answer in inspected.values())
-        if mine is not None:
+        if mine is not None and theirs is not None:
             off = np.abs(mine - theirs) / np.abs(theirs).max()
             rows[1]["difference"] = [float(off.max()), float(off.mean())]
     return rows
@@ -260,14 +270,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--what", choices=SIDES, required=True, help="what is measured, see above")
-    add("--against", metavar="SIDE", help="official-style or diffusers [as above]")
+    add("--against", metavar="SIDE", help="official-style, diffusers or vae [as above]")
     add("--base", help="a folder [random weights of SD-Turbo's size]")
     add("--size", type=int, default=256, help="pixels a side [256]")
     add("--batch", type=int, default=1, help="pictures at a time [1]")
     add("--sizes", type=numbers, default=[256, 512, 1024], metavar="N,N",
         help="for growth, and for memory on CUDA [256,512,1024]")
     add("--batches", type=numbers, metavar="N,N",
-        help="for growth, text and translate, at --size [growth: 1,2,4; else --batch]")
+        help="for growth, text, taesd and translate, at --size [growth: 1,2,4; else --batch]")
     add("--dtype", choices=DTYPES, default="float32", help="of both sides [float32]")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--fast", action="store_true",
@@ -340,6 +350,9 @@ def measure(args: argparse.Namespace, scratch: pathlib.Path) -> list[dict]:
 
     lasting = pathlib.Path(args.scratch) if args.scratch else scratch
     job = replace(job, base=args.base or random_base(args, lasting))
+    if args.what == "taesd":
+        job = replace(job, vae=str(scratch / "taesd"))
+        write_random_taesd(pathlib.Path(job.vae), job.dtype)
     if args.what == "memory":
         return measure_memory(job, args.runs, args.sizes, scratch)
     if args.what == "load":

@@ -103,6 +103,14 @@ def write_random_base(folder: pathlib.Path, tiny: bool, dtype: torch.dtype, devi
     pipeline.save_pretrained(folder)
 
 
+def write_random_taesd(folder: pathlib.Path, dtype: torch.dtype) -> None:
+    """Writes TAESD, in its only size, with random weights."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    AutoencoderTiny().to(dtype).save_pretrained(folder)
+
+
 def write_checkpoint(path: pathlib.Path, folder: str) -> None:
     """Writes a pix2pix-Turbo checkpoint for the base in `folder`.
 

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from benchmarks.inputs import PROMPT, ROOT, module_inputs, pictures
 from benchmarks.workers import Job, Requests, answer
 from dataset.pictures import to_picture
 from files import bases, checkpoints, metrics, tokenizers
+from files.autoencoders import load_autoencoder
 from models import clip, lpips
 
 # -------------------- networks and pictures
@@ -72,13 +74,21 @@ def translation(job: Job, requests: Requests) -> None:
 
 def text(job: Job, requests: Requests) -> None:
     base = bases.load_base(job.base, dtype=job.dtype, device=job.device)
+    if job.vae:
+        base.vae = load_autoencoder(job.vae, base, job.dtype, job.device)
     speed_up_as_sample(job, base.vae, base.unet, [base.unet, base.vae.decoder])
 
-    def draw(task: tuple[int, int]) -> Tensor:
+    def draw(task: tuple[int, int]) -> Tensor | None:
         size, batch = task
-        return sample.text_to_image(base, PROMPT, list(range(batch)), (size, size))
+        drawn = sample.text_to_image(base, PROMPT, list(range(batch)), (size, size))
+        # With random weights, TAESD's pictures are not those of the VAE.
+        return None if job.against == "vae" else drawn
 
     answer(requests, draw)
+
+
+def text_with_vae(job: Job, requests: Requests) -> None:
+    text(replace(job, vae=""), requests)
 
 
 # -------------------- training

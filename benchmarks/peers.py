@@ -54,9 +54,11 @@ def diffusers_modules(job: Job, requests: Requests) -> None:
 
 
 def diffusers_text(job: Job, requests: Requests) -> None:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(job.base, torch_dtype=job.dtype)
+    if job.vae:
+        pipe.vae = AutoencoderTiny.from_pretrained(job.vae, torch_dtype=job.dtype)
     pipe.to(job.device)
     pipe.set_progress_bar_config(disable=True)
 

@@ -34,6 +34,7 @@ class Job:
     kind: str = "pix2pix_turbo"  # which trainer
     tiny: bool = False
     base: str = ""  # folder of the networks
+    vae: str = ""  # folder of an autoencoder in the place of the base's VAE
     checkpoint: str = ""  # a pix2pix-Turbo checkpoint for that base
     data: str = ""  # folder of a data set for the trainers
     run_folder: str = ""  # where a trainer writes

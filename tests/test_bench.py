@@ -56,6 +56,7 @@ def measure(scratch, tmp_path, capsys):
     ("translate", "official-style", 1),
     ("translate --against diffusers", "diffusers", 1),
     ("text", "diffusers", 1),
+    ("taesd", "diffusers", 1),
     ("modules", "diffusers", 4),
 ])
 def test_both_sides_give_the_same_numbers(measure, flags, peer, tasks):
@@ -78,6 +79,12 @@ def test_our_side_alone_may_be_in_bf16(measure, monkeypatch):
     monkeypatch.setattr(sample, "computes_in_bf16", lambda device: True)
     (_, theirs), _ = measure("--size 32 --runs 1 --what translate --fast")
     assert 1e-4 < theirs["difference"][1] < 0.05
+
+
+def test_with_taesd_less_is_computed_than_with_the_vae(measure):
+    (ours, with_vae), _ = measure("--size 32 --runs 1 --what taesd --against vae")
+    assert "difference" not in with_vae and with_vae["ratio"][0] > 0
+    assert ours["tflop"] > 0 and with_vae["tflop"] > 0
 
 
 @pytest.mark.parametrize("gan", ["", "--gan"])

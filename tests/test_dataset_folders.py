@@ -262,7 +262,7 @@ def test_bad_folders_are_refused_when_they_are_opened(tmp_path):
         "train_prompts.json cannot be used (Expecting ':' delimiter: line 2",
     ),
     ('["a", "b"]', "holds a list); expected JSON, {file name: caption}"),
-    ('{"000.png": "a", "001.png": 5}', "the caption of '001.png' is of type int"),
+    ('{"000.png": "a", "001.png": 5}', "the caption of '001.png' is a number, not text"),
     ('{"001.png": "b"}', "no caption for '000.png' (1 of 2 have none)"),
     (b'{"000.png": "\xe9"}', "text in UTF-8"),
 ])

@@ -23,6 +23,7 @@ from files.tensors import from_json
 from models import vae
 from models.taesd import FIXED, TAESD, TAESDConfig, from_pth
 from models.vae import tiled
+from tiny import recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -452,3 +453,23 @@ def test_yosos_sample_grids_are_decoded_by_another_autoencoder_and_nothing_else(
     difference = (grids[0] - grids[1]).abs().amax(0)
     assert (difference == 0).float().mean() > 0.4  # the pictures themselves
     assert difference.max() > 0.1
+
+
+def test_the_recipe_writes_an_autoencoder_for_tiny_turbo_in_little_space(tmp_path, monkeypatch):
+    levels = torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    monkeypatch.setattr(recipe, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(recipe, "HERE", tmp_path)
+    monkeypatch.setattr(recipe, "drawings", lambda: levels)
+    monkeypatch.setattr(recipe, "held_out_drawings", lambda indices: levels[:2])
+    recipe.train_taesd(torch.device("cpu"), steps=2, batch=2)
+
+    folder = tmp_path / "tiny-turbo-taesd"
+    assert (folder / "diffusion_pytorch_model.safetensors").stat().st_size < 300_000
+    turbo = bases.load_base("tiny-turbo", ("vae",))
+    network = load_autoencoder(str(folder), turbo)
+    assert isinstance(network, TAESD) and network.config == recipe.TAESD
+    peer = AutoencoderTiny.from_pretrained(folder).double()
+    z = normal(1, 4, 8, 8)
+    assert relative(network.double().decode(z), peer.decode(z).sample) < 1e-9
+    last = read_log(tmp_path / "runs" / "taesd")[-1]
+    assert {"psnr", "psnr_vae", "psnr_encoder", "psnr_decoder"} < last.keys()

@@ -773,7 +773,8 @@ def test_the_first_steps_denoise_and_resuming_among_them_gives_the_same_bits(
     assert terms == [{"kl"}] * 2 + [{"gan", "kl", "con", "disc"}] * 2
 
 
-def test_denoising_gives_pure_noise_a_weight():
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_denoising_is_the_kl_term_alone(floor):
     x0, eps = normal(2, 4, 3, 3), normal(2, 4, 3, 3, seed=1)
     t = torch.tensor([999, 10])
     schedule = Schedule.from_config(SCHEDULE.config | {"rescale_betas_zero_snr": True})
@@ -781,11 +782,11 @@ def test_denoising_gives_pure_noise_a_weight():
     def nothing(x, t, context):
         return torch.zeros_like(x)
 
-    cfg = trainer.Config(snr_gamma=5.0)
+    cfg = trainer.Config(snr_gamma=5.0, snr_floor=floor)
     terms, fake, real = trainer.denoising_losses(nothing, x0, [], t, eps, schedule, cfg)
     squares = x0.square().mean((1, 2, 3))
     assert terms.keys() == {"kl"} and real is x0 and (fake == 0).all()
-    assert relative(terms["kl"], (squares[0] + 5 * squares[1]) / 2) < 1e-9
+    assert relative(terms["kl"], (floor * squares[0] + 5 * squares[1]) / 2) < 1e-9
 
 
 @pytest.mark.parametrize("way", ["lora", "all"])

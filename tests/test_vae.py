@@ -254,8 +254,10 @@ def test_tiles_cover_the_picture_with_weights_that_sum_to_one_and_none_is_larger
 
     made = tiled(network, [picture, latent], size, 8)
     assert (made - 2 * picture).abs().max() < 1e-12
-    h, w = (min(8, side) for side in size)
-    assert seen == {(h, w), (4 * h, 4 * w)}
+    assert len(seen) == 2
+    h, w = min(seen)
+    assert max(seen) == (4 * h, 4 * w)
+    assert min(6, min(size)) <= min(h, w) <= max(h, w) <= 8
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
     python -m tiny.recipe tokenizer     the vocabulary: seconds
     python -m tiny.recipe vae           the autoencoder of drawn scenes
+    python -m tiny.recipe taesd         tiny-turbo-taesd, a faster one for its latents: minutes
     python -m tiny.recipe classifier    the attribute classifier, for tiny/measure.py
     python -m tiny.recipe sd            tiny-sd: text encoder and U-Net, an ordinary epsilon model
     python -m tiny.recipe turbo         tiny-turbo, its one-step model: train_yoso.py, four stages
@@ -34,7 +35,7 @@ from tqdm import tqdm
 import training
 from files import bases, checkpoints, tokenizers
 from files.tensors import read_config, read_tensors, save_tensors
-from models import clip, diffusion, unet, vae
+from models import clip, diffusion, taesd, unet, vae
 from tiny import measure, scenes
 
 HERE = pathlib.Path(__file__).parent
@@ -243,16 +244,21 @@ VAE = vae.VAEConfig(
 )
 
 
-def vae_loss(y: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
-    """|y - x| + 2 (y - x)^2 + 0.5 |dy - dx| + 1e-4 KL.
+def picture_loss(y: Tensor, x: Tensor) -> Tensor:
+    """|y - x| + 2 (y - x)^2 + 0.5 |dy - dx|.
 
     d are the differences of neighbouring pixels: rain, snow and stars live in them.
     """
     slopes = 0
     for dim in (2, 3):
         slopes = slopes + (y.diff(dim=dim) - x.diff(dim=dim)).abs().mean()
+    return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 0.5 * slopes
+
+
+def vae_loss(y: Tensor, x: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
+    """picture_loss(y, x) + 1e-4 KL."""
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + 0.5 * slopes + 1e-4 * kl
+    return picture_loss(y, x) + 1e-4 * kl
 
 
 def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
@@ -287,6 +293,63 @@ def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
             means.append(network.encode(pictures(drawn[i:i + 100]).to(device))[0])
     network.config.scaling_factor = round(1 / torch.cat(means).std().item(), 4)
     bases.save_folder(HERE / "tiny-turbo", bases.Base("tiny-turbo", vae=network), torch.float16)
+
+
+# -------------------- A tiny autoencoder of the same latents
+
+TAESD = taesd.TAESDConfig(
+    encoder_block_out_channels=(24,) * 3,
+    decoder_block_out_channels=(24,) * 3,
+    num_encoder_blocks=(1, 1, 1),
+    num_decoder_blocks=(2, 1, 1),
+)
+
+
+def train_taesd(device: torch.device, steps: int = 3000, batch: int = 8) -> None:
+    """Trains on what the VAE of tiny-turbo makes of drawings: scaled latents, and pictures of them.
+
+    psnr_decoder and psnr_encoder compare with the VAE's pictures, where one half takes the place of
+    the VAE's; psnr and psnr_vae are those of either whole autoencoder to the drawings.
+    """
+    torch.manual_seed(SEED)
+    teacher = bases.load_base("tiny-turbo", ("vae",), torch.float32, str(device)).vae
+    scaling = teacher.config.scaling_factor
+    network = taesd.TAESD(TAESD).to(device)
+    drawn = drawings()
+    held_out = pictures(held_out_drawings(range(64))).to(device)
+
+    def loss(step: int) -> Tensor:
+        rng = training.rng(SEED, step, "taesd")
+        rows = torch.randint(len(drawn), (batch,), generator=rng)
+        x = pictures(drawn[rows]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                mean, logvar, _ = teacher.encode(x)
+                noise = torch.randn(mean.shape, generator=rng).to(device)
+                z = mean + (0.5 * logvar.float()).exp() * noise
+                target = teacher.decode(z)
+            found, _, _ = network.encode(x)
+            y = network.decode(z * scaling)
+        return F.mse_loss(found.float(), mean.float() * scaling) + picture_loss(y.float(), target)
+
+    @torch.no_grad()
+    def validate(step: int) -> dict:
+        mean, _, _ = teacher.encode(held_out)
+        decoded = teacher.decode(mean).clamp(-1, 1)
+        z, _, _ = network.encode(held_out)
+        y = network.decode(mean * scaling)
+        columns = [held_out[:24], decoded[:24], y[:24]]
+        training.save_grid(RUNS / "taesd" / f"{step:06d}.png", columns, at_least=128)
+        pairs = dict(
+            psnr_decoder=(y, decoded),
+            psnr_encoder=(teacher.decode(z / scaling), decoded),
+            psnr=(network.decode(z), held_out),
+            psnr_vae=(decoded, held_out),
+        )
+        return {name: measure.psnr(*pair).mean().item() for name, pair in pairs.items()}
+
+    train("taesd", network, loss, validate, steps, rate=2e-3)
+    bases.save_network(HERE / "tiny-turbo-taesd", network, torch.float16)
 
 
 # -------------------- The attribute classifier
@@ -579,6 +642,7 @@ def train_adapters(device: torch.device) -> None:
 STAGES = {
     "tokenizer": train_tokenizer,
     "vae": train_vae,
+    "taesd": train_taesd,
     "classifier": train_classifier,
     "sd": train_sd,
     "turbo": train_turbo,

@@ -25,7 +25,7 @@ LEVEL = 0.3
 CONTRAST = (0.4, 2.5)
 # A discriminator's accuracy on real pictures plus that on fakes, minus 1: 0 is chance.
 WON = 0.95
-BLIND = 0.03
+BLIND = 0.02
 # Distance of the mean hues of outputs and targets, of about 1 at most.
 TINT = 0.2
 # A gradient norm over the median of those before.
@@ -208,7 +208,14 @@ def level(history: History) -> str | None:
 
 
 def contrast(history: History) -> str | None:
+    """Of previews, and YOSO's `spread` of latents in its steps."""
     least, most = CONTRAST
+    spreads = history.recent("spread")
+    if spreads and not least <= statistics.median(spreads) <= most:
+        return (
+            f"samples have {statistics.median(spreads):.2g} times the spread of the data over the"
+            f" last {len(spreads)} steps (spread); lower --learning_rate"
+        )
     for name in history.names("preview_contrast"):
         points = history.previews(name)
         values = [value for _, value in points]
