@@ -2,6 +2,7 @@
 
     pictures.py     one picture: opening, preparation, tensors, edges
     folders.py      paired, unpaired and captioned data sets
+    digits.py       the data set digits
     loader.py       the batches of each training step
     cache.py        latents and text contexts, computed once; priors
     check.py        what a data set holds, and what is wrong with it
@@ -32,10 +33,11 @@ paired data set, or one of these:
     FILE.zip    pictures, with a dataset.json in the layout of EDM,
                 {"labels": [["name", class], ...]}
     FILE.txt    captions alone, one a line: a --teacher draws pictures
+    digits      10,000 handwritten digits (a folder of that name: ./digits)
     CACHE       what `python -m dataset cache` made of one of these
 
 Every tenth item of these is for the test, unless FOLDER has the
-subfolders train/ and test/.
+subfolders train/ and test/; of the digits, a hundred a class.
 
 Pictures are files under the suffixes of pictures.SUFFIXES, directly in
 their folder. What else is there is named in one line on stderr when a

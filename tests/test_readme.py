@@ -46,12 +46,8 @@ def test_every_command_names_flags_that_exist():
     for target, rest in commands:
         path = ROOT / target if target.endswith(".py") else ROOT / target.replace(".", "/")
         assert path.exists() or path.with_suffix(".py").exists(), target
-        sources = [path] if path.is_file() else sorted(ROOT.glob(f"{target.replace('.', '/')}*"))
-        text = "".join(
-            file.read_text()
-            for source in sources
-            for file in ([source] if source.is_file() else sorted(source.glob("*.py")))
-        )
+        sources = [path, path.with_suffix(".py"), *sorted(path.glob("*.py"))]
+        text = "".join(source.read_text() for source in sources if source.is_file())
         for flag in re.findall(r"--(\w+)", rest.split("#")[0].split("`")[0]):
             if flag == "lambda_l1":  # the flag that the reader adds
                 continue

@@ -28,8 +28,8 @@ WON = 0.95
 BLIND = 0.02
 # Distance of the mean hues of outputs and targets, of about 1 at most.
 TINT = 0.2
-# A gradient norm over the median of those before.
-GRADIENT = 20.0
+# How often in the last 50 steps a gradient norm was so many times the median before them.
+GRADIENT, OFTEN, LATEST = 10.0, 4, 50
 # How much worse than the best a validation is, relative to the best.
 WORSE = 0.05
 # Training items in an epoch.
@@ -283,13 +283,13 @@ def gradient(history: History) -> str | None:
         values = history.recent(name)
         if not values:
             continue
-        usual = statistics.median(values)
-        latest = statistics.median(values[-5:])  # one outlier is clipped and forgotten
-        if latest > GRADIENT * usual > 0:
+        usual = statistics.median(values[:-LATEST])
+        high = [value for value in values[-LATEST:] if value > GRADIENT * usual > 0]
+        if len(high) >= OFTEN:  # a single one is clipped and forgotten
             return (
-                f"{name} was {latest:.3g} in the last 5 steps and {usual:.3g} in the last"
-                f" {len(values)}: training is about to diverge; lower --learning_rate or"
-                " --max_grad_norm, and go on from the last good state"
+                f"{name} was over {GRADIENT:.0f} times its usual {usual:.2g} in {len(high)} of the"
+                f" last {LATEST} steps, up to {max(high):.2g}: training may diverge; lower"
+                " --learning_rate or --max_grad_norm"
             )
     return None
 
