@@ -20,7 +20,7 @@ OF_TWO = [*SMALL, "--train_batch_size", 2]
 TRANSLATOR = ["--disc_width", 8, "--lambda_gan", 1, "--train", "lora"]
 TRAINERS = {
     train_pix2pix_turbo: [*OF_TWO, *TRANSLATOR],
-    train_cyclegan_turbo: [*OF_TWO, *TRANSLATOR],
+    train_cyclegan_turbo: [*OF_TWO, "--lambda_gan", 0, "--train", "lora"],
     train_yoso: [*OF_TWO, "--prior_pictures", 3],
 }
 NAMES = [trainer.__name__ for trainer in TRAINERS]

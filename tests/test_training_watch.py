@@ -78,7 +78,7 @@ SICK = {
     "one answer": (dict(disc_right_on_real=1.0, disc_right_on_fake=0.0, steps=250), "250 steps"),
     "off colour": (dict(preview_tint=0.5), "drift: the mean hue of outputs is 0.5 from that of"),
     "off colour in b": (dict(preview_tint_a2b=0.5), "(preview_tint_a2b)"),
-    "explodes": (dict(grad_norm=after(595, 100, before=1)), "gradient: grad_norm was over 10 times"),
+    "explodes": (dict(grad_norm=after(595, 100, before=1)), "grad_norm was over 10 times"),
     "D explodes": (dict(disc_grad_norm=after(595, 100, before=1)), "disc_grad_norm was"),
     "by heart": (dict(val_score=lambda step: 1 + abs(step - 200) / 100), "best at step 200"),
     "by heart, in dB": (dict(val_score=lambda step: abs(step - 200) / 50 - 22), "best at step 200"),
