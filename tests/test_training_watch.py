@@ -75,7 +75,7 @@ SICK = {
     "wild": (dict(spread=4.0), "samples have 4 times the spread of the data over the last 100"),
     "has won": (dict(disc_right_on_real=0.995, disc_right_on_fake=0.99), "discriminator has won"),
     "blind": (BLIND | dict(steps=200), "the discriminator is blind: it has told"),
-    "one answer": (dict(disc_right_on_real=1.0, disc_right_on_fake=0.0, steps=250), "250 steps"),
+    "one answer": (dict(disc_right_on_real=1.0, disc_right_on_fake=0.0, steps=210), "210 steps"),
     "off colour": (dict(preview_tint=0.5), "drift: the mean hue of outputs is 0.5 from that of"),
     "off colour in b": (dict(preview_tint_a2b=0.5), "(preview_tint_a2b)"),
     "explodes": (dict(grad_norm=after(595, 100, before=1)), "grad_norm was over 10 times"),
@@ -99,7 +99,7 @@ def test_a_signal_that_leaves_its_range_is_warned_of_by_name_and_with_a_remedy(s
 HEALTHY = {
     "blind for a short time": BLIND | dict(steps=199),
     "has met its match": dict(
-        steps=250, disc_right_on_real=after(90, 0.1, before=0.8), disc_right_on_fake=0.9
+        steps=205, disc_right_on_real=after(90, 0.1, before=0.8), disc_right_on_fake=0.9
     ),
     "for a moment": dict(disc_right_on_real=after(590, 1, before=0.7), disc_right_on_fake=1.0),
     "one preview": dict(preview_variety=after(599, 0.02, before=0.8)),

@@ -23,9 +23,10 @@ COLLAPSE = 0.15
 # Mean level of the outputs minus that of the targets, of -1 to 1, and ratio of the contrasts.
 LEVEL = 0.3
 CONTRAST = (0.4, 2.5)
-# A discriminator's accuracy on real pictures plus that on fakes, minus 1: 0 is chance.
+# A discriminator's accuracy on real pictures plus that on fakes, minus 1: 0 is chance. It has won
+# above the first; it is blind if the mean is below so many standard errors.
 WON = 0.95
-BLIND = 0.02
+BLIND = 2.0
 # Distance of the mean hues of outputs and targets, of about 1 at most.
 TINT = 0.2
 # How often in the last 50 steps a gradient norm was so many times the median before them.
@@ -242,21 +243,19 @@ def discriminator_won(history: History) -> str | None:
 
 
 def discriminator_blind(history: History) -> str | None:
-    """One that has never seen a difference. One that no longer does may have met its match."""
-    points = history.series.get("disc_right_on_real", [])
-    steps = len(points)
-    if not 2 * history.window <= steps <= 3 * history.window:
+    """One that has seen nothing in the first two windows. Later it may have met its match."""
+    steps = 2 * history.window
+    real = history.series.get("disc_right_on_real", [])
+    if not steps <= len(real) <= steps + 20:
         return None
-    real = [value for _, value in points]
-    fake = [value for _, value in history.series["disc_right_on_fake"]]
-    part = history.window // 2
-    for first in range(0, steps - part + 1, part):
-        last = first + part
-        if abs(informedness(real[first:last], fake[first:last])) > BLIND:
-            return None
+    fake = history.series["disc_right_on_fake"]
+    known = [informedness([r], [f]) for (_, r), (_, f) in zip(real, fake)]
+    error = statistics.pstdev(known) / math.sqrt(len(known))
+    if statistics.fmean(known) > BLIND * error:
+        return None
     return (
-        f"it has told outputs from real pictures no better than by chance in all {steps} steps, so"
-        " the generator learns nothing from it; try a larger --lambda_gan, a higher learning rate"
+        f"it has told outputs from real pictures no better than by chance in all {len(known)}"
+        " steps, so the generator learns nothing from it; try a larger --lambda_gan, a higher rate"
         " (--learning_rate, or YOSO's --disc_lr_ratio), or another --gan_disc_type"
     )
 
