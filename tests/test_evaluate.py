@@ -909,7 +909,7 @@ def test_a_file_that_does_not_hold_kept_statistics_is_refused(content, command, 
             "--real small --fake small --metrics ssim",
             "pictures of 8x9; its window takes 11 pixels a side",
         ),
-        ("--real small --fake small --metrics lpips", "of 16 pixels a side or more"),
+        ("--real small --fake small --metrics lpips", "16 pixels a side or more"),
         (
             "--real REAL --fake broken --metrics fid",
             "broken/0.png is not a picture of a known format",
