@@ -118,7 +118,7 @@ def test_another_picture_and_a_missing_one_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(dataset.digits, "SHEET", path)
     refused(opened, "test", match="there is no such file")
     Image.new("RGB", (28, 28)).save(path)
-    refused(opened, "test", match="28x28 RGB")
+    refused(opened, "test", match="other.png is a PNG picture")
 
 
 def test_a_misspelt_name_says_what_there_is():
