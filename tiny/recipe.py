@@ -298,10 +298,10 @@ def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
 # -------------------- A tiny autoencoder of the same latents
 
 TAESD = taesd.TAESDConfig(
-    encoder_block_out_channels=(24,) * 3,
-    decoder_block_out_channels=(24,) * 3,
+    encoder_block_out_channels=(16,) * 3,
+    decoder_block_out_channels=(32,) * 3,
     num_encoder_blocks=(1, 1, 1),
-    num_decoder_blocks=(2, 1, 1),
+    num_decoder_blocks=(2, 1, 0),
 )
 
 
@@ -348,7 +348,7 @@ def train_taesd(device: torch.device, steps: int = 3000, batch: int = 8) -> None
         )
         return {name: measure.psnr(*pair).mean().item() for name, pair in pairs.items()}
 
-    train("taesd", network, loss, validate, steps, rate=2e-3)
+    train("taesd", network, loss, validate, steps, rate=4e-3)
     bases.save_network(HERE / "tiny-turbo-taesd", network, torch.float16)
 
 
