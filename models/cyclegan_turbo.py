@@ -21,6 +21,7 @@ from models.pix2pix_turbo import (
     add_skip_convs,
     check_official,
     check_timestep,
+    check_vae,
     convolved_skips,
     skip_conv_names,
 )
@@ -61,7 +62,7 @@ class CycleGANTurbo(nn.Module):
     """The generator. It changes the given networks in place: they belong to it from now on.
 
     Exactly the parameters to be trained have `requires_grad`. `generator` is the random generator
-    of the initial LoRA weights. ValueError for a timestep that the schedule does not have.
+    of the initial LoRA weights. ValueError for a VAE or a timestep that does not suit.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class CycleGANTurbo(nn.Module):
         self.unet = unet
         self.schedule = schedule
         self.config = config
+        check_vae(vae)
         check_timestep(config.timestep, schedule)
 
         # While the VAE is frozen, the copy has modules of its own around the same Parameters.

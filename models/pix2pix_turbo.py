@@ -108,6 +108,15 @@ def convolved_skips(vae: VAE, skips: list[Tensor], skip_scale: float) -> list[Te
 
 # -------------------- generator
 
+def check_vae(vae: nn.Module) -> None:
+    """ValueError for an autoencoder without the blocks that skips and adapters belong to."""
+    if not isinstance(vae, VAE):
+        raise ValueError(
+            f"the base's autoencoder is {type(vae).__name__}; a translator needs a base with"
+            " AutoencoderKL, as sd-turbo and tiny-turbo have"
+        )
+
+
 def check_timestep(timestep: int, schedule: Schedule) -> None:
     """ValueError unless the schedule has this timestep."""
     last = len(schedule.alpha) - 1
@@ -119,7 +128,7 @@ class Pix2PixTurbo(nn.Module):
     """The generator. It changes the given networks in place: they belong to it from now on.
 
     Exactly the parameters to be trained have `requires_grad`. `generator` is the random generator
-    of the initial LoRA weights. ValueError for a timestep that does not suit.
+    of the initial LoRA weights. ValueError for a VAE or a timestep that does not suit.
     """
 
     def __init__(
@@ -135,6 +144,7 @@ class Pix2PixTurbo(nn.Module):
         self.unet = unet
         self.schedule = schedule
         self.config = config
+        check_vae(vae)
         check_timestep(config.timestep, schedule)
         if config.stochastic and config.timestep != len(schedule.alpha) - 1:
             raise ValueError(

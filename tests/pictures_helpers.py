@@ -25,6 +25,23 @@ def pixels(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture).astype(int)
 
 
+def cache_settings(source: Path, output: Path, **changes) -> dict:
+    """The arguments of `write_cache` for a small cache of 8 x 8 pictures."""
+    settings = dict(
+        source=str(source),
+        base_name="tiny",
+        output=output,
+        prep="resized_crop_8",
+        size=8,
+        column="text",
+        seed=0,
+        batch=4,
+        device="cpu",
+        dtype="float32",
+    )
+    return settings | changes
+
+
 def make_pairs(
     folder: Path,
     count: int = 5,

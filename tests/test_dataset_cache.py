@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures_helpers import noise, refused
+from pictures_helpers import cache_settings, noise, refused
 
 import files.tensors
 from dataset.cache import Cached, write_cache
@@ -19,19 +19,7 @@ def make_pictures(folder: Path, count: int) -> None:
 
 def settings(folder: Path, output: str = "cache", **changes) -> dict:
     """Arguments of `write_cache` for the pictures in `folder`."""
-    arguments = dict(
-        source=str(folder),
-        base_name="tiny",
-        output=folder / output,
-        prep="resized_crop_8",
-        size=8,
-        column="text",
-        seed=0,
-        batch=4,
-        device="cpu",
-        dtype="float32",
-    )
-    return arguments | changes
+    return cache_settings(folder, folder / output) | changes
 
 
 def test_a_cache_with_a_text_encoder_in_bfloat16_has_the_same_latents(tmp_path):

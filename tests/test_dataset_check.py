@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from pictures_helpers import make_pairs, noise, refused
+from pictures_helpers import cache_settings, make_pairs, noise, refused
 from PIL import Image
 
 import dataset
@@ -311,19 +311,8 @@ def test_what_yoso_refuses_to_open_is_a_problem(tmp_path, run, spoiled, reason):
 
 
 def test_a_damaged_shard_of_a_cache_is_a_problem(tmp_path, run):
-    write_cache(
-        source=str(captioned(tmp_path / "pictures")),
-        base_name="tiny",
-        output=tmp_path / "cache",
-        prep="resized_crop_8",
-        size=8,
-        column="text",
-        seed=0,
-        batch=4,
-        device="cpu",
-        dtype="float32",
-        shard_items=6,
-    )
+    pictures = captioned(tmp_path / "pictures")
+    write_cache(**cache_settings(pictures, tmp_path / "cache", shard_items=6))
     status, out, _ = run("check", tmp_path / "cache")
     assert (status, problems_in(out)) == (0, [])
     assert "train: 18 items in 3 shards" in out
@@ -476,18 +465,7 @@ def test_drawings_have_no_captions_to_count():
 def test_making_a_cache_says_how_many_captions_are_cut(tmp_path, capsys):
     pictures = captioned(tmp_path / "pictures")
     (pictures / "03.txt").write_text(LONG)
-    write_cache(
-        source=str(pictures),
-        base_name="tiny",
-        output=tmp_path / "cache",
-        prep="resized_crop_8",
-        size=8,
-        column="text",
-        seed=0,
-        batch=4,
-        device="cpu",
-        dtype="float32",
-    )
+    write_cache(**cache_settings(pictures, tmp_path / "cache"))
     assert f"{pictures}: 1 of 18 captions are longer" in capsys.readouterr().err
     captions = captions_of(open_captioned(tmp_path / "cache", "train", ""))
     assert len(captions) == 18 and LONG in captions

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures_helpers import coordinates, make_pairs, noise, pixels, refused
+from pictures_helpers import cache_settings, coordinates, make_pairs, noise, pixels, refused
 from PIL import Image
 
 import dataset
@@ -450,18 +450,7 @@ def test_workers_open_a_zip_and_a_cache_for_themselves(tmp_path):
             noise(40, 40, i).save(tmp_path / "one.png")
             archive.write(tmp_path / "one.png", f"{i:02d}.png")
         archive.writestr("dataset.json", '{"labels": null}')
-    write_cache(
-        source=str(source),
-        base_name="tiny",
-        output=tmp_path / "cache",
-        prep="resized_crop_8",
-        size=8,
-        column="text",
-        seed=0,
-        batch=4,
-        device="cpu",
-        dtype="float32",
-    )
+    write_cache(**cache_settings(source, tmp_path / "cache"))
 
     for name in ("set.zip", "cache"):
         pictures = open_captioned(tmp_path / name, "train", "no_resize")

@@ -98,10 +98,10 @@ def test_a_sheet_holds_the_digits_of_a_zip_and_their_labels(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        (lambda data: data[:500_000], "damaged.png"),
-        (lambda data: data[:900_000] + b"\0" + data[900_001:], "damaged.png"),
-        (lambda data: b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
-        (lambda data: b"", "damaged.png is empty"),
+        (lambda data: data[:500_000], "damaged.png cannot be used"),
+        (lambda data: data[:900_000] + b"\0" + data[900_001:], "damaged.png cannot be used"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1", "cannot identify"),
+        (lambda data: b"", "damaged.png cannot be used"),
     ],
     ids=["cut", "a byte", "pointer", "empty"],
 )
@@ -118,7 +118,7 @@ def test_another_picture_and_a_missing_one_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(dataset.digits, "SHEET", path)
     refused(opened, "test", match="there is no such file")
     Image.new("RGB", (28, 28)).save(path)
-    refused(opened, "test", match="other.png is a PNG picture")
+    refused(opened, "test", match="28x28 RGB")
 
 
 def test_a_misspelt_name_says_what_there_is():

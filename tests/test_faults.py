@@ -28,6 +28,7 @@ import pytest
 import sentencepiece
 import torch
 from hypothesis import strategies as st
+from pictures_helpers import cache_settings
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -251,18 +252,8 @@ def make_data_sets(folder: Path) -> None:
             labels.append([name, i % 3])
         archive.writestr("dataset.json", json.dumps(dict(labels=labels)))
 
-    cache.write_cache(
-        source=str(captioned),
-        base_name=str(folder / "base"),
-        output=folder / "cache",
-        prep="resized_crop_8",
-        size=8,
-        column="text",
-        seed=0,
-        batch=4,
-        device="cpu",
-        dtype="float32",
-    )
+    settings = cache_settings(captioned, folder / "cache", base_name=str(folder / "base"))
+    cache.write_cache(**settings)
     read_stats(folder)
 
 

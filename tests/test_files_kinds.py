@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import normal
-from pictures_helpers import make_pairs, refused
+from pictures_helpers import cache_settings, make_pairs, refused
 from PIL import Image
 from pipelines import UNET, refusal, tiny_pipeline, weight_file
 from safetensors.torch import load_file, save_file
@@ -243,18 +243,7 @@ def test_of_two_caches_the_first_difference_is_shown(tmp_path):
     for i in range(10):
         levels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
         Image.fromarray(levels).save(folder / f"{i}.png")
-    settings = dict(
-        source=str(folder),
-        base_name="tiny",
-        output=tmp_path / "cache",
-        prep="resized_crop_8",
-        size=8,
-        column="text",
-        seed=0,
-        batch=4,
-        device="cpu",
-        dtype="float32",
-    )
+    settings = cache_settings(folder, tmp_path / "cache")
     write_cache(**settings)
     message = "its seed is 0, and this one's would be 1"
     refused(write_cache, **settings | dict(seed=1), match=message)

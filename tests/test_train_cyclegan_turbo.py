@@ -452,6 +452,7 @@ BAD = {
         ["--dataset_folder", "drawn:squares"],
         ["squares", "drawn:day2night"],
     ),
+    "a base without VAE": (None, ["--base", "pixels"], ["Identity", "AutoencoderKL"]),
     "the paired trainer's flag": (None, ["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
     "timestep of none": (None, ["--timestep", "1000"], ["timestep is 1000", "0 to 999"]),
     "init of another kind": (

@@ -584,6 +584,7 @@ BAD = {
     "no circles": (["--dataset_folder", "drawn:circles"], None, ["circles", "drawn:scenes"]),
     "no such base": (["--base", "/nowhere"], None, ["/nowhere", "expected a folder"]),
     "base without index": (["--base", "{tmp}"], None, ["model_index.json"]),
+    "a base without VAE": (["--base", "pixels"], None, ["Identity", "AutoencoderKL"]),
     "no such device": (["--device", "warp"], None, ["--device warp"]),
     "unknown preparation": (CROP, None, ["crop", "resized_crop_N"]),
     "unknown preparation of drawings": (

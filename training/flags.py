@@ -31,6 +31,7 @@ MAY_CHANGE = {
     "validation_steps",
     "validation_num_images",
     "validation_prompts",
+    "preview_vae",
     "viz_freq",
     "report_to",
     "tracker_project_name",
@@ -42,7 +43,6 @@ AT_LEAST = {
     "lr_warmup_steps": 0,
     "denoising_steps": 0,
     "prior_pictures": 0,
-    "tile": 32,
 }
 # Flags of other trainers that have no meaning here, and why.
 REFUSED = {
