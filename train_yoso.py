@@ -171,8 +171,8 @@ PRETRAINED = TINY | dict(
     disc_lr_ratio=1.0,
     max_train_steps=300,
 )
-# Defaults for training from scratch on raw pictures. A slower generator does not help: it is no
-# more varied, and later. Offsets (coop_steps) of 500 in place of 250 give fewer kinds of digits.
+# Defaults for training from scratch on raw pictures. On digits, longer is not better: from about
+# 1,000 steps on, the samples of a class become more alike (tiny/README.md).
 PIXELS = TINY | dict(
     dataset_folder="digits",
     resolution=16,
@@ -185,7 +185,7 @@ PIXELS = TINY | dict(
     adam_weight_decay=0.0,
     train_batch_size=32,
     denoising_steps=600,
-    max_train_steps=2000,
+    max_train_steps=1000,
     prior_pictures=0,
     lambda_kl=1.0,
     lambda_con=1.0,
@@ -364,9 +364,8 @@ def denoising_losses(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The KL term alone, of one micro-batch: what a generator with random weights learns first.
 
-    Leave the floor at 0 for this. With 1, G learns to make the mean of all pictures of a caption
-    out of pure noise, whatever the noise, and the discriminator takes long to undo that. Returns
-    the term, G's samples, and x0.
+    With a floor above 0, G learns to make the mean of a caption's pictures out of pure noise, and
+    to ignore which noise. Returns the term, G's samples, and x0.
     """
     fake = G(add_noise(x0, eps, t, schedule), t, context)
     loss = kl_loss(fake, x0, t, schedule, cfg.snr_gamma, cfg.snr_floor)

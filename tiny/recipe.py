@@ -2,7 +2,7 @@
 
     python -m tiny.recipe tokenizer     the vocabulary: seconds
     python -m tiny.recipe vae           the autoencoder of drawn scenes
-    python -m tiny.recipe taesd         tiny-turbo-taesd, a faster one for its latents: minutes
+    python -m tiny.recipe taesd         a faster one for its latents, for sample.py --vae: minutes
     python -m tiny.recipe classifier    the attribute classifier, for tiny/measure.py
     python -m tiny.recipe sd            tiny-sd: text encoder and U-Net, an ordinary epsilon model
     python -m tiny.recipe turbo         tiny-turbo, its one-step model: train_yoso.py, four stages
