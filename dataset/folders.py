@@ -342,7 +342,7 @@ def open_paired(
     seed: int = 0,
     size: int = 32,
 ) -> Dataset:
-    """A folder of pairs, or drawn:scenes.
+    """A folder of pairs, drawn:scenes, or drawn:loose, where one caption in five is a loose one.
 
     `seed` and `size` are those of the drawings, which ignore `prep` except that it must exist.
     """
@@ -351,9 +351,11 @@ def open_paired(
     prepare(prep)
     from tiny import scenes
 
-    if str(folder) != "drawn:scenes":
-        raise ValueError(f"there are no drawings {folder}: expected drawn:scenes")
-    return scenes.Paired(split, size, seed)
+    if str(folder) not in ("drawn:scenes", "drawn:loose"):
+        raise ValueError(
+            f"there are no drawings {folder}: expected drawn:scenes or drawn:loose"
+        )
+    return scenes.Paired(split, size, seed, loose=str(folder) == "drawn:loose")
 
 
 # -------------------- two domains without pairs

@@ -292,7 +292,7 @@ def test_real_pairs_open(shared):
 
 
 def test_unknown_drawings_are_refused_with_the_known_ones():
-    message = "drawn:squares: expected drawn:scenes"
+    message = "drawn:squares: expected drawn:scenes or drawn:loose"
     refused(open_paired, "drawn:squares", "train", "no_resize", match=message)
 
 

@@ -280,6 +280,29 @@ def test_captions_name_what_is_drawn():
     assert scenes.caption(boat) == "a red boat by a lake at dusk in the fog"
 
 
+def test_loose_captions_name_the_same_things_in_other_words():
+    scene = scenes.Scene((("red", "house"), ("blue", "car")), "sand", "night", "rain", 0)
+    texts = [scenes.loose_caption(scene, scenes._rng("test", i)) for i in range(200)]
+    assert len(set(texts)) > 190
+    named = [text for text in texts if ("red" in text or "crimson" in text) and "blue" in text]
+    assert len(named) > 180  # typing errors are in some
+    for absent in ("green", "boat", "snow", "day"):
+        assert not any(absent in text for text in texts)
+
+
+def open_drawn(name: str, split: str):
+    return folders.open_paired(f"drawn:{name}", split, "no_resize", size=32)
+
+
+def test_one_training_caption_in_five_is_loose_where_that_is_asked_for():
+    plain = open_drawn("scenes", "train")
+    loose = open_drawn("loose", "train")
+    differs = [plain[i]["caption"] != loose[i]["caption"] for i in range(20)]
+    assert differs == [i % 5 == 0 for i in range(20)]
+    assert torch.equal(plain[5]["target"], loose[5]["target"])
+    assert open_drawn("scenes", "test")[5]["caption"] == open_drawn("loose", "test")[5]["caption"]
+
+
 def test_the_tiny_tokenizer_knows_every_word_and_cuts_no_caption():
     tokenizer = tokenizers.load_tokenizer("tiny")
     longest = (

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import sample
@@ -127,6 +128,18 @@ def test_the_recipe_trains_adapters_that_load_and_goes_on_with_what_is_done(monk
         "a scene in the day in the rain",
     ]
     assert checkpoints.load_generator("edges2scene").r == 0.4
+
+
+def test_gradient_energy_falls_with_blur_and_steepness_finds_where():
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    blurred = F.avg_pool2d(x, 3, 1, padding=1)
+    assert recipe.gradient_energy(x, x) == pytest.approx(1)
+    assert 0 < recipe.gradient_energy(blurred, x) < 0.3
+    assert recipe.gradient_energy(2 * x, x) == pytest.approx(4)
+    shuffled = x.flip(3)
+    assert recipe.sharpening_loss(x, x) == 0
+    assert (recipe.steepness(shuffled).mean() - recipe.steepness(x).mean()).abs() < 0.02
+    assert (recipe.steepness(x) - recipe.steepness(blurred) > 0).all()
 
 
 def test_a_script_of_the_recipe_that_fails_is_named():

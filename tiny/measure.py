@@ -24,6 +24,7 @@ import training
 from dataset.pictures import canny, to_picture, to_tensor
 from files import bases, checkpoints
 from tiny import scenes
+from tiny.typed import TYPED
 
 HERE = pathlib.Path(__file__).parent
 N = 200  # held-out drawings of a measurement
@@ -233,6 +234,44 @@ def measure_sd(classifier: AttributeClassifier) -> list[dict]:
     return [measure_text(classifier, "tiny-sd", 25, guidance, 0) for guidance in (1.0, 3.0)]
 
 
+def measure_typed(classifier: AttributeClassifier, name: str = "tiny-turbo") -> dict:
+    """Captions as people type them, in one step: the shares of what they ask for that is drawn.
+
+    Beside the shares of each kind of attribute, the captions of which something is missing.
+    """
+    base = bases.load_base(name, dtype=torch.float32)
+    right = {}
+    missing = {}
+    for text, asked in TYPED.items():
+        picture = sample.text_to_image(base, text, [0], (SIZE, SIZE), steps=1, sampler="lcm")
+        there = shown(classifier, picture)
+        for word in filter(None, asked.split(", ")):
+            right.setdefault(kind_of(word), []).append(word in there)
+            if word not in there:
+                missing.setdefault(text, []).append(word)
+    right["all"] = [value for values in right.values() for value in values]
+    shares = {kind: sum(values) / len(values) for kind, values in right.items()}
+    return dict(attributes=shares, missing=missing)
+
+
+def shown(classifier: AttributeClassifier, picture: Tensor) -> set[str]:
+    """What a picture [1, 3, 64, 64] shows, in words: "night", "red house", and "house"."""
+    *fields, things = predict(classifier, picture.clamp(-1, 1))
+    words = {FIELDS[name][row[0].argmax()] for name, row in zip(FIELDS, fields)}
+    for (colour, kind), logit in zip(THINGS, things[0]):
+        if logit > 0:
+            words |= {kind, f"{colour} {kind}"}
+    return words
+
+
+def kind_of(word: str) -> str:
+    """The name under which `attribute_accuracy` counts such a word."""
+    for name, values in FIELDS.items():
+        if word in values:
+            return name
+    return "object" if word in scenes.KINDS else "colour"
+
+
 def measure_sd_one_step(classifier: AttributeClassifier) -> list[dict]:
     return [measure_text(classifier, "tiny-sd", 1, 1.0, 0)]
 
@@ -337,6 +376,7 @@ def measure_clear2rain(classifier: AttributeClassifier) -> dict:
 MEASUREMENTS: dict[str, Callable[[AttributeClassifier], object]] = {
     "vae": measure_vae,
     "turbo": measure_turbo,
+    "typed": measure_typed,
     "sd": measure_sd,
     "sd one step": measure_sd_one_step,
     "day2night": measure_day2night,

@@ -2,9 +2,11 @@
 
     python -m tiny.recipe tokenizer     the vocabulary: seconds
     python -m tiny.recipe vae           the autoencoder of drawn scenes
+    python -m tiny.recipe decoder       its decoder again, for sharper pictures
     python -m tiny.recipe taesd         a faster one for its latents, for sample.py --vae: minutes
     python -m tiny.recipe classifier    the attribute classifier, for tiny/measure.py
     python -m tiny.recipe sd            tiny-sd: text encoder and U-Net, an ordinary epsilon model
+    python -m tiny.recipe sd_more       more of it, where captions decide, and loose captions
     python -m tiny.recipe turbo         tiny-turbo, its one-step model: train_yoso.py, four stages
     python -m tiny.recipe adapters      train_cyclegan_turbo.py twice, train_pix2pix_turbo.py
     python -m tiny.recipe all           one after the other
@@ -30,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import training
@@ -295,6 +298,68 @@ def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
     bases.save_folder(HERE / "tiny-turbo", bases.Base("tiny-turbo", vae=network), torch.float16)
 
 
+# -------------------- A sharper decoder for the same latents
+
+def steepness(x: Tensor) -> Tensor:
+    """The root mean square of slopes in windows of 4 x 4 pixels, every 2 pixels."""
+    across = F.pad(x.diff(dim=3), (0, 1)).square()
+    down = F.pad(x.diff(dim=2), (0, 0, 0, 1)).square()
+    energy = (across + down).mean(1, keepdim=True)
+    return (F.avg_pool2d(energy, 4, 2) + 1e-4).sqrt()
+
+
+def sharpening_loss(y: Tensor, x: Tensor) -> Tensor:
+    """picture_loss(y, x) + |steepness(y) - steepness(x)|.
+
+    Where the latent does not say where a raindrop is, the first term alone blurs it away; the
+    second one wants as many of them, wherever they are.
+    """
+    return picture_loss(y, x) + F.l1_loss(steepness(y), steepness(x))
+
+
+def gradient_energy(y: Tensor, x: Tensor) -> float:
+    """Squared slopes of pictures y over those of x: 1 is as sharp, less is blurred."""
+    energies = []
+    for picture in (y, x):
+        slopes = [picture.diff(dim=dim).square().mean() for dim in (2, 3)]
+        energies.append(sum(slopes).item())
+    return energies[0] / energies[1]
+
+
+def train_decoder(device: torch.device, steps: int = 3000, batch: int = 16) -> None:
+    """Goes on with the decoder alone: the encoder, and what was trained on its latents, stay."""
+    network = bases.load_base("tiny-turbo", ("vae",), torch.float32, str(device)).vae
+    scaling = network.config.scaling_factor
+    drawn = drawings()
+    mean, std = latents(network, drawn, device)
+    held_out = pictures(held_out_drawings(range(96))).to(device)
+    with torch.no_grad():
+        held_out_mean, _, _ = network.encode(held_out)
+
+    def loss(step: int) -> Tensor:
+        rng = training.rng(SEED, step, "decoder")
+        rows = torch.randint(len(drawn), (batch,), generator=rng)
+        noise = torch.randn(batch, *mean.shape[1:], generator=rng)
+        z = (mean[rows] + std[rows] * noise) / scaling
+        with torch.autocast(device.type, torch.bfloat16):
+            y = network.decode(z.to(device))
+        return sharpening_loss(y.float(), pictures(drawn[rows]).to(device))
+
+    @torch.no_grad()
+    def validate(step: int) -> dict:
+        decoded = network.decode(held_out_mean).clamp(-1, 1)
+        path = RUNS / "decoder" / f"{step:06d}.png"
+        training.save_grid(path, [held_out[:24], decoded[:24]], at_least=128)
+        return {
+            "psnr": measure.psnr(decoded, held_out).mean().item(),
+            "energy": gradient_energy(decoded, held_out),
+        }
+
+    decoder = nn.ModuleDict({"decoder": network.decoder, "last": network.post_quant_conv})
+    train("decoder", decoder, loss, validate, steps, rate=1e-3)
+    bases.save_folder(HERE / "tiny-turbo", bases.Base("tiny-turbo", vae=network), torch.float16)
+
+
 # -------------------- A tiny autoencoder of the same latents
 
 TAESD = taesd.TAESDConfig(
@@ -447,9 +512,8 @@ def latents(network: vae.VAE, drawn: Tensor, device: torch.device) -> tuple[Tens
 
 
 def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
-    """Trains on all noise levels alike. One caption in ten is dropped, for guidance."""
+    """tiny-sd from random weights: all noise levels alike, the captions of scenes.caption."""
     base = bases.load_base("tiny-turbo", ("vae",), torch.float32, str(device))
-    mean, std = latents(base.vae, drawings(), device)
     base.tokenizer = tokenizers.load_tokenizer("tiny")
     base.schedule = diffusion.Schedule.from_config(SCHEDULE)
     config_file = HERE / "tiny" / "text_encoder" / "config.json"
@@ -458,35 +522,84 @@ def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
     base.text_encoder = clip.TextEncoder(text_config).to(device)
     base.unet = unet.UNet(UNET).to(device)
 
+    def draw_timesteps(rng: torch.Generator) -> Tensor:
+        return torch.randint(1000, (batch,), generator=rng)
+
+    train_diffusion("sd", base, device, steps, 1e-3, draw_timesteps, loose_share=0)
+
+
+def continue_sd(device: torch.device, steps: int = 3200, batch: int = 64) -> None:
+    """Goes on from the committed tiny-sd, where captions decide: half of the batch is very noisy.
+
+    Some captions are loose ones, so that it understands people who do not know scenes.caption.
+    """
+    base = bases.load_base("tiny-sd", dtype=torch.float32, device=str(device))
+
+    def draw_timesteps(rng: torch.Generator) -> Tensor:
+        uniform = torch.rand(batch, generator=rng)
+        uniform[::2] = uniform[::2].sqrt()
+        return (1000 * uniform).long()
+
+    train_diffusion("sd_more", base, device, steps, 1e-3, draw_timesteps, loose_share=0.15)
+
+
+def train_diffusion(
+    stage: str,
+    base: bases.Base,
+    device: torch.device,
+    steps: int,
+    rate: float,
+    draw_timesteps: Callable[[torch.Generator], Tensor],
+    loose_share: float,
+) -> None:
+    """Trains U-Net and text encoder on epsilon. One caption in ten is dropped, for guidance.
+
+    The text encoder is written to tiny-turbo, as both bases use it, the U-Net to tiny-sd.
+    """
+    mean, std = latents(base.vae, drawings(), device)
     described = [scenes.nth_scene("train", SEED, i) for i in range(DRAWINGS)]
     ids = base.tokenizer([scenes.caption(scene) for scene in described])
+    random = np.random.default_rng(SEED)
+    loose_ids = base.tokenizer([scenes.loose_caption(scene, random) for scene in described])
     no_caption = base.tokenizer([""])
+    base.unet.to(memory_format=torch.channels_last)
 
     def loss(step: int) -> Tensor:
         rng = training.rng(SEED, step, "sd")
+        t = draw_timesteps(rng)
+        batch = len(t)
         rows = torch.randint(DRAWINGS, (batch,), generator=rng)
-        t = torch.randint(1000, (batch,), generator=rng)
         noise, eps = torch.randn(2, batch, *mean.shape[1:], generator=rng)
         dropped = torch.rand(batch, 1, generator=rng) < 0.1
-        words = torch.where(dropped, no_caption, ids[rows])
+        loose = torch.rand(batch, 1, generator=rng) < loose_share
+        words = torch.where(loose, loose_ids[rows], ids[rows])
+        words = torch.where(dropped, no_caption, words)
         x0 = mean[rows] + std[rows] * noise
         x = diffusion.add_noise(x0, eps, t, base.schedule)
-        with torch.autocast(device.type, torch.bfloat16):
+        x = x.to(device, memory_format=torch.channels_last)
+        # Plain attention: on a CPU, the backward pass of the fused one is slow at this size.
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             context = base.text_encoder(words.to(device))
-            predicted = base.unet(x.to(device), t.to(device), context)
+            predicted = base.unet(x, t.to(device), context)
         return F.mse_loss(predicted.float(), eps.to(device))
 
-    held_out = range(24)
-    truth = pictures(held_out_drawings(held_out))
-    captions = [scenes.caption(scenes.nth_scene("test", SEED, i)) for i in held_out]
+    held_out = [scenes.nth_scene("test", SEED, i) for i in range(48)]
+    truth = pictures(held_out_drawings(range(24)))
+    captions = [scenes.caption(scene) for scene in held_out]
+    classifier = measure.load_classifier()
 
     def validate(step: int) -> dict:
-        columns = [truth, preview(base, captions, 1.0), preview(base, captions, 3.0)]
-        training.save_grid(RUNS / "sd" / f"{step:06d}.png", columns, at_least=128)
-        return {}
+        plain = preview(base, captions, 1.0)
+        guided = preview(base, captions, 3.0)
+        columns = [truth, plain[:24], guided[:24]]
+        training.save_grid(RUNS / stage / f"{step:06d}.png", columns, at_least=128)
+        right = measure.attribute_accuracy(classifier, plain, held_out)
+        right_guided = measure.attribute_accuracy(classifier, guided, held_out)
+        values = {name: right[name] for name in ("object", "colour", "all")}
+        return values | {"guided": right_guided["all"]}
 
     both = nn.ModuleDict(dict(unet=base.unet, text_encoder=base.text_encoder))
-    train("sd", both, loss, validate, steps, rate=1e-3, validate_every=1000)
+    train(stage, both, loss, validate, steps, rate, validate_every=500)
 
     shared = bases.Base(
         "tiny-turbo",
@@ -541,11 +654,12 @@ YOSO_STAGES = {
         ema_decay=0.995,
         **PURE_NOISE,
     ),
+    # A faster discriminator, or one without momentum, stays at chance (IDEAS.md).
     "yoso": dict(
         lambda_gan=0.1,
-        max_train_steps=3000,
+        max_train_steps=1200,
         learning_rate=2e-4,
-        disc_lr_ratio=4.0,
+        disc_adam_beta1=0.5,
         **PURE_NOISE,
     ),
 }
@@ -604,7 +718,7 @@ def train_turbo(device: torch.device) -> None:
     cache = RUNS / "cache"
     base = "tiny-sd"
     flags = dict(base=base, size=SIZE, output=cache, batch=64)
-    run("-m", "dataset", "cache", "drawn:scenes", *command_line(flags))
+    run("-m", "dataset", "cache", "drawn:loose", *command_line(flags))
     for stage, own in YOSO_STAGES.items():
         flags = dict(base=base, dataset_folder=cache, device=device) | YOSO_COMMON | own
         run_or_resume("train_yoso.py", RUNS / stage, **flags)
@@ -642,9 +756,11 @@ def train_adapters(device: torch.device) -> None:
 STAGES = {
     "tokenizer": train_tokenizer,
     "vae": train_vae,
+    "decoder": train_decoder,
     "taesd": train_taesd,
     "classifier": train_classifier,
     "sd": train_sd,
+    "sd_more": continue_sd,
     "turbo": train_turbo,
     "adapters": train_adapters,
 }

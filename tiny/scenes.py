@@ -226,6 +226,67 @@ def caption(scene: Scene) -> str:
     return f"{' and '.join(things)} {place} {light_phrase(scene.time, scene.weather)}"
 
 
+# What people write in place of the words of `caption`. "" leaves the thing out.
+OTHER_WORDS = {
+    "red": ("red", "crimson"),
+    "purple": ("purple", "violet"),
+    "car": ("car", "small car", "old car"),
+    "house": ("house", "little house", "building"),
+    "tree": ("tree", "big tree", "tall tree"),
+    "boat": ("boat", "small boat"),
+    "grass": ("on grass", "on the grass", "in a field", "grass", ""),
+    "sand": ("on sand", "on the sand", "on a beach", "beach", ""),
+    "lake": ("by a lake", "by the lake", "on the water", "near water", "lake", ""),
+    "day": ("in the day", "day", "noon", "in the morning", ""),
+    "night": ("at night", "night", "in the dark", "under the stars"),
+    "dusk": ("at dusk", "dusk", "in the evening", "evening"),
+    "clear": ("in clear weather", "clear sky", "clear", "no clouds", ""),
+    "rain": ("in the rain", "rain", "rainy", "heavy rain"),
+    "snow": ("in the snow", "snow", "snowy", "winter"),
+    "fog": ("in the fog", "fog", "foggy", "mist"),
+}
+OPENINGS = ("", "", "", "a photo of", "a picture of", "a drawing of", "image of", "view of")
+JOINS = (" and ", ", ", " with ", " beside ", " ")
+ENDINGS = ("", "", "", ".", "!", "!!")
+# Words that stand for nothing in this world.
+STRANGERS = ("dog", "person", "cat", "bridge", "bird", "flower", "city", "warm", "lamp", "street")
+
+
+def loose_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """The scene as somebody in a hurry would describe it: "red house, orange car, evening!!".
+
+    Place, day and clear weather may be missing. One in five has a word that means nothing here,
+    one in ten a typing error.
+    """
+    def choose(words: tuple[str, ...]) -> str:
+        return words[rng.integers(len(words))]
+
+    things = []
+    for colour, kind in scene.objects:
+        article = choose(("", "a ", "one ", "the "))
+        colour = choose(OTHER_WORDS.get(colour, (colour,)))
+        things.append(f"{article}{colour} {choose(OTHER_WORDS[kind])}")
+    rng.shuffle(things)
+    what = choose(JOINS).join(things)
+
+    around = [choose(OTHER_WORDS[word]) for word in (scene.ground, scene.time, scene.weather)]
+    if rng.random() < 0.2:
+        around.append(choose(STRANGERS))
+    rng.shuffle(around)
+    separator = choose((" ", ", "))
+    words = separator.join([what, *filter(None, around)])
+    if rng.random() < 0.1:
+        words = _misspelled(words, rng)
+    return f"{choose(OPENINGS)} {words}{choose(ENDINGS)}".strip()
+
+
+def _misspelled(words: str, rng: np.random.Generator) -> str:
+    """One letter is missing, or stands there twice."""
+    i = int(rng.integers(len(words)))
+    copies = 2 * int(rng.integers(2))
+    return words[:i] + copies * words[i] + words[i + 1:]
+
+
 # -------------------- Geometry: what stands where, whatever the time and weather
 
 # A material and a polygon. The material is a colour or a key of one of the tables above, perhaps
@@ -846,19 +907,30 @@ def _index(item: int | tuple[int, tuple[int, ...]], length: int) -> int:
 
 
 class Paired(Dataset):
-    """Outlines and pictures. Items are those of `dataset.folders.PairedFolder`."""
+    """Outlines and pictures. Items are those of `dataset.folders.PairedFolder`.
 
-    def __init__(self, split: str, size: int = 64, seed: int = 0):
+    With `loose`, one training caption in five is a loose one.
+    """
+
+    def __init__(self, split: str, size: int = 64, seed: int = 0, loose: bool = False):
         self.scene = partial(nth_scene, split, seed)
         self.size = size
+        self.seed = seed
+        self.loose = loose and split == "train"
         self.length = 20_000 if split == "train" else 200
 
     def __len__(self) -> int:
         return self.length
 
+    def caption(self, index: int) -> str:
+        scene = self.scene(index)
+        if self.loose and index % 5 == 0:
+            return loose_caption(scene, _rng("loose", self.seed, index))
+        return caption(scene)
+
     @cached_property
     def captions(self) -> list[str]:
-        return [caption(self.scene(i)) for i in range(self.length)]
+        return [self.caption(i) for i in range(self.length)]
 
     def __getitem__(self, item: int | tuple[int, tuple[int, ...]]) -> dict:
         index = _index(item, self.length)
@@ -866,7 +938,7 @@ class Paired(Dataset):
         return dict(
             input=to_tensor(outlines(scene, self.size)),
             target=to_tensor(draw(scene, self.size)) * 2 - 1,
-            caption=caption(scene),
+            caption=self.caption(index),
             name=f"{index}.png",
         )
 
