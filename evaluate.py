@@ -305,10 +305,12 @@ def match(
     real: list[Path],
     fake: list[Path],
     failures: Failures,
+    are_pairs: bool,
 ) -> list[tuple[Path, Path]]:
     """Pairs of pictures of the same stem, without those that cannot be read.
 
-    ValueError if a picture has no partner or is not of its partner's size.
+    ValueError if a picture has no partner. One that is not of its partner's size is a failure if
+    the folders are known to hold pairs, and else a ValueError too.
     """
     real_stems = by_stem(real)
     fake_stems = by_stem(fake)
@@ -332,10 +334,14 @@ def match(
         if size != other_size:
             width, height = size
             other_width, other_height = other_size
-            raise ValueError(
+            reason = (
                 f"{a} is {width}x{height} pixels and its partner {b} {other_width}x{other_height};"
                 " make them equal"
             )
+            if not are_pairs:
+                raise ValueError(reason)
+            failures.pictures[b] = reason
+            continue
         pairs.append((a, b))
     return pairs
 
@@ -603,7 +609,7 @@ def choose(
     reasons = {}
     if PAIRED & set(wanted):
         try:
-            pairs = match(real, fake, failures)
+            pairs = match(real, fake, failures, are_pairs=bool(options.paired or options.asked))
         except ValueError as error:
             if options.paired or options.asked:
                 raise

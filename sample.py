@@ -36,7 +36,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -400,7 +400,20 @@ def plan_drawings(options: Options) -> dict[int, Path]:
             f"--output {output} is one file for {options.n} pictures; expected a folder"
         )
     seeds = range(options.seed, options.seed + options.n)
-    return {seed: output if one_file else output / f"{seed}.png" for seed in seeds}
+    targets = {seed: output if one_file else output / f"{seed}.png" for seed in seeds}
+    if options.control_image:
+        check_overwriting([options.control_image], targets.values())
+    return targets
+
+
+def check_overwriting(inputs: Iterable[Path], targets: Iterable[Path]) -> None:
+    """ValueError if a picture that is read would be written over."""
+    read = {path.resolve() for path in inputs}
+    for target in targets:
+        if target.resolve() in read:
+            raise ValueError(
+                f"--output would write over the input {target}; expected another name or folder"
+            )
 
 
 def load_base(options: Options, device: torch.device, strength: float = 1.0) -> LoadedBase:
@@ -734,8 +747,11 @@ def timed(
     evaluations: int,
     announce: Callable[[float], None],
 ) -> diffusion.Model:
-    """The same model. After its second call, `announce` is told how many seconds all will take."""
-    ends = []
+    """The same model. After its second call, `announce` is told how many seconds all will take.
+
+    Of two calls the first is timed, though it also reads the weights and sets up the device.
+    """
+    ends = [time.perf_counter()] if evaluations == 2 else []
 
     def evaluate(x: Tensor, t: int) -> Tensor:
         prediction = model(x, t)
@@ -1289,12 +1305,9 @@ def plan_targets(options: Options) -> dict[Path, Path]:
         target = output if is_png(output) else output / f"{options.input.stem}.png"
         targets = {options.input: target}
 
+    control = [options.control_image] if options.control_image else []
+    check_overwriting([*targets, *control], targets.values())
     inputs = {path.resolve() for path in targets}
-    for target in targets.values():
-        if target.resolve() in inputs:
-            raise ValueError(
-                f"--output would write over the input {target}; expected another name or folder"
-            )
     if options.export:
         taken = inputs | {target.resolve() for target in targets.values()}
         if options.export.resolve() in taken:

@@ -638,7 +638,7 @@ def main() -> None:
         num_workers=cfg.dataloader_num_workers,
     )
     for step in range(run.first_step, run.last_step):
-        batch = next(train_batches)
+        batch = run.next_batch(train_batches, save, step)
         run.set_learning_rate(step, optimizer_g, optimizer_d)
 
         # The generator's turn. The discriminators only pass the gradient on.

@@ -527,6 +527,8 @@ def build_networks(cfg: Config, run: training.Run, train_set: Dataset) -> Networ
     check_data(train_set, base, cfg)
     if not cfg.unconditional:
         report_cut(cfg.dataset_folder, captions_of(train_set), base.tokenizer)
+    if cfg.validation_prompts:
+        report_cut("--validation_prompts", cfg.validation_prompts.split("|"), base.tokenizer)
     share = {id(p): p for p in base.denoiser.parameters()}
     if cfg.train == "all":
         share = {}  # the frozen copy needs weights of its own
@@ -1066,7 +1068,7 @@ def main() -> None:
         num_workers=cfg.dataloader_num_workers,
     )
     for step in range(run.first_step, run.last_step):
-        batch = next(train_batches)
+        batch = run.next_batch(train_batches, save, step)
         run.set_learning_rate(step, optimizer_g)
         run.set_learning_rate(step, optimizer_d, scale=cfg.disc_lr_ratio)
         timesteps = draw_timesteps(nets, run, step)

@@ -173,19 +173,44 @@ def write_cache(
 
     # With an index the folder is a cache, so a run that is stopped from here on can continue.
     _write_index(output, index)
+    problems = []
     for split, dataset in sets.items():
         starts = range(0, len(dataset), shard_items)
         for number, start in enumerate(tqdm(starts, split, unit=" shards")):
             if _is_written(output, index["shards"][split], number):
                 continue
-            end = min(start + shard_items, len(dataset))
-            items = [dataset[(i, (seed, 0, i))] for i in range(start, end)]
+            indices = range(len(dataset))[start:start + shard_items]
+            items, broken = _read_items(dataset, indices, seed)
+            problems += broken
+            if problems:  # No shard may follow a missing one, but the rest is read all the same.
+                continue
             path = output / f"{split}-{number:05d}.safetensors"
             shard = _write_shard(path, base, items, batch, device)
-            # Replaces a damaged shard, or appends a new one.
-            index["shards"][split][number : number + 1] = [shard]
+            index["shards"][split][number:number + 1] = [shard]  # or appends it
             _write_index(output, index)
+    _refuse(problems)
     print(output)
+
+
+def _read_items(dataset: Dataset, indices: range, seed: int) -> tuple[list[dict], list[str]]:
+    """Items of a data set, and what is wrong with those that cannot be used."""
+    items = []
+    problems = []
+    for i in indices:
+        try:
+            items.append(dataset[(i, (seed, 0, i))])
+        except ValueError as error:
+            problems.append(str(error))
+    return items, problems
+
+
+def _refuse(problems: list[str]) -> None:
+    """ValueError if there are problems."""
+    if problems:
+        raise ValueError(
+            f"{len(problems)} items cannot be used: {'; '.join(problems)}; mend or remove them and"
+            " run the command again: it continues"
+        )
 
 
 def _open_sets(
@@ -299,10 +324,16 @@ def estimate_prior(folder: str | Path, base: str, size: int, output: str | Path)
     if size < 1 or size % vae.factor:
         raise ValueError(f"--size {size}: expected a multiple of {vae.factor}")
     crop = prepare(f"resized_crop_{size}")
+    problems = []
 
     def latents() -> Iterator[torch.Tensor]:
+        """Those of the pictures that can be read."""
         for name in tqdm(names, unit=" pictures"):
-            (picture,) = crop([open_picture(folder / name)])
+            try:
+                (picture,) = crop([open_picture(folder / name)])
+            except ValueError as error:
+                problems.append(str(error))
+                continue
             x = 2 * to_tensor(picture)[None] - 1                        # [1, 3, H, W]
             with torch.inference_mode():
                 mean, _, _ = vae.encode(x)
@@ -312,3 +343,7 @@ def estimate_prior(folder: str | Path, base: str, size: int, output: str | Path)
     mean, std = mean_and_std(latents())
     save_prior(Path(output), mean, std)
     print(output)
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {len(names)} pictures are not in the prior: {'; '.join(problems)}"
+        )

@@ -6,6 +6,7 @@ many captions are too long.
 
 import heapq
 import math
+import os
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,6 +103,8 @@ def check(
     problems = []
     opened = _open_splits(folder, trainer, problems)
     for split, items in opened.items():
+        if items is not None:
+            _check_letters(split, captions_of(items), problems)
         if items is not None and tokenizer is not None:
             _attempt(problems, _print_tokens, split, captions_of(items), tokenizer)
     if trainer == "yoso" and not (folder / "train_B").is_dir():
@@ -114,10 +117,33 @@ def check(
     if not problems:
         print("no problems")
     if tiles:
-        path = Path(output or f"{folder.resolve().name}_check.png")
+        path = Path(output) if output else _sheet_path(folder)
         _contact_sheet(tiles).save(path)
         print(path)
     return problems
+
+
+def _sheet_path(folder: Path) -> Path:
+    """FOLDER_check.png in the current folder; above the data set, if we are in it."""
+    source = folder.resolve()
+    name = f"{source.name}_check.png"
+    if len(os.fsencode(name)) > 255:
+        name = "check.png"
+    is_inside = source.is_dir() and Path.cwd().is_relative_to(source)
+    return source.parent / name if is_inside else Path(name)
+
+
+def _check_letters(split: str, captions: list[str], problems: list[str]) -> None:
+    """Adds a problem if a caption cannot be encoded, as tokenizers need it."""
+    for caption in captions:
+        try:
+            caption.encode()
+        except UnicodeEncodeError:
+            problems.append(
+                f"{split}: the caption {caption!r:.100} contains half a character (a lone"
+                " surrogate); expected text that can be encoded as UTF-8"
+            )
+            return
 
 
 def guess_trainer(folder: Path) -> str:
@@ -132,7 +158,7 @@ def guess_trainer(folder: Path) -> str:
             return "cyclegan"
         return "pix2pix"
 
-    if folder.is_file() and folder.suffix in (".zip", ".txt"):
+    if folder.is_file() and folder.suffix.lower() in (".zip", ".txt"):
         return "yoso"
     if folder.is_dir():
         has_splits = all((folder / split).is_dir() for split in SPLITS)

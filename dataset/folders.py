@@ -43,6 +43,11 @@ PLURALS = {
     "label without a picture": "labels without a picture",
     "picture without a partner": "pictures without a partner",
     "entry that macOS added": "entries that macOS added",
+    "picture": "pictures",
+    "text": "texts",
+    "repeated entry, of which the last counts": "repeated entries, of which the last count",
+    "caption file, as metadata.jsonl takes its place": "caption files, as metadata.jsonl takes"
+    " their place",
 }
 
 # Files beside pictures that are no pictures and that nobody misses.
@@ -139,9 +144,15 @@ def report_left_out(source: object, left_out: LeftOut) -> None:
 
 def report_empty(source: object, captions: dict[str, str]) -> None:
     """Says on stderr how many captions of {name: caption} are empty, if any are."""
-    empty = [name for name, caption in captions.items() if not caption]
+    empty = [name for name, caption in captions.items() if not _has_text(caption)]
     if empty:
         tell(f"{source}: {len(empty)} of {len(captions)} captions are empty ({_shortened(empty)})")
+
+
+def _has_text(caption: Caption | None) -> bool:
+    """Whether a caption, or one of a list, is more than spaces."""
+    texts = [caption] if isinstance(caption, str) else caption or []
+    return any(text.strip() for text in texts)
 
 
 def tell(line: str) -> None:
@@ -187,13 +198,22 @@ def read_prompts(path: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     text = read_text(path)
+    repeated: list[str] = []
+
+    def collect(pairs: list[tuple]) -> dict:
+        names = [name for name, _ in pairs]
+        repeated.extend(name for name in dict.fromkeys(names) if names.count(name) > 1)
+        return dict(pairs)
+
     with reading(path, "JSON, {file name: caption}"):
-        prompts = json.loads(text)
+        prompts = json.loads(text, object_pairs_hook=collect)
         if not isinstance(prompts, dict):
             raise ValueError(f"it holds {_type_name(prompts)}")
         for name, caption in prompts.items():
             if not isinstance(caption, str):
                 raise ValueError(f"the caption of '{name}' is {_type_name(caption)}, not text")
+    if repeated:
+        report_left_out(path, {"repeated caption, of which the last counts": repeated})
     return prompts
 
 
@@ -452,7 +472,11 @@ class _PictureZip:
         """The sorted names of the pictures, and what else the zip holds."""
         names = []
         left_out = {}
-        for name in sorted(self._open().namelist()):
+        entries = self._open().namelist()
+        repeated = {name for name in entries if entries.count(name) > 1}
+        if repeated:
+            left_out["repeated entry, of which the last counts"] = sorted(repeated)
+        for name in sorted(set(entries)):
             kind = _kind_in_zip(name)
             if kind == "picture":
                 names.append(name)
@@ -482,6 +506,13 @@ def _kind_in_zip(name: str) -> str | None:
     return "picture" if is_picture else "file of another kind"
 
 
+def _whole_number(label: object) -> int:
+    """A label of dataset.json. ValueError if it is no whole number."""
+    if isinstance(label, bool) or (isinstance(label, float) and not label.is_integer()):
+        raise ValueError(f"a label is {label!r}, not a whole number")
+    return int(label)
+
+
 def _captions_of_zip(archive: _PictureZip) -> tuple[list[tuple[str, str]], LeftOut]:
     """(name, caption) of all pictures; the caption is "class N", or empty without a label.
 
@@ -491,7 +522,7 @@ def _captions_of_zip(archive: _PictureZip) -> tuple[list[tuple[str, str]], LeftO
     with reading(archive.path, expected):
         names, left_out = archive.contents()
         labels = json.loads(archive.read("dataset.json"))["labels"] or []
-        classes = {name: f"class {int(label)}" for name, label in labels}
+        classes = {name: f"class {_whole_number(label)}" for name, label in labels}
     known = set(names)
     unused = [name for name in classes if name not in known]
     if unused:
@@ -518,6 +549,10 @@ def _captions_of_folder(
             left_out["caption without a picture"] = unused
         if repeated:
             left_out["repeated caption, of which the last counts"] = repeated
+        texts = [Path(name).with_suffix(".txt").name for name in names]
+        beside = [text for text in dict.fromkeys(texts) if (folder / text).is_file()]
+        if beside:
+            left_out["caption file, as metadata.jsonl takes its place"] = beside
         return list(captions.items()), left_out
 
     items = []
@@ -579,6 +614,16 @@ def _type_name(value: object) -> str:
     return names[type(value)]
 
 
+def _beside_splits(folder: Path) -> LeftOut:
+    """What a folder holds beside the folders train and test."""
+    left_out = {}
+    for path in sorted(folder.iterdir()):
+        kind = _kind_of(path)
+        if kind is not None and path.name not in ("train", "test"):
+            left_out.setdefault(kind, []).append(path.name)
+    return left_out
+
+
 def _captions_of_text(path: Path) -> list[tuple[str, str]]:
     """("caption I", caption) of all lines that are not empty."""
     lines = [" ".join(line.split()) for line in read_text(path).splitlines()]
@@ -608,7 +653,7 @@ class Captioned(Dataset):
 
         has_splits = (self.source / "train").is_dir() and (self.source / "test").is_dir()
         self.folder = self.source / split if has_splits else self.source
-        self.kind = "folder" if self.folder.is_dir() else self.source.suffix
+        self.kind = "folder" if self.folder.is_dir() else self.source.suffix.lower()
 
         left_out = {}
         if self.kind == "folder":
@@ -629,6 +674,8 @@ class Captioned(Dataset):
         if has_splits or split == "train":
             report_left_out(self.folder, left_out)
             report_empty(self.folder, dict(items))
+        if has_splits and split == "train":
+            report_left_out(self.source, _beside_splits(self.source))
 
         self.items = items if has_splits else _part_for_split(items, split)
         if not self.items:

@@ -132,6 +132,7 @@ def _load_upright(path: str | Path | BinaryIO) -> Image.Image:
         raw_mode = _raw_mode(file)
         file.load()
         _scale_transparent_level(file, raw_mode)
+        file = _scale_grey_tiff(file)
         try:
             return ImageOps.exif_transpose(file)
         except Exception:
@@ -163,6 +164,27 @@ def _scale_transparent_level(file: Image.Image, raw_mode: str) -> None:
     elif raw_mode == "RGB;16B" and isinstance(level, tuple):
         # Of the pixels too, Pillow keeps the upper 8 bits.
         file.info["transparency"] = tuple(value >> 8 for value in level)
+
+
+def _scale_grey_tiff(file: Image.Image) -> Image.Image:
+    """Puts 12-bit grey of a TIFF on 16 bits, and inverts it where 0 stands for white.
+
+    Pillow does neither for grey of more than 8 bits. Other pictures stay as they are.
+    """
+    if file.format != "TIFF" or not file.mode.startswith("I;16"):
+        return file
+    values = np.asarray(file).astype(np.int64)
+    bits = file.tag_v2.get(258, (16,))[0]
+    if bits == 12:
+        values = values * 65535 // 4095
+    if file.tag_v2.get(262) == 0:
+        values = 65535 - values
+    scaled = Image.fromarray(values.astype(np.uint16))
+    scaled.info = file.info
+    exif = file.getexif()
+    if exif:
+        scaled.info["exif"] = exif.tobytes()
+    return scaled
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:

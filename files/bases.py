@@ -180,11 +180,16 @@ def parts_of(name: str, encoded: bool = False) -> tuple[str, ...]:
     If the captions are `encoded` already, PixArt is loaded without T5, which is larger than all the
     rest.
     """
-    if is_one_file(name) or "transformer" not in read_index(name):
+    if is_one_file(name) or not has_transformer(read_index(name)):
         return STABLE_DIFFUSION
     if encoded:
         return ("vae", "transformer", "schedule")
     return PIXART
+
+
+def has_transformer(index: dict) -> bool:
+    """Whether a base is PixArt, by its index. A part that a pipeline lacks is [null, null]."""
+    return index.get("transformer") not in (None, [], [None, None])
 
 
 def read_index(name: str) -> dict:
@@ -197,6 +202,10 @@ def read_index(name: str) -> dict:
     if path.name == "model_index.json":
         return index
     kind = index.get("_class_name")
+    if kind is None and "dataset_folder" in index:
+        raise ValueError(
+            f"{name} is the folder of a training run, which is for --checkpoint; expected {LAYOUT}"
+        )
     if kind not in ("Transformer2DModel", "PixArtTransformer2DModel"):
         raise ValueError(f"{path} is of {kind!r}; expected {LAYOUT}, or PixArt's transformer")
     return dict(transformer="alone", rest="pixart512")
@@ -275,7 +284,7 @@ def _load_part(
             )
         return getattr(load_base(rest, (part,), dtype, device, seed), part)
     if part == "tokenizer":
-        return load_t5_tokenizer(name) if "transformer" in index else load_tokenizer(name)
+        return load_t5_tokenizer(name) if has_transformer(index) else load_tokenizer(name)
     if part == "schedule":
         with reading(path, "a scheduler of Stable Diffusion or PixArt"):
             return Schedule.from_config(_scheduler_config(read_json(path), index))
@@ -295,7 +304,7 @@ def _scheduler_config(config: dict, index: dict) -> dict:
     if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str):
         # The index decides on the class, whatever the scheduler's own file says.
         config = config | {"_class_name": entry[1]}
-    if "transformer" not in index:
+    if not has_transformer(index):
         # Files older than these two settings lack them, and StableDiffusionPipeline corrects them.
         config = config | dict(steps_offset=1, clip_sample=False)
     return config
@@ -495,6 +504,7 @@ def load_lora(spec: str, base: Base) -> None:
     are reported on stderr. ValueError if the LoRA is for another base, or another kind of adapter.
     """
     name, scale = _split_scale(spec)
+    name = _adapter_folder(name)
     path = locate(name, LORA_FILES, "a LoRA as safetensors")
     networks = {part: network for part, network in base.networks.items() if part != "vae"}
     expected = f"a LoRA for the base {base.name}"
@@ -503,7 +513,10 @@ def load_lora(spec: str, base: Base) -> None:
         if not isinstance(tensors, dict):
             raise ValueError(f"it holds a {type(tensors).__name__}")
         tensors = tensors.get("state_dict", tensors)
-        settings = _peft_settings(name, path)
+        settings = None
+        is_peft = any(str(key).startswith("base_model.model.") for key in tensors)
+        if path.stem == "adapter_model" or (is_peft and "lora_adapter_metadata" not in metadata):
+            settings = _peft_settings(name, path)
         if settings:
             metadata = dict(lora_adapter_metadata=json.dumps(settings))
         pairs, unused = read_lora(tensors, metadata, networks)
@@ -520,13 +533,21 @@ def load_lora(spec: str, base: Base) -> None:
             apply_lora(networks[part], own, scale)
 
 
+def _adapter_folder(name: str) -> str:
+    """The folder of an adapter that peft saved under a name of its own, if it is the only one."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any((folder / file).is_file() for file in LORA_FILES):
+        adapters = [path.parent for path in folder.glob("*/adapter_config.json")]
+        if len(adapters) == 1:
+            return str(adapters[0])
+    return name
+
+
 def _peft_settings(name: str, path: Path) -> dict | None:
-    """The `adapter_config.json` beside peft's `adapter_model.safetensors`; None for other files.
+    """The `adapter_config.json` beside peft's file of an adapter.
 
     If it is missing, alpha is taken for the rank, and a line on stderr says so.
     """
-    if path.stem != "adapter_model":
-        return None
     config = path.with_name("adapter_config.json")
     if not Path(name).expanduser().exists():
         # A Hub id, whose files are downloaded one by one.

@@ -71,6 +71,7 @@ OTHER_ADAPTERS = {
     r"\.[ab][12]\.weight$": "GLoRA",
     r"[._][wb]_norm$|\.(diff|diff_b|set_weight)$": "trained norms or whole weights (LyCORIS)",
     r"dora_scale": "DoRA in the spelling of LyCORIS",
+    r"\.scalar$": "LyCORIS with a trained scalar",
     r"lora_mid": "LoCon with Tucker decomposition",
     r"lora_E|ranknum": "AdaLoRA",
     r"vera_lambda": "VeRA",
@@ -162,7 +163,7 @@ def _check_unused(unused: list[str], total: int, networks: dict[str, nn.Module])
     """ValueError if a key that belongs to no layer is not in `LORA_HARMLESS`."""
     left = [key for key in unused if not any(re.fullmatch(p, key) for p in LORA_HARMLESS)]
     for pattern, name in OTHER_MODELS.items():
-        for key in left:
+        for key in unused:  # an alpha or a projection of another model shows it too
             if re.search(pattern, key):
                 raise ValueError(f"it is a LoRA for {name}, as its key {key} shows")
     for pattern, name in OTHER_ADAPTERS.items():
@@ -356,6 +357,8 @@ def _lora_scale(name: str, rank: int, alpha: float | None, settings: dict) -> fl
             break
     if alpha is None:
         return 1.0
+    if isinstance(alpha, float) and not math.isfinite(alpha):
+        raise ValueError(f"the alpha of {name} is {alpha} in the settings: the file is damaged")
     if settings.get("use_rslora"):
         return alpha / rank**0.5
     return alpha / rank

@@ -30,7 +30,9 @@ PICTURES = {
     b"GIF8": "a GIF picture",
     b"II*\0": "a TIFF picture",
     b"MM\0*": "a TIFF picture",
+    b"\0\0\0\x0cjP  \r\n": "a JPEG 2000 picture",
     b"RIFF....WEBP": "a WebP picture",  # the dots stand for its size
+    b"BM....\0\0\0\0": "a BMP picture",
 }
 OTHERS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself (git lfs pull gets it)",
@@ -38,6 +40,10 @@ OTHERS = {
     b"%PDF": "a PDF document",
     b"\x1f\x8b": "an archive (gzip): unpack it first",
     b"7z\xbc\xaf\x27\x1c": "an archive (7-Zip): unpack it first",
+    b"BZh91AY&SY": "an archive (bzip2): unpack it first",
+    b"\xfd7zXZ\0": "an archive (xz): unpack it first",
+    b"\x28\xb5\x2f\xfd": "an archive (zstd): unpack it first",
+    b"\x93NUMPY": "an array of NumPy",
     b"Rar!": "an archive (RAR): unpack it first",
     b"GGUF": "a GGUF file, whose quantised weights are not supported",
     b"\x89HDF": "an HDF5 file of Keras or TensorFlow",
@@ -48,7 +54,7 @@ BRANDS = {
     b"heic": "a HEIC picture",
     b"heix": "a HEIC picture",
     b"mif1": "a HEIF picture",
-    b"avif": "a AVIF picture",
+    b"avif": "an AVIF picture",
 }
 
 
@@ -59,6 +65,8 @@ def of_bytes(start: bytes) -> str | None:
     for beginning, kind in (*PICTURES.items(), *OTHERS.items()):
         if start.startswith(beginning):
             return kind
+    if start.startswith(b"BM") and start[6:10] == bytes(4):
+        return PICTURES[b"BM....\0\0\0\0"]
     if start.startswith(b"RIFF"):
         return PICTURES.get(b"RIFF...." + start[8:12], "a video or a sound")
     if start[4:8] == b"ftyp":
@@ -165,6 +173,9 @@ def of_tensors(saved: object, metadata: dict[str, str] | None = None) -> str | N
 
     tensors = saved.get("state_dict", saved)
     names = [str(name) for name in tensors]
+    (first, *_) = tensors.values()
+    if len(names) == 1 and isinstance(first, dict):
+        return of_tensors(first)  # such as "params_ema" or "model"
     is_sdxl = "clip_l" in names or "clip_g" in names
     if len(names) == 1 and not is_sdxl and not names[0].endswith((".weight", ".bias")):
         return EMBEDDING  # under the name of its token, which may be any text

@@ -175,15 +175,33 @@ def read_config(cls: type, fixed: dict, path: Path):
         for key, value in found.items():
             if not _takes_tuples(kinds.get(key)):
                 found[key] = _one_of_equals(value)
-        # It is the default size of pictures in a U-Net or VAE; in PixArt, weights depend on it.
-        if found.get("sample_size", 0) is None and cls in (unet.UNetConfig, vae.VAEConfig):
-            del found["sample_size"]
+        _read_other_spellings(found, cls)
 
         for key, value in fixed.items():
             if found.get(key, value) != value:
                 raise ValueError(f"{key} is {found[key]!r}, but only {value!r} is supported")
         known = {field.name: found[field.name] for field in fields(cls) if field.name in found}
         return from_json(cls, known)
+
+
+def _read_other_spellings(found: dict, cls: type) -> None:
+    """Replaces values of a `config.json` by others that mean the same.
+
+    ValueError for a scale of 0.
+    """
+    if found.get("act_fn") == "swish":
+        found["act_fn"] = "silu"
+    if found.get("shift_factor") == 0:
+        found["shift_factor"] = None
+    if found.get("scaling_factor") == 0:
+        raise ValueError("scaling_factor is 0, and latents are divided by it")
+    # It is the default size of pictures in a U-Net or VAE; in PixArt, weights depend on it.
+    if cls in (unet.UNetConfig, vae.VAEConfig):
+        size = found.get("sample_size", 0)
+        if size is None:
+            del found["sample_size"]
+        elif isinstance(size, list) and len(size) == 2:
+            found["sample_size"] = max(size)
 
 
 def _takes_tuples(kind: object) -> bool:

@@ -227,7 +227,7 @@ class Schedule:
     def __post_init__(self):
         self._alpha_numbers = self.alpha.tolist()
         self._sigma_numbers = self.sigma.tolist()
-        alpha = self.alpha.clamp(min=LEAST_ALPHA)
+        alpha = above_zero(self.alpha)
         self._ratios = ((1 - alpha**2).sqrt() / alpha).tolist()
 
     @classmethod
@@ -312,6 +312,11 @@ def how_to_sample(settings: dict) -> dict:
     )
 
 
+def above_zero(alpha: Tensor) -> Tensor:
+    """The alphas with LEAST_ALPHA in the place of 0. Others may be smaller, as in `diffusers`."""
+    return torch.where(alpha > 0, alpha, LEAST_ALPHA)
+
+
 def alpha_and_sigma(ratio: float) -> tuple[float, float]:
     """The two numbers with alpha^2 + sigma^2 = 1 and sigma / alpha = ratio."""
     alpha = (1 + ratio**2) ** -0.5
@@ -361,7 +366,7 @@ def for_sampler(schedule: Schedule, sampler: str, steps: int) -> Schedule:
     schedule = replace(schedule, config=config, **how_to_sample(read_settings(config)))
     if sampler in ("euler", "dpm"):
         # Of a schedule that ends in pure noise. As in `diffusers`, these come close to it only.
-        alpha = schedule.alpha.clamp(min=LEAST_ALPHA)
+        alpha = above_zero(schedule.alpha)
         schedule = replace(schedule, alpha=alpha, sigma=(1 - alpha**2).sqrt())
     return schedule
 
@@ -681,7 +686,7 @@ def dpm(model: Model, x: Tensor, ts: list[float], schedule: Schedule) -> Tensor:
             return x0
 
         middle = x0
-        if previous_x0 is not None:
+        if previous_x0 is not None and lambdas[i] > lambdas[i - 1]:
             last_step = lambdas[i] - lambdas[i - 1]
             this_step = lambdas[i + 1] - lambdas[i]
             r = last_step / this_step

@@ -249,6 +249,13 @@ def from_official(saved: dict, path: object) -> tuple[Pix2PixTurboConfig, dict[s
                 name = name.replace("conv_in_pretrained.", "") + "0"
             tensors[f"{part}.{name}"] = tensor
 
+    original = [half for half in ("weight", "bias") if f"unet.conv_in.{half}0" in tensors]
+    if len(original) == 1:
+        raise ValueError(
+            f"{path} is incomplete: of conv_in_pretrained it holds the {original[0]} alone;"
+            " expected weight and bias"
+        )
+
     config = Pix2PixTurboConfig(
         lora_rank_unet=saved["rank_unet"],
         lora_rank_vae=saved["rank_vae"],

@@ -72,4 +72,8 @@ def load_or_explain(load: Callable, *args, without: str):
 
 def first_line(error: Exception) -> str:
     text = str(error) or type(error).__name__
-    return text.splitlines()[0][:120]
+    line, *others = text.splitlines()
+    if line.endswith(":") and others:  # the point stands below
+        line = f"{line} {others[0].strip()}"
+        return line[:240]
+    return line[:120]

@@ -199,7 +199,9 @@ def resumed_settings(
     for name in ("resume", "plan"):
         changed.pop(name, None)
     for name, value in changed.items():
-        if name not in MAY_CHANGE:
+        # A base may have moved. Its frozen weights are compared later.
+        has_moved = name == "base" and pathlib.Path(value).name == pathlib.Path(saved[name]).name
+        if name not in MAY_CHANGE and not has_moved:
             raise ValueError(
                 f"--{name} {value} differs from the {saved.get(name)} that the run {folder}"
                 f" began with; only {', '.join(sorted(MAY_CHANGE))} may change on"

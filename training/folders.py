@@ -17,6 +17,8 @@ from training.exits import first_line
 
 # The folders of a data set in which trainers read pictures, beside the data set's own.
 PARTS = ("train", "test", "train_A", "train_B", "test_A", "test_B")
+# Settings that name a model, by its path or otherwise.
+MODELS = ("base", "init", "teacher", "disc_base", "preview_vae")
 # Files that systems put beside pictures.
 CLUTTER = ("thumbs.db", "desktop.ini")
 
@@ -48,11 +50,16 @@ def open_run(config, kind: str, rank: int) -> pathlib.Path:
 
 
 def write_settings(folder: pathlib.Path, config) -> None:
-    """Writes config.json, in which the data set's path holds from any working folder."""
+    """Writes config.json, in which paths hold from any working folder."""
     settings = asdict(config)
     source = settings.get("dataset_folder")
     if source and os.path.exists(source):
         settings["dataset_folder"] = os.path.abspath(source)
+    for name in MODELS:
+        model = settings.get(name)
+        # Names such as tiny-turbo have no slash, and may be folders of the working folder too.
+        if model and os.sep in model and os.path.exists(model):
+            settings[name] = os.path.abspath(model)
     text = json.dumps(settings, indent=1)
     write_file(folder / "config.json", lambda path: path.write_text(text))
 
@@ -112,7 +119,13 @@ def save_state(path: pathlib.Path, state: dict) -> None:
     saved = {}
     for name, part in state.items():
         saved[name] = part.state_dict() if hasattr(part, "state_dict") else part
-    write_file(path, lambda temporary: torch.save(saved, temporary))
+
+    def write(temporary: pathlib.Path) -> None:
+        # Given a path, torch.save writes its name into the file.
+        with temporary.open("wb") as file:
+            torch.save(saved, file)
+
+    write_file(path, write)
 
 
 @torch.no_grad()

@@ -93,6 +93,15 @@ class Run:
         if not self.rank and dist.is_initialized():
             dist.barrier()
 
+    def next_batch(self, batches: Iterator, save: Callable[[int], None], step: int) -> dict:
+        """The step's batch. If it cannot be read, the steps before it are saved first."""
+        try:
+            return next(batches)
+        except Exception:
+            if self.rank == 0 and step > self.first_step:
+                save(step - 1)
+            raise
+
     def split(self, batch: dict) -> Iterator[tuple[list[int], dict]]:
         """For each micro-batch its rows of the global batch, and its part of `batch`."""
         for i, rows in enumerate(self.micro_batches):
