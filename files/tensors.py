@@ -191,7 +191,7 @@ def _read_other_spellings(found: dict, cls: type) -> None:
     """
     if found.get("act_fn") == "swish":
         found["act_fn"] = "silu"
-    if found.get("shift_factor") == 0:
+    if found.get("shift_factor") == 0 and cls is vae.VAEConfig:
         found["shift_factor"] = None
     if found.get("scaling_factor") == 0:
         raise ValueError("scaling_factor is 0, and latents are divided by it")
