@@ -133,9 +133,9 @@ def test_the_recipe_trains_adapters_that_load_and_goes_on_with_what_is_done(monk
 def test_gradient_energy_falls_with_blur_and_steepness_finds_where():
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     blurred = F.avg_pool2d(x, 3, 1, padding=1)
-    assert recipe.gradient_energy(x, x) == pytest.approx(1)
-    assert 0 < recipe.gradient_energy(blurred, x) < 0.3
-    assert recipe.gradient_energy(2 * x, x) == pytest.approx(4)
+    assert measure.gradient_energy(x, x) == pytest.approx(1)
+    assert 0 < measure.gradient_energy(blurred, x) < 0.3
+    assert measure.gradient_energy(2 * x, x) == pytest.approx(4)
     shuffled = x.flip(3)
     assert recipe.sharpening_loss(x, x) == 0
     assert (recipe.steepness(shuffled).mean() - recipe.steepness(x).mean()).abs() < 0.02

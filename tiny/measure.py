@@ -138,6 +138,15 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return -10 * error.log10()
 
 
+def gradient_energy(y: Tensor, x: Tensor) -> float:
+    """Squared slopes of pictures y over those of x: 1 is as sharp, less is blurred."""
+    energies = []
+    for picture in (y, x):
+        slopes = [picture.diff(dim=dim).square().mean() for dim in (2, 3)]
+        energies.append(sum(slopes).item())
+    return energies[0] / energies[1]
+
+
 def statistics(values: Tensor) -> dict[str, float]:
     return dict(mean=values.mean().item(), std=values.std().item())
 
@@ -180,6 +189,7 @@ def measure_vae(classifier: AttributeClassifier) -> dict:
     decoded = torch.cat([vae.decode(vae.encode(x)[0]) for x in truth.split(50)])
     return dict(
         psnr=statistics(psnr(decoded, truth)),
+        energy=gradient_energy(decoded.clamp(-1, 1), truth),
         attributes=attribute_accuracy(classifier, decoded.clamp(-1, 1), described),
         real=attribute_accuracy(classifier, truth, described),
     )
@@ -194,7 +204,7 @@ def measure_text(
     n: int = N,
 ) -> dict:
     """Attributes of n held-out captions, drawn one at a time, picture i from seed + i."""
-    described, _ = held_out(n)
+    described, truth = held_out(n)
     base = bases.load_base(name, dtype=torch.float32)
     sampler = "ddim"
     if base.schedule.config["_class_name"] == "LCMScheduler":
@@ -215,11 +225,13 @@ def measure_text(
         drawn.append(picture)
     seconds = (time.monotonic() - start) / n
 
+    pictures = torch.cat(drawn)
     return dict(
         steps=steps,
         guidance=guidance,
         seed=seed,
-        attributes=attribute_accuracy(classifier, torch.cat(drawn), described),
+        attributes=attribute_accuracy(classifier, pictures, described),
+        energy=gradient_energy(pictures.clamp(-1, 1), truth),
         milliseconds=1000 * seconds,
     )
 

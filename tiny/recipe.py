@@ -318,15 +318,6 @@ def sharpening_loss(y: Tensor, x: Tensor) -> Tensor:
     return picture_loss(y, x) + F.l1_loss(steepness(y), steepness(x))
 
 
-def gradient_energy(y: Tensor, x: Tensor) -> float:
-    """Squared slopes of pictures y over those of x: 1 is as sharp, less is blurred."""
-    energies = []
-    for picture in (y, x):
-        slopes = [picture.diff(dim=dim).square().mean() for dim in (2, 3)]
-        energies.append(sum(slopes).item())
-    return energies[0] / energies[1]
-
-
 def train_decoder(device: torch.device, steps: int = 3000, batch: int = 16) -> None:
     """Goes on with the decoder alone: the encoder, and what was trained on its latents, stay."""
     network = bases.load_base("tiny-turbo", ("vae",), torch.float32, str(device)).vae
@@ -353,7 +344,7 @@ def train_decoder(device: torch.device, steps: int = 3000, batch: int = 16) -> N
         training.save_grid(path, [held_out[:24], decoded[:24]], at_least=128)
         return {
             "psnr": measure.psnr(decoded, held_out).mean().item(),
-            "energy": gradient_energy(decoded, held_out),
+            "energy": measure.gradient_energy(decoded, held_out),
         }
 
     decoder = nn.ModuleDict({"decoder": network.decoder, "last": network.post_quant_conv})
