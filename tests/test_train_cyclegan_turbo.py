@@ -495,4 +495,4 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(
     lines = helpers.error_lines(capsys.readouterr().err)
     assert caught.value.code == 2 and len(lines) == 1
     assert all(word in lines[0] for word in words), lines
-    helpers.assert_nothing_written(tmp_path)
+    helpers.assert_nothing_half_written(tmp_path)

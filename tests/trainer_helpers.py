@@ -174,9 +174,13 @@ def error_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if "error: " in line or "Traceback" in line]
 
 
-def assert_nothing_written(folder: Path) -> None:
+def assert_nothing_half_written(folder: Path) -> None:
+    """There is nothing, or the whole save of the steps before a broken picture."""
     assert not list(folder.glob("**/*.tmp"))
-    assert not list(folder.glob("**/*.safetensors"))
+    for weights in folder.glob("**/model.safetensors"):
+        load_file(weights)
+        state = torch.load(weights.with_name("state.pt"), weights_only=True)
+        assert state["step"] >= 1
 
 
 # --------------------------------------------------------------------------------- fixtures
