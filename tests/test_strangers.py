@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import sys
 import time
 import warnings
@@ -226,19 +225,19 @@ CAPTIONS = [
 
 
 @pytest.mark.parametrize("encoding, caption", CAPTIONS)
-def test_captions_that_stdout_cannot_say_are_checked(tmp_path, encoding, caption):
+def test_captions_that_stdout_cannot_say_are_checked(script, tmp_path, encoding, caption):
     folder = pictures(tmp_path / "日本", numbered(10))
     for i in range(10):
         (folder / f"{i:02}.txt").write_text(caption, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "dataset", "check", folder, "--output", tmp_path / "sheet.png"],
-        cwd=helpers.ROOT,
-        capture_output=True,
-        env={**helpers.ENV, "PYTHONIOENCODING": encoding},
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"no problems" in done.stdout
-    assert b"Traceback" not in done.stderr
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        status, _, _ = script(dataset_main, "check", folder)
+    for stream in streams:
+        stream.flush()
+    out, err = (stream.buffer.getvalue() for stream in streams)
+    assert status == 0, err
+    assert b"no problems" in out
+    assert "日本".encode(encoding, errors="backslashreplace") in out
 
 
 # -------------------- 2. time without a word
