@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 # The formats of finished pictures, as Pillow names their readers. Others are left out on purpose:
 # EPS runs the PostScript program that the file is, WMF needs Windows, PSD holds drafts that often
@@ -171,7 +172,7 @@ def _scale_grey_tiff(file: Image.Image) -> Image.Image:
 
     Pillow does neither for grey of more than 8 bits. Other pictures stay as they are.
     """
-    if file.format != "TIFF" or not file.mode.startswith("I;16"):
+    if not isinstance(file, TiffImageFile) or not file.mode.startswith("I;16"):
         return file
     values = np.asarray(file).astype(np.int64)
     bits = file.tag_v2.get(258, (16,))[0]
