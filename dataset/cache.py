@@ -186,7 +186,7 @@ def write_cache(
                 continue
             path = output / f"{split}-{number:05d}.safetensors"
             shard = _write_shard(path, base, items, batch, device)
-            index["shards"][split][number:number + 1] = [shard]  # or appends it
+            index["shards"][split][number:number + 1] = [shard]  # replaces or appends
             _write_index(output, index)
     _refuse(problems)
     print(output)

@@ -173,9 +173,10 @@ def of_tensors(saved: object, metadata: dict[str, str] | None = None) -> str | N
 
     tensors = saved.get("state_dict", saved)
     names = [str(name) for name in tensors]
-    (first, *_) = tensors.values()
-    if len(names) == 1 and isinstance(first, dict):
-        return of_tensors(first)  # such as "params_ema" or "model"
+    if len(names) == 1:
+        (only,) = tensors.values()
+        if isinstance(only, dict):
+            return of_tensors(only)  # such as "params_ema" or "model"
     is_sdxl = "clip_l" in names or "clip_g" in names
     if len(names) == 1 and not is_sdxl and not names[0].endswith((".weight", ".bias")):
         return EMBEDDING  # under the name of its token, which may be any text

@@ -137,9 +137,9 @@ def test_gradient_energy_falls_with_blur_and_steepness_finds_where():
     assert measure.gradient_energy(x, x) == pytest.approx(1)
     assert 0 < measure.gradient_energy(blurred, x) < 0.3
     assert measure.gradient_energy(2 * x, x) == pytest.approx(4)
-    shuffled = x.flip(3)
+    mirrored = x.flip(3)
     assert recipe.sharpening_loss(x, x) == 0
-    assert (recipe.steepness(shuffled).mean() - recipe.steepness(x).mean()).abs() < 0.02
+    assert (recipe.steepness(mirrored).mean() - recipe.steepness(x).mean()).abs() < 0.02
     assert (recipe.steepness(x) - recipe.steepness(blurred) > 0).all()
 
 

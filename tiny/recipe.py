@@ -649,7 +649,7 @@ YOSO_STAGES = {
         ema_decay=0.995,
         **PURE_NOISE,
     ),
-    # A faster discriminator, or one without momentum, stays at chance (IDEAS.md).
+    # A faster discriminator, or one without momentum, stays at chance (tiny/README.md).
     "yoso": dict(
         lambda_gan=0.1,
         max_train_steps=1200,
