@@ -104,6 +104,7 @@ class Config:
     lambda_gan: float = 1.0  # weight of the adversarial loss; 0 trains no discriminator
     lambda_kl: float = 0.5  # weight of the KL term, the distance to the data
     lambda_con: float = 2.0  # weight of the consistency term
+    lambda_mismatch: float = 0.0  # weight of real pictures with wrong captions, as fakes for D
     adversarial: Literal["coop", "data", "noisy"] = "coop"  # real: G(x_{t-k}), data, noised data
     consistency: Literal["perceptual", "mse"] = "perceptual"  # in U-Net features, or latents
     snr_gamma: float = 5.0  # largest weight of a noise level
@@ -229,6 +230,21 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
     In self-cooperation the real side is G(x_{t-k}), not data.
     """
     return (F.softplus(-logits_real) + F.softplus(logits_fake)).mean()
+
+
+def other_captions(context: Tensor) -> tuple[Tensor, Tensor]:
+    """Captions [B, N, C] -> those of the neighbours in the batch, and whether they differ [B]."""
+    others = context.roll(1, dims=0)
+    return others, (others != context).flatten(1).any(1)
+
+
+def mismatch_loss(logits: Tensor, differs: Tensor) -> Tensor:
+    """softplus(D(real, t, another caption)), the mean over pairs whose captions differ.
+
+    Without it, D may call a good picture real whatever its caption says. It is not in the paper.
+    Source: Reed et al. 2016, "Generative Adversarial Text to Image Synthesis" (GAN-CLS).
+    """
+    return F.softplus(logits[differs]).sum() / differs.sum().clamp(min=1)
 
 
 def mean_square(a: Tensor, b: Tensor) -> Tensor:
@@ -426,6 +442,11 @@ def check_stage(cfg: Config, schedule: Schedule) -> None:
     if not (cfg.lambda_gan or cfg.lambda_kl or cfg.lambda_con):
         raise ValueError(
             "--lambda_gan, --lambda_kl and --lambda_con are 0; expected a loss to learn from"
+        )
+    if cfg.lambda_mismatch and (cfg.unconditional or cfg.train_batch_size == 1):
+        raise ValueError(
+            "--lambda_mismatch shows a picture with a neighbour's caption; expected captions (no"
+            " --unconditional), and a --train_batch_size of 2 or more"
         )
     untrained = cfg.base == "pixels"
     if untrained and (cfg.train == "lora" or cfg.consistency == "perceptual"):
@@ -1101,8 +1122,15 @@ def main() -> None:
                     logits_real = look(sample=real, noise=again["real"], cfg=cfg)
                     logits_fake = look(sample=fake, noise=again["fake"], cfg=cfg)
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
-                run.backward(loss)
                 run.record(losses, {"disc": loss} | signals(logits_real, logits_fake))
+                if cfg.lambda_mismatch:
+                    with run.autocast:
+                        others, differs = other_captions(disc_context)
+                        logits = look(sample=real, context=others, noise=again["real"], cfg=cfg)
+                        mismatch = cfg.lambda_gan * mismatch_loss(logits, differs)
+                    run.record(losses, {"mismatch": mismatch})
+                    loss = loss + cfg.lambda_mismatch * mismatch
+                run.backward(loss)
             losses["disc_grad_norm"] = run.update(optimizer_d)
             run.check_finite(losses, step, batch)
         run.scaler.update()

@@ -503,6 +503,46 @@ def test_a_step_shows_the_discriminator_what_the_flag_says(monkeypatch, tmp_path
     assert torch.equal(through, fake)
 
 
+def test_the_mismatch_loss_is_the_mean_over_captions_that_differ():
+    context = normal(4, 3, 2)
+    context[1] = context[0]
+    others, differs = trainer.other_captions(context)
+    for i in range(4):
+        assert torch.equal(others[i], context[i - 1])
+    assert differs.tolist() == [True, False, True, True]
+    logits = normal(4, 1, seed=1)
+    wanted = F.softplus(logits[[0, 2, 3]]).mean()
+    assert relative(trainer.mismatch_loss(logits, differs), wanted) < 1e-12
+    # One caption alone: nothing to learn, and no NaN.
+    assert trainer.mismatch_loss(logits, torch.zeros(4, dtype=torch.bool)) == 0
+
+
+@torch.no_grad()
+def test_a_step_shows_the_discriminator_wrong_captions_on_request(monkeypatch, tmp_path, pairs):
+    """D sees its real side once more, with the neighbours' captions, and calls that fake."""
+    seen, forward = [], trainer.LatentDiscriminator.forward
+
+    def watched(D, x, t, context):
+        logits = forward(D, x, t, context)
+        seen.append((x.detach().clone(), context.clone(), logits.detach()))
+        return logits
+
+    monkeypatch.setattr(trainer.LatentDiscriminator, "forward", watched)
+    flags = ["--dataset_folder", pairs, *CENTRED, *SMALL_PICTURES, "--dtype", "float64"]
+    flags += ["--lambda_gan", 0.5, "--lambda_mismatch", 2, "--max_train_steps", 1]
+    with torch.enable_grad():
+        train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+
+    _, (real, context, right), (_, _, fake), (again, others, wrong) = seen
+    assert torch.equal(again, real) and torch.equal(others, context.roll(1, dims=0))
+    log = helpers.read_log(tmp_path / "run")[0]
+    differs = trainer.other_captions(context)[1]
+    mismatch = 0.5 * F.softplus(wrong[differs]).sum() / differs.sum().clamp(min=1)
+    disc = 0.5 * (F.softplus(-right) + F.softplus(fake)).mean()
+    assert log["mismatch"] == pytest.approx(mismatch.item(), rel=1e-9)
+    assert log["disc"] == pytest.approx(disc.item(), rel=1e-9)
+
+
 @torch.no_grad()
 def test_captions_are_left_out_on_request(monkeypatch, tmp_path, pairs):
     flags = ["--dataset_folder", pairs, *CENTRED, *SMALL_PICTURES, "--dtype", "float64"]
@@ -1128,6 +1168,14 @@ BAD = {
     "no U-Net for features": (NO_U_NET, ["--train all", "--consistency mse"]),
     "no base for a LoRA": (["--base", "pixels", "--train", "lora"], ["--train all"]),
     "unknown adversary": (["--adversarial", "teacher"], ["--adversarial", "coop"]),
+    "no neighbour to mismatch": (
+        ["--lambda_mismatch", "1", "--train_batch_size", "1"],
+        ["--lambda_mismatch", "2 or more"],
+    ),
+    "no captions to mismatch": (
+        ["--lambda_mismatch", "1", "--unconditional"],
+        ["--lambda_mismatch", "--unconditional"],
+    ),
     "no whole latents": (["--resolution", "30"], ["30x30", "multiples of 4"]),
     "no loss": (NO_LOSS, ["--lambda_kl"]),
     "captions and no teacher": (
