@@ -649,10 +649,12 @@ YOSO_STAGES = {
         ema_decay=0.995,
         **PURE_NOISE,
     ),
-    # A faster discriminator, or one without momentum, stays at chance (tiny/README.md).
+    # A faster discriminator, or one without momentum, stays at chance; and without wrong captions
+    # it hardly reads them (tiny/README.md).
     "yoso": dict(
         lambda_gan=0.1,
-        max_train_steps=1200,
+        lambda_mismatch=1,
+        max_train_steps=1000,
         learning_rate=2e-4,
         disc_adam_beta1=0.5,
         **PURE_NOISE,

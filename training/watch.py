@@ -255,8 +255,9 @@ def discriminator_blind(history: History) -> str | None:
         return None
     return (
         f"it has told outputs from real pictures no better than by chance in all {len(known)}"
-        " steps, so the generator learns nothing from it; try a larger --lambda_gan, a higher rate"
-        " (--learning_rate, or YOSO's --disc_lr_ratio), or another --gan_disc_type"
+        " steps, so the generator learns nothing from it; try a larger --lambda_gan, another"
+        " --gan_disc_type, another rate, or for YOSO --disc_adam_beta1 0.5 with a --disc_lr_ratio of 1"
+        " or less"
     )
 
 
