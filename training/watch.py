@@ -256,8 +256,7 @@ def discriminator_blind(history: History) -> str | None:
     return (
         f"it has told outputs from real pictures no better than by chance in all {len(known)}"
         " steps, so the generator learns nothing from it; try a larger --lambda_gan, another"
-        " --gan_disc_type, another rate, or for YOSO --disc_adam_beta1 0.5 with a --disc_lr_ratio of 1"
-        " or less"
+        " --gan_disc_type, another rate, or for YOSO --disc_adam_beta1 0.5 and --disc_lr_ratio 1"
     )
 
 
