@@ -443,15 +443,26 @@ def check_stage(cfg: Config, schedule: Schedule) -> None:
         raise ValueError(
             "--lambda_gan, --lambda_kl and --lambda_con are 0; expected a loss to learn from"
         )
-    if cfg.lambda_mismatch and (cfg.unconditional or cfg.train_batch_size == 1):
-        raise ValueError(
-            "--lambda_mismatch shows a picture with a neighbour's caption; expected captions (no"
-            " --unconditional), and a --train_batch_size of 2 or more"
-        )
+    if cfg.lambda_mismatch:
+        check_mismatch(cfg)
     untrained = cfg.base == "pixels"
     if untrained and (cfg.train == "lora" or cfg.consistency == "perceptual"):
         raise ValueError(
             f"the base {cfg.base} has no trained U-Net; expected --train all --consistency mse"
+        )
+
+
+def check_mismatch(cfg: Config) -> None:
+    """ValueError where the discriminator cannot be shown the captions of neighbours."""
+    if cfg.stage != "yoso" or not cfg.lambda_gan:
+        raise ValueError(
+            "--lambda_mismatch without a discriminator; expected --stage yoso and a --lambda_gan"
+            " above 0, or leave the flag out"
+        )
+    if cfg.unconditional or cfg.train_batch_size == 1:
+        raise ValueError(
+            "--lambda_mismatch shows a picture with a neighbour's caption; expected captions (no"
+            " --unconditional), and a --train_batch_size of 2 or more"
         )
 
 

@@ -1172,6 +1172,10 @@ BAD = {
         ["--lambda_mismatch", "1", "--train_batch_size", "1"],
         ["--lambda_mismatch", "2 or more"],
     ),
+    "nobody to see the mismatch": (
+        ["--lambda_mismatch", "1", "--lambda_gan", "0"],
+        ["--lambda_mismatch", "--lambda_gan above 0"],
+    ),
     "no captions to mismatch": (
         ["--lambda_mismatch", "1", "--unconditional"],
         ["--lambda_mismatch", "--unconditional"],
