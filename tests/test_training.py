@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import train_cyclegan_turbo
@@ -106,6 +107,15 @@ def test_a_stop_is_asked_for_once_and_only_a_second_ctrl_c_does_not_wait():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_run_that_ends_closes_its_connections(tmp_path, monkeypatch):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    run = make_run()
+    run.folder = tmp_path
+    monkeypatch.setattr(training.run, "write_report", lambda *_: None)
+    run.finish()
+    assert not dist.is_initialized()
 
 
 # ---------------------------------------------------------------------------------- the run

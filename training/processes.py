@@ -51,6 +51,17 @@ def start_ranks(device_name: str) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
+def leave_ranks() -> None:
+    """Waits for all processes, then ends their connections.
+
+    Without the wait, torchrun would kill the others once one has ended. And a process that ends
+    with its connections open is sometimes aborted by one of their threads.
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def my_rows(rank: int, world: int, batch: int, accumulation: int) -> list[list[int]]:
     """Rows of the global batch that this process takes, one list per micro-batch."""
     rows = []

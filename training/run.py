@@ -23,7 +23,7 @@ from training.folders import (
 from training.logs import append_log, open_log, open_reporter
 from training.meter import Meter, reading_speed
 from training.plots import plot_losses
-from training.processes import average_gradients, catch_stop, my_rows, start_ranks
+from training.processes import average_gradients, catch_stop, leave_ranks, my_rows, start_ranks
 from training.report import write_report
 from training.steps import check_finite, learning_rate, rng, set_learning_rate
 from training.watch import next_warning, recall
@@ -288,6 +288,7 @@ class Run:
         """
         if self.meter and step + 1 == self.last_step:
             self.meter.finish(min(self.cfg.validation_num_images, len(self.test_items)))
+            leave_ranks()
             sys.exit(0)
         if self.meter or self.rank != 0:
             return
@@ -317,8 +318,7 @@ class Run:
         """The exception that ends a run after a request to stop, once everything is saved."""
         if self.rank == 0 and not self.meter:
             write_report(self, f"stopped after step {step + 1} of {self.last_step}")
-        if dist.is_initialized():
-            dist.barrier()  # torchrun kills the others once one process exits
+        leave_ranks()
         return KeyboardInterrupt(
             f"stopped after step {step + 1}, saved; go on with --resume {self.folder}"
         )
@@ -328,6 +328,7 @@ class Run:
         if self.rank == 0:
             write_report(self, f"finished {max(self.first_step, self.last_step)} steps")
             print(self.folder / "model.safetensors")
+        leave_ranks()
 
 
 def what_ends(cfg, steps: int) -> str:
