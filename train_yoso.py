@@ -109,6 +109,7 @@ class Config:
     consistency: Literal["perceptual", "mse"] = "perceptual"  # in U-Net features, or latents
     snr_gamma: float = 5.0  # largest weight of a noise level
     snr_floor: float = 0.0  # smallest weight of a noise level in the KL term
+    con_floor: float = 0.0  # the same in the consistency term
     coop_steps: int = 250  # D's real side is G at so many timesteps less noise
     con_steps: int = 25  # the consistency term compares with so many timesteps less noise
     last_share: float = 0.0  # share of the batch at the last timestep, where sampling starts
@@ -266,16 +267,23 @@ def kl_loss(
 
 
 def consistency_loss(
-    here: Tensor, goal: Tensor, t: Tensor, s: Tensor, schedule: Schedule, gamma: float
+    here: Tensor,
+    goal: Tensor,
+    t: Tensor,
+    s: Tensor,
+    schedule: Schedule,
+    gamma: float,
+    floor: float = 0.0,
 ) -> Tensor:
     """L_con = w |f(G(x_t)) - f(G(x_s))|^2, s < t, same eps, no gradient through the goal.
 
     f gives the features of a frozen U-Net (the latent perceptual loss), or is the identity.
-    w = min(1 / (sigma_t / alpha_t - sigma_s / alpha_s), gamma).
+    w = min(max(1 / (sigma_t / alpha_t - sigma_s / alpha_s), floor), gamma), in pure noise the
+    floor. With floor 0, as in the paper, D alone teaches G what to make of pure noise.
     """
     ratio_t = schedule.sigma[t] / schedule.alpha[t]
     ratio_s = schedule.sigma[s] / schedule.alpha[s]
-    weight = (1 / (ratio_t - ratio_s)).clamp(max=gamma)  # t = s = 0: gamma times 0
+    weight = (1 / (ratio_t - ratio_s)).clamp(floor, gamma)  # t = s = 0: gamma times 0
     distance = mean_square(here, goal.detach())
     return (weight.to(distance) * distance).mean()
 
@@ -364,7 +372,9 @@ def yoso_losses(
         if features is not None:
             here = features(fake, disc_context)
             goal = features(goal, disc_context)
-        loss = consistency_loss(here, goal, t, t_con, schedule, cfg.snr_gamma)
+        loss = consistency_loss(
+            here, goal, t, t_con, schedule, cfg.snr_gamma, cfg.con_floor
+        )
         terms["con"] = cfg.lambda_con * loss
     return terms, fake.detach(), real
 

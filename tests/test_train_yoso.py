@@ -213,6 +213,18 @@ def test_consistency_pulls_the_noisier_side_only_and_with_the_weight_of_the_pape
     assert end.item() == 0
 
 
+def test_a_floor_keeps_consistency_alive_in_pure_noise():
+    here, goal = normal(5, 7), normal(5, 7, seed=1)
+    s, schedule = diffusion.less_noisy(T, 25), zero_terminal_snr(SCHEDULE)
+    distances = (here - goal).square().mean(1)
+    last = here[-1:], goal[-1:], T[-1:], s[-1:]
+    for floor in (0.5, 2.0):
+        loss = trainer.consistency_loss(*last, schedule, GAMMA, floor)
+        assert relative(loss, floor * distances[-1]) < 1e-9
+    everywhere = trainer.consistency_loss(here, goal, T, s, schedule, GAMMA, GAMMA)
+    assert relative(everywhere, GAMMA * distances.mean()) < 1e-9
+
+
 def test_the_v_adaption_asks_for_the_v_of_the_teachers_epsilon():
     v, eps, x = [normal(5, 4, 2, 2, seed=i) for i in range(3)]
     v.requires_grad_()
@@ -259,14 +271,14 @@ def toy_features(x, context):
 
 
 def test_yoso_losses_are_the_weighted_terms_of_the_paper():
-    cfg = trainer.Config(lambda_gan=2, lambda_kl=3, lambda_con=5, snr_floor=0.7)
+    cfg = trainer.Config(lambda_gan=2, lambda_kl=3, lambda_con=5, snr_floor=0.7, con_floor=0.6)
     x0, eps, s = normal(5, 4, 3, 3), normal(5, 4, 3, 3, seed=1), diffusion.less_noisy(T, 25)
     networks = toy_generator, toy_discriminator, toy_features
     terms, fake, real = trainer.yoso_losses(*networks, x0, 0.1, 0.2, T, eps, SCHEDULE, cfg)
     G = [toy_generator(add_noise(x0, eps, u, SCHEDULE), u, 0.1) for u in (T, s)]
     gan, distance = F.softplus(-toy_discriminator(G[0], T, 0.2)).mean(), [g**2 + 0.2 for g in G]
     kl = trainer.kl_loss(G[0], x0, T, SCHEDULE, GAMMA, floor=0.7)
-    con = trainer.consistency_loss(*distance, T, s, SCHEDULE, GAMMA)
+    con = trainer.consistency_loss(*distance, T, s, SCHEDULE, GAMMA, floor=0.6)
     assert torch.equal(fake, G[0]) and list(terms) == ["gan", "kl", "con"]
     for name, wanted in dict(gan=2 * gan, kl=3 * kl, con=5 * con).items():
         assert relative(terms[name], wanted) < 1e-12, name
