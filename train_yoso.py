@@ -113,6 +113,7 @@ class Config:
     coop_steps: int = 250  # D's real side is G at so many timesteps less noise
     con_steps: int = 25  # the consistency term compares with so many timesteps less noise
     last_share: float = 0.0  # share of the batch at the last timestep, where sampling starts
+    high_share: float = 0.0  # share of the batch in the last --coop_steps timesteps before that
     denoising_steps: int = 0  # the first steps train the KL term alone; for random weights
     # optimisation
     learning_rate: float = 2e-5  # learning rate of the generator
@@ -192,7 +193,9 @@ PIXELS = TINY | dict(
     lambda_kl=1.0,
     lambda_con=1.0,
     consistency="mse",
-    last_share=0.5,
+    con_floor=5.0,
+    last_share=0.25,
+    high_share=0.4,
     viz_freq=200,
 )
 TABLES = {"tiny-": PRETRAINED, "tiny": TINY, "pixels": PIXELS}
@@ -914,12 +917,16 @@ def estimate_prior(
 
 
 def draw_timesteps(nets: Networks, run: training.Run, step: int) -> Tensor:
-    """Timesteps [global batch]: uniform, or the last one with probability --last_share."""
-    generator = training.rng(run.cfg.seed, step, "t")
-    t = torch.randint(len(nets.schedule.alpha), (run.global_batch,), generator=generator)
-    last = torch.rand(run.global_batch, generator=generator) < run.cfg.last_share
-    t[last] = nets.last_timestep
-    return t
+    """Timesteps [global batch]: uniform, but for --last_share and --high_share of them."""
+    cfg, last = run.cfg, nets.last_timestep
+    n = (run.global_batch,)
+    generator = training.rng(cfg.seed, step, "t")
+    t = torch.randint(last + 1, n, generator=generator)
+    chance = torch.rand(n, generator=generator)
+    first_high = min(max(last + 1 - cfg.coop_steps, 0), last - 1)
+    high = torch.randint(first_high, last, n, generator=generator)
+    t = torch.where(chance < cfg.last_share + cfg.high_share, high, t)
+    return t.masked_fill(chance < cfg.last_share, last)
 
 
 def noise_again(

@@ -373,6 +373,17 @@ def test_the_last_noise_level_gets_its_share_of_the_batch(share):
     assert not torch.equal(t, trainer.draw_timesteps(nets, run, step=4))
 
 
+@pytest.mark.parametrize("coop_steps, first", [(250, 750), (1, 998), (2000, 0)])
+def test_the_noisy_levels_before_the_last_get_their_share_of_the_batch(coop_steps, first):
+    cfg = trainer.Config(last_share=0.25, high_share=0.75, coop_steps=coop_steps)
+    run = SimpleNamespace(cfg=cfg, global_batch=2000)
+    nets = SimpleNamespace(schedule=SCHEDULE, last_timestep=999)
+    t = trainer.draw_timesteps(nets, run, step=3)
+    high = t[t < 999]
+    assert abs(len(high) / len(t) - 0.75) < 0.04
+    assert first <= high.min() < first + 10 and 990 < high.max() <= 998
+
+
 def test_the_floor_of_the_weights_reaches_the_loss():
     x0, eps = normal(5, 4, 3, 3), normal(5, 4, 3, 3, seed=1)
     found = []
