@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from files.bases import NETWORKS, Base, class_of, read_network
 from files.formats import vae_from_original
-from files.hub import find, locate
+from files.hub import ROOT, find, locate
 from files.tensors import build, fill, read_json, read_tensors, read_weights, reading
 from models import taesd, vae
 
 # Names for --vae.
-AUTOENCODERS = {"taesd": "madebyollin/taesd"}
+AUTOENCODERS = {
+    "taesd": "madebyollin/taesd",
+    "tiny-turbo-taesd": str(ROOT / "tiny" / "tiny-turbo-taesd"),
+}
 # What a folder may hold. The last is a half of the original TAESD, with the other half beside it.
 FILES = ["config.json", "vae/config.json", "taesd_decoder.safetensors", "taesd_decoder.pth"]
 EXPECTED = (

@@ -12,6 +12,7 @@ import sample
 from dataset import folders
 from dataset.pictures import open_picture, to_picture, to_tensor
 from files import bases, checkpoints, tokenizers
+from files.autoencoders import load_autoencoder
 from tiny import measure, recipe, scenes
 
 
@@ -74,6 +75,23 @@ def test_the_autoencoder_keeps_drawings_with_their_rain_snow_and_stars(classifie
     assert 0.8 < measure.gradient_energy(decoded, truth) < 1
     assert measure.attribute_accuracy(classifier, decoded, described)["weather"] > 0.97
     assert 0.9 < (latents * vae.config.scaling_factor).std() < 1.1
+
+
+def test_the_tiny_autoencoder_takes_the_place_of_the_vae():
+    """Its decoder and its encoder, each beside the other half of the VAE."""
+    base = bases.load_base("tiny-turbo", ("vae",), torch.float32)
+    taesd = load_autoencoder("tiny-turbo-taesd", base, torch.float32)
+    scaling = base.vae.config.scaling_factor
+    _, truth = measure.held_out(40)
+    z, _, _ = base.vae.encode(truth)
+    decoded = base.vae.decode(z).clamp(-1, 1)
+    assert measure.psnr(taesd.decode(z * scaling), decoded).mean() > 28
+    guessed, _, _ = taesd.encode(truth)
+    assert measure.psnr(base.vae.decode(guessed / scaling), decoded).mean() > 34
+    parameters = sum(p.numel() for p in taesd.parameters())
+    assert parameters * 6 < sum(p.numel() for p in base.vae.parameters())
+    weights = recipe.HERE / "tiny-turbo-taesd" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size < 300_000
 
 
 @pytest.mark.parametrize("name, steps, guidance, share", [

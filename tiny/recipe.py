@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import sample
 import training
 from files import bases, checkpoints, tokenizers
 from files.tensors import read_config, read_tensors, save_tensors
@@ -169,6 +170,16 @@ def pictures(levels: Tensor) -> Tensor:
 
 # -------------------- One training loop for the stages below
 
+def mixed_precision(device: torch.device) -> str:
+    """bf16 if the processor computes in it; if it must be emulated, float32 is faster."""
+    return "bf16" if sample.computes_in_bf16(device) else "no"
+
+
+def half_precision(device: torch.device) -> torch.autocast:
+    enabled = mixed_precision(device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
 def train(
     stage: str,
     network: nn.Module,
@@ -275,7 +286,7 @@ def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
         rng = training.rng(SEED, step, "vae")
         rows = torch.randint(len(drawn), (batch,), generator=rng)
         x = pictures(drawn[rows]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             mean, logvar, _ = network.encode(x)
             noise = torch.randn(mean.shape, generator=rng).to(device)
             y = network.decode(mean + (0.5 * logvar.float()).exp() * noise)
@@ -333,7 +344,7 @@ def train_decoder(device: torch.device, steps: int = 3000, batch: int = 16) -> N
         rows = torch.randint(len(drawn), (batch,), generator=rng)
         noise = torch.randn(batch, *mean.shape[1:], generator=rng)
         z = (mean[rows] + std[rows] * noise) / scaling
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             y = network.decode(z.to(device))
         return sharpening_loss(y.float(), pictures(drawn[rows]).to(device))
 
@@ -355,15 +366,15 @@ def train_decoder(device: torch.device, steps: int = 3000, batch: int = 16) -> N
 # -------------------- A tiny autoencoder of the same latents
 
 TAESD = taesd.TAESDConfig(
-    encoder_block_out_channels=(16,) * 3,
+    encoder_block_out_channels=(12,) * 3,
     decoder_block_out_channels=(32,) * 3,
     num_encoder_blocks=(1, 1, 1),
-    num_decoder_blocks=(2, 1, 0),
+    num_decoder_blocks=(3, 1, 0),
 )
 
 
-def train_taesd(device: torch.device, steps: int = 3000, batch: int = 8) -> None:
-    """Trains on what the VAE of tiny-turbo makes of drawings: scaled latents, and pictures of them.
+def train_taesd(device: torch.device, steps: int = 10_000, batch: int = 8) -> None:
+    """Trains the encoder on the scaled latents of tiny-turbo's VAE, the decoder on the drawings.
 
     psnr_decoder and psnr_encoder compare with the VAE's pictures, where one half takes the place of
     the VAE's; psnr and psnr_vae are those of either whole autoencoder to the drawings.
@@ -373,28 +384,27 @@ def train_taesd(device: torch.device, steps: int = 3000, batch: int = 8) -> None
     scaling = teacher.config.scaling_factor
     network = taesd.TAESD(TAESD).to(device)
     drawn = drawings()
+    mean, std = latents(teacher, drawn, device)
     held_out = pictures(held_out_drawings(range(64))).to(device)
+    with torch.no_grad():
+        held_out_mean, _, _ = teacher.encode(held_out)
+        decoded = teacher.decode(held_out_mean).clamp(-1, 1)
 
     def loss(step: int) -> Tensor:
         rng = training.rng(SEED, step, "taesd")
         rows = torch.randint(len(drawn), (batch,), generator=rng)
         x = pictures(drawn[rows]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                mean, logvar, _ = teacher.encode(x)
-                noise = torch.randn(mean.shape, generator=rng).to(device)
-                z = mean + (0.5 * logvar.float()).exp() * noise
-                target = teacher.decode(z)
+        noise = torch.randn(batch, *mean.shape[1:], generator=rng)
+        z = mean[rows] + std[rows] * noise
+        with half_precision(device):
             found, _, _ = network.encode(x)
-            y = network.decode(z * scaling)
-        return F.mse_loss(found.float(), mean.float() * scaling) + picture_loss(y.float(), target)
+            y = network.decode(z.to(device))
+        return F.mse_loss(found.float(), mean[rows].to(device)) + sharpening_loss(y.float(), x)
 
     @torch.no_grad()
     def validate(step: int) -> dict:
-        mean, _, _ = teacher.encode(held_out)
-        decoded = teacher.decode(mean).clamp(-1, 1)
         z, _, _ = network.encode(held_out)
-        y = network.decode(mean * scaling)
+        y = network.decode(held_out_mean * scaling)
         columns = [held_out[:24], decoded[:24], y[:24]]
         training.save_grid(RUNS / "taesd" / f"{step:06d}.png", columns, at_least=128)
         pairs = dict(
@@ -403,7 +413,8 @@ def train_taesd(device: torch.device, steps: int = 3000, batch: int = 8) -> None
             psnr=(network.decode(z), held_out),
             psnr_vae=(decoded, held_out),
         )
-        return {name: measure.psnr(*pair).mean().item() for name, pair in pairs.items()}
+        values = {name: measure.psnr(*pair).mean().item() for name, pair in pairs.items()}
+        return values | {"energy": measure.gradient_energy(y, held_out)}
 
     train("taesd", network, loss, validate, steps, rate=4e-3)
     bases.save_network(HERE / "tiny-turbo-taesd", network, torch.float16)
@@ -439,7 +450,7 @@ def train_classifier(device: torch.device, steps: int = 4000, batch: int = 64) -
         rows = torch.cat([usual, others])
         levels = [drawn[usual], drawn_more[others - DRAWINGS]]
         x = blur_and_noise(pictures(torch.cat(levels)), rng)
-        with torch.autocast(device.type, torch.bfloat16):
+        with half_precision(device):
             logits = network(x.to(device))
         logits = [row.float() for row in logits]
         return measure.classifier_loss(logits, fields[rows].to(device), things[rows].to(device))
@@ -493,7 +504,7 @@ def latents(network: vae.VAE, drawn: Tensor, device: torch.device) -> tuple[Tens
     path = RUNS / "latents.npy"
     if not path.is_file():
         found = []
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+        with torch.inference_mode(), half_precision(device):
             for levels in tqdm(drawn.split(200), "latents"):
                 mean, logvar, _ = network.encode(pictures(levels).to(device))
                 std = (0.5 * logvar.float()).exp()
@@ -570,7 +581,7 @@ def train_diffusion(
         x = diffusion.add_noise(x0, eps, t, base.schedule)
         x = x.to(device, memory_format=torch.channels_last)
         # Plain attention: on a CPU, the backward pass of the fused one is slow at this size.
-        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with half_precision(device), sdpa_kernel(SDPBackend.MATH):
             context = base.text_encoder(words.to(device))
             predicted = base.unet(x, t.to(device), context)
         return F.mse_loss(predicted.float(), eps.to(device))
@@ -663,7 +674,6 @@ YOSO_STAGES = {
 YOSO_COMMON = dict(
     train="all",
     train_batch_size=32,
-    mixed_precision="bf16",
     resolution=SIZE,
     lr_scheduler="cosine",
     lr_warmup_steps=100,
@@ -717,7 +727,8 @@ def train_turbo(device: torch.device) -> None:
     flags = dict(base=base, size=SIZE, output=cache, batch=64)
     run("-m", "dataset", "cache", "drawn:loose", *command_line(flags))
     for stage, own in YOSO_STAGES.items():
-        flags = dict(base=base, dataset_folder=cache, device=device) | YOSO_COMMON | own
+        flags = dict(base=base, dataset_folder=cache, device=device)
+        flags |= dict(mixed_precision=mixed_precision(device)) | YOSO_COMMON | own
         run_or_resume("train_yoso.py", RUNS / stage, **flags)
         base = RUNS / stage / "base"
 
@@ -741,7 +752,8 @@ ADAPTERS = {
 def train_adapters(device: torch.device) -> None:
     checkpoints.ADAPTERS.mkdir(exist_ok=True)
     for name, (script, own) in ADAPTERS.items():
-        flags = dict(base="tiny-turbo", device=device, seed=SEED, mixed_precision="bf16") | own
+        flags = dict(base="tiny-turbo", device=device, seed=SEED)
+        flags |= dict(mixed_precision=mixed_precision(device)) | own
         run_or_resume(script, RUNS / name, **flags)
         tensors, metadata = read_tensors(RUNS / name / "model.safetensors")
         tensors = {key: tensor.half() for key, tensor in tensors.items()}
