@@ -174,8 +174,7 @@ PRETRAINED = TINY | dict(
     disc_lr_ratio=1.0,
     max_train_steps=300,
 )
-# Defaults for training from scratch on raw pictures. On digits, longer is not better: from about
-# 1,000 steps on, the samples of a class become more alike (tiny/README.md).
+# Defaults for training from scratch on raw pictures. What gives variety: tiny/README.md.
 PIXELS = TINY | dict(
     dataset_folder="digits",
     resolution=16,
@@ -188,7 +187,7 @@ PIXELS = TINY | dict(
     adam_weight_decay=0.0,
     train_batch_size=32,
     denoising_steps=600,
-    max_train_steps=1000,
+    max_train_steps=1400,
     prior_pictures=0,
     lambda_kl=1.0,
     lambda_con=1.0,
@@ -917,11 +916,16 @@ def estimate_prior(
 
 
 def draw_timesteps(nets: Networks, run: training.Run, step: int) -> Tensor:
-    """Timesteps [global batch]: uniform, but for --last_share and --high_share of them."""
+    """Timesteps [global batch]: uniform, but for --last_share and --high_share of them.
+
+    While G only learns to denoise, all are uniform.
+    """
     cfg, last = run.cfg, nets.last_timestep
     n = (run.global_batch,)
     generator = training.rng(cfg.seed, step, "t")
     t = torch.randint(last + 1, n, generator=generator)
+    if step < cfg.denoising_steps:
+        return t
     chance = torch.rand(n, generator=generator)
     first_high = min(max(last + 1 - cfg.coop_steps, 0), last - 1)
     high = torch.randint(first_high, last, n, generator=generator)

@@ -383,6 +383,10 @@ def test_the_noisy_levels_before_the_last_get_their_share_of_the_batch(coop_step
     assert abs(len(high) / len(t) - 0.75) < 0.04
     assert first <= high.min() < first + 10 and 990 < high.max() <= 998
 
+    cfg.denoising_steps = 4
+    denoising = trainer.draw_timesteps(nets, run, step=3)
+    assert abs(denoising.float().mean() - 500) < 30 and denoising.min() < 10
+
 
 def test_the_floor_of_the_weights_reaches_the_loss():
     x0, eps = normal(5, 4, 3, 3), normal(5, 4, 3, 3, seed=1)
