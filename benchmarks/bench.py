@@ -385,6 +385,8 @@ def title_of(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    if args.scratch:
+        pathlib.Path(args.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         rows = measure(args, pathlib.Path(scratch))
 

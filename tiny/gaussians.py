@@ -48,6 +48,7 @@ class Config:
     lambda_con: float = 0.0  # weight of the consistency term
     snr_gamma: float = 5.0  # largest weight of a noise level
     snr_floor: float = 0.0  # smallest weight of a noise level in the KL term
+    con_floor: float = 0.0  # the same in the consistency term
     coop_steps: int = 250  # D's real side is G at so many timesteps less noise
     con_steps: int = 25  # the consistency term compares with so many timesteps less noise
     learning_rate: float = 1e-3  # of both networks; warm-up, then cosine to 0

@@ -509,6 +509,7 @@ def latents(network: vae.VAE, drawn: Tensor, device: torch.device) -> tuple[Tens
                 mean, logvar, _ = network.encode(pictures(levels).to(device))
                 std = (0.5 * logvar.float()).exp()
                 found.append(torch.stack([mean.float(), std]).cpu())
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, torch.cat(found, dim=1) * network.config.scaling_factor)
     mean, std = torch.from_numpy(np.load(path))
     return mean, std
