@@ -113,7 +113,7 @@ class Config:
     coop_steps: int = 250  # D's real side is G at so many timesteps less noise
     con_steps: int = 25  # the consistency term compares with so many timesteps less noise
     last_share: float = 0.0  # share of the batch at the last timestep, where sampling starts
-    high_share: float = 0.0  # share of the batch in the last --coop_steps timesteps before that
+    high_share: float = 0.0  # share of the batch at the --coop_steps timesteps below the last
     denoising_steps: int = 0  # the first steps train the KL term alone; for random weights
     # optimisation
     learning_rate: float = 2e-5  # learning rate of the generator
@@ -280,8 +280,8 @@ def consistency_loss(
     """L_con = w |f(G(x_t)) - f(G(x_s))|^2, s < t, same eps, no gradient through the goal.
 
     f gives the features of a frozen U-Net (the latent perceptual loss), or is the identity.
-    w = min(max(1 / (sigma_t / alpha_t - sigma_s / alpha_s), floor), gamma), in pure noise the
-    floor. With floor 0, as in the paper, D alone teaches G what to make of pure noise.
+    w = min(max(1 / (sigma_t / alpha_t - sigma_s / alpha_s), floor), gamma). The paper has no
+    floor: in pure noise, w is then 0. With one, G learns there to follow its less noisy self.
     """
     ratio_t = schedule.sigma[t] / schedule.alpha[t]
     ratio_s = schedule.sigma[s] / schedule.alpha[s]
@@ -374,9 +374,7 @@ def yoso_losses(
         if features is not None:
             here = features(fake, disc_context)
             goal = features(goal, disc_context)
-        loss = consistency_loss(
-            here, goal, t, t_con, schedule, cfg.snr_gamma, cfg.con_floor
-        )
+        loss = consistency_loss(here, goal, t, t_con, schedule, cfg.snr_gamma, cfg.con_floor)
         terms["con"] = cfg.lambda_con * loss
     return terms, fake.detach(), real
 
@@ -478,6 +476,15 @@ def check_mismatch(cfg: Config) -> None:
         )
 
 
+def check_shares(cfg: Config) -> None:
+    """ValueError for shares that are more than the whole batch."""
+    if cfg.last_share + cfg.high_share > 1:
+        raise ValueError(
+            f"--last_share {cfg.last_share} and --high_share {cfg.high_share}: expected shares of"
+            " the batch, together at most 1"
+        )
+
+
 def check_data(items: Dataset, base: bases.Base, cfg: Config) -> None:
     """ValueError for a data set that the base cannot train on, or not with these settings."""
     folder = cfg.dataset_folder
@@ -568,6 +575,7 @@ def build_networks(cfg: Config, run: training.Run, train_set: Dataset) -> Networ
     nets = load_bases(cfg, run, train_set)
     base = nets.base
     check_stage(cfg, base.schedule)
+    check_shares(cfg)
     check_data(train_set, base, cfg)
     if not cfg.unconditional:
         report_cut(cfg.dataset_folder, captions_of(train_set), base.tokenizer)
@@ -916,9 +924,8 @@ def estimate_prior(
 
 
 def draw_timesteps(nets: Networks, run: training.Run, step: int) -> Tensor:
-    """Timesteps [global batch]: uniform, but for --last_share and --high_share of them.
-
-    While G only learns to denoise, all are uniform.
+    """Timesteps [global batch]: --last_share at the last one, --high_share just below, the rest
+    uniform. While G only learns to denoise, all are uniform.
     """
     cfg, last = run.cfg, nets.last_timestep
     n = (run.global_batch,)

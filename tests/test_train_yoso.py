@@ -1195,6 +1195,10 @@ BAD = {
     "no U-Net for features": (NO_U_NET, ["--train all", "--consistency mse"]),
     "no base for a LoRA": (["--base", "pixels", "--train", "lora"], ["--train all"]),
     "unknown adversary": (["--adversarial", "teacher"], ["--adversarial", "coop"]),
+    "more than the batch": (
+        ["--last_share", "0.6", "--high_share", "0.5"],
+        ["--last_share 0.6", "--high_share 0.5", "at most 1"],
+    ),
     "no neighbour to mismatch": (
         ["--lambda_mismatch", "1", "--train_batch_size", "1"],
         ["--lambda_mismatch", "2 or more"],

@@ -352,7 +352,7 @@ def measure_yoso(folder: str) -> Measured:
     tenth = max(len(order) // 10, 1)
     figures = attribute_accuracy(drawn)
     figures |= dict(
-        sharp=(gradient_energy(drawn) / gradient_energy(truth)).item(),
+        sharp=measure.gradient_energy(drawn, truth),
         brightness=(brightness.std() / true_brightness.std()).item(),
         darkest=brightness[order[:tenth]].mean().item(),
         brightest=brightness[order[-tenth:]].mean().item(),
@@ -360,11 +360,6 @@ def measure_yoso(folder: str) -> Measured:
         disc_right=discriminator_accuracy(path.parent / "log.jsonl"),
     )
     return figures, {"": drawn}
-
-
-def gradient_energy(pictures: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring pixels, in both directions."""
-    return sum(pictures.diff(dim=d).square().mean() for d in (2, 3))
 
 
 def neighbour_distance(base: bases.Base) -> float:
