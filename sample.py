@@ -425,8 +425,9 @@ def load_base(options: Options, device: torch.device, strength: float = 1.0) -> 
     dtype = DTYPES.get(options.dtype, torch.float32)
     prior = None
     if options.checkpoint:
-        path = checkpoints.find_checkpoint(options.checkpoint)
-        base, prior = checkpoints.load_yoso(path, options.base, dtype, str(device), strength)
+        base, prior = checkpoints.load_yoso(
+            options.checkpoint, options.base, dtype, str(device), strength
+        )
     elif options.merge:
         base = bases.load_merged(options.merge, dtype, str(device))
     else:

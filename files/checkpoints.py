@@ -206,7 +206,7 @@ def checkpoint_kind(checkpoint: str) -> str | None:
 # -------------------- loading
 
 def load_yoso(
-    path: Path,
+    checkpoint: str,
     base: str | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
@@ -214,9 +214,11 @@ def load_yoso(
 ) -> tuple[Base, tuple[Tensor, Tensor]]:
     """The one-step generator that `save_yoso` wrote, as a base, and its prior (mean, std).
 
-    `base` takes the place of the base that the file names. The trained change is added `strength`
-    times. ValueError if the file is damaged, of another kind, or for another base.
+    `checkpoint` is a name as in `find_checkpoint`. `base` takes the place of the base that the file
+    names. The trained change is added `strength` times. ValueError if the file is damaged, of
+    another kind, or for another base.
     """
+    path = find_checkpoint(checkpoint)
     expected = f"a one-step generator of train_yoso.py ({FORMAT})"
     tensors, metadata = read_tensors(path, expected)
     networks = None

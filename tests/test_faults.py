@@ -331,7 +331,7 @@ def translate(world: Path, checkpoint: str, base: str | None = None) -> None:
 
 
 def sample_yoso(world: Path, checkpoint: str) -> None:
-    base, prior = checkpoints.load_yoso(world / checkpoint)
+    base, prior = checkpoints.load_yoso(str(world / checkpoint))
     if prior[0].shape == (4, 4, 4):
         sample(base, prior)
     else:

@@ -307,7 +307,7 @@ def test_in_place_of_a_lora_the_file_is_named(saved, tmp_path, tensors, says):
 def test_in_place_of_a_checkpoint_a_base_or_a_prior_the_file_is_named(tmp_path, tensors, says):
     loads = {
         "expected a checkpoint": load_generator,
-        "expected a one-step generator": lambda path: load_yoso(Path(path)),
+        "expected a one-step generator": load_yoso,
         "expected a folder": load_base,
         "expected mean and std": lambda path: load_prior(Path(path), (4, 8, 8)),
     }
@@ -380,7 +380,7 @@ def test_our_own_checkpoints_are_named_where_others_are_expected(saved, tmp_path
     if kind == "yoso":
         loads.append(lambda: load_generator(str(path)))
     else:
-        loads.append(lambda: load_yoso(path))
+        loads.append(lambda: load_yoso(str(path)))
     for load in loads:
         assert f"it is {says}" in refusal(load)
 

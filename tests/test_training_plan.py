@@ -1,8 +1,11 @@
 """--plan: what is measured, what is printed, and that an end without memory is a row."""
 
 import json
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -343,6 +346,21 @@ def test_plan_in_a_process_of_its_own(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.startswith("plan of train_pix2pix_turbo.py: tiny on drawn:scenes, 24 px")
     assert "> as asked" in out and "resident" in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_sigterm_ends_the_process_that_measures_too(tmp_path):
+    script = Path(train_pix2pix_turbo.__file__)
+    words = [sys.executable, str(script), *map(str, SMALL), "--plan"]
+    with subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 60
+        while not (child := children.read_text().strip()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+    assert process.returncode == 130 and not Path(f"/proc/{child}").exists()
 
 
 def test_a_run_that_would_be_resumed_can_be_planned_and_is_left_alone(

@@ -259,8 +259,7 @@ def draw_samples(checkpoint: str, seed: int, count: int) -> tuple[Tensor, Tensor
 
     Sample i is drawn from seed + i. The first `count` are of digit 0.
     """
-    path = checkpoints.find_checkpoint(checkpoint)
-    base, prior = checkpoints.load_yoso(path, dtype=torch.float32)
+    base, prior = checkpoints.load_yoso(checkpoint, dtype=torch.float32)
     height, width = (side * base.vae.factor for side in prior[0].shape[1:])
     drawn = []
     for digit in tqdm(range(CLASSES), f"seed {seed}"):

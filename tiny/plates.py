@@ -341,8 +341,7 @@ def attribute_accuracy(pictures: Tensor) -> dict[str, float]:
 def measure_yoso(folder: str) -> Measured:
     """Captions in one step; sharpness and the std of brightness are relative to the drawings'."""
     _, truth = measure.held_out()
-    path = checkpoints.find_checkpoint(folder)
-    base, prior = checkpoints.load_yoso(path, dtype=torch.float32)
+    base, prior = checkpoints.load_yoso(folder, dtype=torch.float32)
     has_prior = prior[1].any()
     drawn = draw_captions(base, prior if has_prior else None)
 
@@ -357,7 +356,7 @@ def measure_yoso(folder: str) -> Measured:
         darkest=brightness[order[:tenth]].mean().item(),
         brightest=brightness[order[-tenth:]].mean().item(),
         neighbours=neighbour_distance(base),
-        disc_right=discriminator_accuracy(path.parent / "log.jsonl"),
+        disc_right=discriminator_accuracy(pathlib.Path(folder) / "log.jsonl"),
     )
     return figures, {"": drawn}
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -58,6 +59,8 @@ def print_plan(cfg, script: str) -> None:
             "--plan measures one process; run it without torchrun (each of N processes needs this"
             " memory, and a step takes N times as many items)"
         )
+    # Like Ctrl-C, SIGTERM must end the process that measures: `run` does so.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     began = time.monotonic()
     asked = measure("as asked", script, cfg, {})
     rows = [asked]
@@ -157,7 +160,7 @@ def run(words: list[str], limit: float | None, speak: bool) -> Done:
         except subprocess.TimeoutExpired:
             problem = f"stopped after {duration(limit)}"
         finally:
-            process.kill()  # also on Ctrl-C
+            process.kill()  # also on Ctrl-C and SIGTERM
         stdout = process.stdout.read().decode()
         reader.join()
     if problem:

@@ -1,0 +1,88 @@
+"""The comparison of real sides on digits: it trains in pieces, measures each once, draws curves."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+import training
+from tiny import compare, digits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, argv)])
+    training.run_script(compare.main)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Runs of a few steps, in a folder of their own."""
+    monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(compare, "MARKS", (2, 3))
+    monkeypatch.setattr(digits, "PER_CLASS", 2)
+    own = dict(denoising_steps=1, train_batch_size=2, adversarial="data", checkpointing_steps=1)
+    monkeypatch.setitem(compare.SIDES, "data", own)
+
+
+@pytest.mark.slow
+def test_a_run_stops_at_each_mark_is_measured_and_goes_on(monkeypatch, small, tmp_path):
+    flags = ["--sides", "data", "--seeds", 5, "--output", tmp_path]
+    run(monkeypatch, *flags, "--steps", 2)
+    first = compare.read_results(tmp_path / "digits.json")
+    assert [*first] == ["data, seed 5, step 2"]
+
+    run(monkeypatch, *flags, "--steps", 3)
+    results = compare.read_results(tmp_path / "digits.json")
+    assert [*results] == ["data, seed 5, step 2", "data, seed 5, step 3"]
+    # What was measured stays: training it again would fail, since the run is past that step.
+    assert results["data, seed 5, step 2"] == first["data, seed 5, step 2"]
+    assert {*compare.FIGURES} <= {*results["data, seed 5, step 3"]}
+    log = (tmp_path / "runs" / "data-5" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3]
+
+
+def test_the_accuracy_is_that_of_the_steps_between_two_marks(tmp_path):
+    log = tmp_path / "log.jsonl"
+    lines = [{"step": 1, "kl": 0.5}]
+    for step, right in ((2, 0.0), (3, 0.5), (4, 1.0)):
+        lines.append(dict(step=step, disc=1.4, disc_right_on_real=right, disc_right_on_fake=1))
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert compare.discriminator_accuracy(log, 0, 1) == 0.5  # denoising has no discriminator
+    assert compare.discriminator_accuracy(log, 1, 3) == pytest.approx(0.625)
+    assert compare.discriminator_accuracy(log, 3, 4) == 1
+
+
+def test_curves_hold_the_seeds_of_one_side_by_step():
+    def result(value):
+        return dict.fromkeys(compare.FIGURES, value)
+
+    results = {
+        "coop, seed 1, step 1000": result(0.3),
+        "coop, seed 1, step 800": result(0.1),
+        "coop, seed 2, step 800": result(0.2),
+        "data, seed 1, step 800": result(0.9),
+    }
+    assert compare.curves(results, "coop", "right") == {800: [0.1, 0.2], 1000: [0.3]}
+    assert compare.curves(results, "noisy", "right") == {}
+    page = np.asarray(compare.draw_page(results))
+    red = (page == [192, 57, 43]).all(-1)
+    blue = (page == [31, 95, 168]).all(-1)
+    assert red.sum() > 4 * 20 and blue.sum() > 4 * 9
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["--page"], "found no results"),
+        (["--sides", "real"], "invalid choice: 'real'"),
+        (["--seeds", "one"], "invalid int value: 'one'"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, match):
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, "--output", tmp_path, *argv)
+    error = capsys.readouterr().err.strip()
+    assert caught.value.code == 2 and "\n" not in error and match in error

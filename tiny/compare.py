@@ -1,0 +1,195 @@
+"""Compares what the discriminator may take for real, on digits, over thousands of steps.
+
+    python -m tiny.compare                                    # every side, three seeds: hours
+    python -m tiny.compare --sides coop data --seeds 42 --steps 1400
+    python -m tiny.compare --page                             # only redraw the stored results
+
+Each run is `python train_yoso.py --base pixels` with another real side. It stops at each of MARKS,
+is measured as in tiny/digits.py (1,000 one-step samples), and goes on. A run that was stopped
+continues, and what was measured is not measured again. Results: assets/plates/digits.json; curves:
+assets/plates/digits.png.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+from functools import partial
+
+import torch
+from PIL import Image, ImageDraw
+
+import training
+from tiny import digits, recipe
+
+ROOT = pathlib.Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "compare"
+PLATES = ROOT / "assets" / "plates"
+
+# The first 600 steps denoise, without a discriminator.
+MARKS = (800, 1000, 1200, 1400, 1700, 2000, 2300, 2600, 3000)
+SIDES = {
+    "coop": dict(adversarial="coop"),
+    "data": dict(adversarial="data"),
+    "noisy": dict(adversarial="noisy"),
+    "none": dict(lambda_gan=0),
+}
+FIGURES = {
+    "right": "digits right, %",
+    "frechet": "Fréchet distance",
+    "coverage": "coverage",
+    "disc_right": "discriminator accuracy",
+}
+
+
+# -------------------- Runs
+
+def compare(side: str, seed: int, steps: int, store: pathlib.Path) -> None:
+    """Trains to each mark up to `steps` and adds the figures to the file `store`."""
+    folder = RUNS / f"{side}-{seed}"
+    flags = dict(base="pixels", seed=seed, **SIDES[side])
+    before = 0
+    for mark in MARKS:
+        key = f"{side}, seed {seed}, step {mark}"
+        if mark <= steps and key not in read_results(store):
+            train_to(mark, folder, flags)
+            samples, asked = digits.draw_samples(str(folder), seed=0, count=digits.PER_CLASS)
+            figures = digits.measure(samples, asked)
+            figures["disc_right"] = discriminator_accuracy(folder / "log.jsonl", before, mark)
+            add_result(store, key, figures)
+            print(key, json.dumps(figures), flush=True)
+        before = mark
+
+
+def train_to(mark: int, folder: pathlib.Path, flags: dict[str, object]) -> None:
+    """Trains a run up to this step. It is a new one if the folder has no state."""
+    if (folder / "state.pt").is_file():
+        recipe.run("train_yoso.py", "--resume", folder, "--max_train_steps", mark)
+    else:
+        flags = dict(output_dir=folder, max_train_steps=mark, **flags)
+        recipe.run("train_yoso.py", *recipe.command_line(flags))
+
+
+def discriminator_accuracy(log: pathlib.Path, first: int, last: int) -> float:
+    """Mean over the steps after `first` up to `last`, on real and fake; 0.5 without any."""
+    accuracies = []
+    for line in log.read_text().splitlines():
+        values = json.loads(line)
+        if "disc" in values and first < values["step"] <= last:
+            accuracies.append((values["disc_right_on_real"] + values["disc_right_on_fake"]) / 2)
+    return statistics.mean(accuracies) if accuracies else 0.5
+
+
+def read_results(store: pathlib.Path) -> dict[str, dict[str, float]]:
+    return json.loads(store.read_text()) if store.is_file() else {}
+
+
+def add_result(store: pathlib.Path, key: str, figures: dict[str, float]) -> None:
+    """Adds to what the file holds by now, so that two processes may measure different runs."""
+    results = read_results(store) | {key: figures}
+    text = json.dumps(results, indent=1) + "\n"
+    training.write_file(store, lambda temporary: temporary.write_text(text))
+
+
+# -------------------- Curves
+
+WIDTH, HEIGHT = 400, 240  # of one diagram
+MARGIN = 50
+COLOURS = {"coop": "#c0392b", "data": "#1f5fa8", "noisy": "#888888", "none": "#222222"}
+
+
+def curves(results: dict[str, dict[str, float]], side: str, figure: str) -> dict[int, list[float]]:
+    """The values of a figure by step, one for each training seed."""
+    found = {}
+    for key, figures in results.items():
+        own_side, _, mark = key.split(", ")
+        if own_side == side:
+            found.setdefault(int(mark.removeprefix("step ")), []).append(figures[figure])
+    return dict(sorted(found.items()))
+
+
+def draw_page(results: dict[str, dict[str, float]]) -> Image.Image:
+    """Four diagrams: the mean over training seeds as a line, each seed as a dot."""
+    page = Image.new("RGB", (2 * (WIDTH + 2 * MARGIN), 2 * (HEIGHT + 2 * MARGIN)), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (figure, title) in enumerate(FIGURES.items()):
+        corner = (
+            MARGIN + i % 2 * (WIDTH + 2 * MARGIN),
+            MARGIN + i // 2 * (HEIGHT + 2 * MARGIN),
+        )
+        lines = {side: curves(results, side, figure) for side in SIDES}
+        if figure == "right":
+            lines = {side: in_percent(line) for side, line in lines.items()}
+        diagram(pen, corner, title, {side: line for side, line in lines.items() if line})
+    return page
+
+
+def in_percent(line: dict[int, list[float]]) -> dict[int, list[float]]:
+    return {step: [100 * value for value in values] for step, values in line.items()}
+
+
+def diagram(
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    title: str,
+    lines: dict[str, dict[int, list[float]]],
+) -> None:
+    """One diagram, from 0 to its largest value and from the end of denoising to the last mark."""
+    left, top = corner
+    first, last = 600, MARKS[-1]
+    values = [value for line in lines.values() for several in line.values() for value in several]
+    highest = max(values)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = left + WIDTH * (step - first) / (last - first)
+        return x, top + HEIGHT * (1 - value / highest)
+
+    pen.rectangle([left, top, left + WIDTH, top + HEIGHT], outline="#bbbbbb")
+    pen.text((left, top - 16), title, fill="black")
+    pen.text((left - 40, top - 4), f"{highest:.3g}", fill="#666666")
+    pen.text((left - 14, top + HEIGHT - 8), "0", fill="#666666")
+    for step in (1000, 1400, 2000, last):
+        pen.text((place(step, 0)[0] - 12, top + HEIGHT + 4), str(step), fill="#666666")
+
+    for i, (side, line) in enumerate(lines.items()):
+        colour = COLOURS[side]
+        pen.text((left + WIDTH - 170 + 45 * i, top - 16), side, fill=colour)
+        means = [place(step, statistics.mean(several)) for step, several in line.items()]
+        pen.line(means, fill=colour, width=2)
+        for step, several in line.items():
+            for value in several:
+                x, y = place(step, value)
+                pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
+
+
+# -------------------- Command line
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--sides", nargs="+", choices=SIDES, default=[*SIDES], help="what D takes for real [all]")
+    add("--seeds", type=int, nargs="+", default=[42, 1, 2], help="training seeds [42 1 2]")
+    add("--steps", type=int, default=MARKS[-1], help=f"the last mark, of {MARKS} [3000]")
+    add("--output", type=pathlib.Path, default=PLATES, help="folder of results and curves")
+    add("--page", action="store_true", help="train nothing, only redraw the curves")
+    args = training.parse_args(parser)
+
+    torch.set_num_threads(1)  # more threads do not help to measure such small pictures
+    store = args.output / "digits.json"
+    if not args.page:
+        for seed in args.seeds:
+            for side in args.sides:
+                compare(side, seed, args.steps, store)
+    results = read_results(store)
+    if not results:
+        raise ValueError(f"found no results in {store}; expected those of a run without --page")
+    page = draw_page(results)
+    training.write_file(args.output / "digits.png", partial(page.save, format="PNG"))
+    print(args.output / "digits.png")
+
+
+if __name__ == "__main__":
+    training.run_script(main)
