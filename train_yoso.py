@@ -25,8 +25,7 @@ x_t = alpha_t x0 + sigma_t eps, for every t:
 To see the method in the plane, read tiny/gaussians.py first.
 
 Differences from the released script: the softplus is taken of each sample's logit, not of their
-mean over the batch; the generator steps before the discriminator; and the discriminator's real
-side is G(x_{t-k}) with c_skip and c_out, like its fake side.
+mean over the batch; and the generator steps before the discriminator.
 """
 
 import copy

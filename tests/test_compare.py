@@ -29,13 +29,14 @@ def small(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_stops_at_each_mark_is_measured_and_goes_on(monkeypatch, small, tmp_path):
-    flags = ["--sides", "data", "--seeds", 5, "--output", tmp_path]
+    out = tmp_path / "new" / "folder"
+    flags = ["--sides", "data", "--seeds", 5, "--output", out]
     run(monkeypatch, *flags, "--steps", 2)
-    first = compare.read_results(tmp_path / "digits.json")
+    first = compare.read_results(out / "digits.json")
     assert [*first] == ["data, seed 5, step 2"]
 
     run(monkeypatch, *flags, "--steps", 3)
-    results = compare.read_results(tmp_path / "digits.json")
+    results = compare.read_results(out / "digits.json")
     assert [*results] == ["data, seed 5, step 2", "data, seed 5, step 3"]
     # What was measured stays: training it again would fail, since the run is past that step.
     assert results["data, seed 5, step 2"] == first["data, seed 5, step 2"]

@@ -178,6 +178,7 @@ def main() -> None:
     args = training.parse_args(parser)
 
     torch.set_num_threads(1)  # more threads do not help to measure such small pictures
+    args.output.mkdir(parents=True, exist_ok=True)
     store = args.output / "digits.json"
     if not args.page:
         for seed in args.seeds:
