@@ -27,7 +27,6 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(compare.SIDES, "data", own)
 
 
-@pytest.mark.slow
 def test_a_run_stops_at_each_mark_is_measured_and_goes_on(monkeypatch, small, tmp_path):
     out = tmp_path / "new" / "folder"
     flags = ["--sides", "data", "--seeds", 5, "--output", out]

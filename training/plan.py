@@ -152,10 +152,10 @@ def run(words: list[str], limit: float | None, speak: bool) -> Done:
     errors: list[bytes] = []
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
-        reader = threading.Thread(target=read_errors, args=(process.stderr, errors, speak))
-        reader.start()
         problem = ""
         try:
+            reader = threading.Thread(target=read_errors, args=(process.stderr, errors, speak))
+            reader.start()
             process.wait(limit)
         except subprocess.TimeoutExpired:
             problem = f"stopped after {duration(limit)}"
