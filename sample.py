@@ -26,7 +26,7 @@ fails, the others are still made, and all that failed are named in the end.
 
 --export writes the translation with this caption as a program for this device and the input's
 size, rounded up to the VAE's factor. torch.export.load(FILE).module()(x) takes x [1, 3, H, W]
-in [0, 1] and, for a stochastic model, noise.
+in [0, 1] and, for a stochastic model, noise [1, 4, h, w], and returns a picture in [-1, 1].
 """
 
 import argparse
@@ -123,13 +123,13 @@ class Options:
     steps: int = 1  # network evaluations
     sampler: str | None = None  # how noise is removed [as the base's scheduler does]
     prediction_type: str | None = None  # what the network predicts [what the base says]
-    guidance: float = 1.0  # classifier-free guidance; none up to 1
+    guidance: float = 1.0  # classifier-free guidance; 1 or less: off
     negative: str = ""  # what guidance leads away from
     size: str | None = None  # N or WIDTHxHEIGHT [the base's, or that of the checkpoint's training]
     # translating and editing
     direction: str | None = None  # between two domains [the released file's own, or a2b]
     r: float | None = None  # of stochastic translators: 1 follows the input, 0 the noise [0.4]
-    strength: float | None = None  # of the trained change [1]; of an edit, 1 keeps nothing [0.6]
+    strength: float | None = None  # share of the trained change [1]; of an edit: of its noise [0.6]
     skip_scale: float = 1.0  # gamma, the strength of the skip connections
     preprocess: str | None = None  # what is done to an input or control picture first
     low_threshold: float = 100  # of canny
@@ -146,7 +146,7 @@ class Options:
 # The values that a flag may have, where they are few.
 CHOICES = {
     "sampler": SAMPLERS,
-    "prediction_type": diffusion.KINDS,
+    "prediction_type": diffusion.PREDICTION_TYPES,
     "direction": ("a2b", "b2a"),
     "preprocess": ("canny", "sketch"),
     "dtype": ("auto", *DTYPES),
@@ -841,7 +841,10 @@ def encode_caption(model: checkpoints.LoadedGenerator, caption: str) -> Tensor:
 
 
 class Translator(nn.Module):
-    """A generator of pictures [B, 3, H, W] in [0, 1] (and, with r, noise), all else given."""
+    """Pictures [B, 3, H, W] in [0, 1], for an r also noise [B, 4, h, w] -> pictures in [-1, 1].
+
+    All else that the generator takes is given.
+    """
 
     def __init__(
         self,

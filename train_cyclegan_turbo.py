@@ -20,7 +20,8 @@ LPIPS and the vision-aided discriminators need networks that are downloaded once
 without.
 
 Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.3:
-    L = lambda_cycle L_cycle + lambda_gan L_gan + lambda_idt L_idt, over both directions.
+    L = lambda_cycle L_cycle + lambda_gan L_GAN + lambda_idt L_idt, over both directions,
+where L_cycle and L_idt each have an LPIPS beside them, with a weight of its own.
 Difference from the released script: it takes three generator steps per iteration (cycle, GAN,
 identity), each with forward passes of its own; here the generator takes one step on the sum, as
 in the paper. To save memory, the losses are backpropagated one after the other, and
@@ -117,7 +118,7 @@ class Config:
     validation_num_images: int = 50  # test pictures per validation
     track_val_fid: bool = False  # FID and DINO structure at validation (downloads both)
     checkpointing_steps: int = 500  # steps between saves
-    plan: bool = False  # train nothing: try three steps, print memory, time, what flags would save
+    plan: bool = False  # run three steps, write nothing: print memory, time, what flags would save
     plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
     report_to: str = "none"  # none, tensorboard, wandb
     tracker_project_name: str = "train_cyclegan_turbo"  # W&B project
@@ -170,9 +171,9 @@ ALIASES = dict(
 
 # ----------------------------------------------------------------------------------- losses
 
-def cycle_loss(back: Tensor, x: Tensor) -> Tensor:
+def cycle_loss(returned: Tensor, x: Tensor) -> Tensor:
     """L_cycle = |G_ba(G_ab(a)) - a|: there and back again, the picture is unchanged."""
-    return F.l1_loss(back, x)
+    return F.l1_loss(returned, x)
 
 
 def identity_loss(same: Tensor, x: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ def real_label(cfg: Config) -> float:
 
 
 def generator_gan_loss(logits_fake: list[Tensor], cfg: Config) -> Tensor:
-    """L_GAN: the discriminator should take G's pictures for real."""
+    """L_GAN = BCE(D(G(x)), label of real pictures): D should take G's pictures for real."""
     return cross_entropy(logits_fake, real_label(cfg))
 
 
@@ -222,7 +223,9 @@ def cyclegan_losses(
     """The weighted losses of one direction and one micro-batch, one after the other.
 
     x [B, 3, H, W] in [-1, 1] is from the direction's first domain; G(picture, direction, noise)
-    is a picture, fake = G(x, direction, noise); D looks at pictures of the second domain.
+    is a picture, fake = G(x, direction, noise); D looks at pictures of the second domain. `noises`
+    are those of G for the picture that returns ("returned") and for the identity ("same").
+    `autocast` is for the losses alone: G enters it by itself.
 
     Each loss must be backpropagated before the next is asked for:
         for name, loss in cyclegan_losses(...):
@@ -249,7 +252,7 @@ def cyclegan_losses(
         raise ValueError("cyclegan_losses: call backward on each loss before asking for the next")
     fake.backward(cut.grad)  # both gradients, once through the first translation
 
-    same = G(x, back, noises["same"])
+    same = G(x, back, noises["same"])  # x is in the domain that `back` leads to
     with autocast:
         loss = cfg.lambda_idt * identity_loss(same, x)
         if lpips is not None and cfg.lambda_idt_lpips:
@@ -281,7 +284,7 @@ class Networks:
     D: nn.ModuleDict | None  # a discriminator for each domain, "a" and "b"
     context: Callable[[str], Tensor]  # direction -> context [1, 77, C] of its target's caption
     trained: dict[str, nn.Parameter]  # of G and, with --train all, of the text encoder
-    frozen: str  # fingerprint of all other weights
+    frozen_fingerprint: str  # of all weights that are not trained
     prompts: tuple[str, str]  # the captions of a and b
     lpips: nn.Module | None = None
     inception: nn.Module | None = None
@@ -316,12 +319,12 @@ def build_networks(cfg: Config, run: training.Run, prompts: tuple[str, str]) -> 
     G = build_generator(cfg, run, base)
 
     trained = {name: p for name, p in G.named_parameters() if p.requires_grad}
-    frozen = fingerprint(G, trained)
+    frozen_fingerprint = fingerprint(G, trained)
     if cfg.train == "all":
         for name, p in text_encoder.named_parameters():
             trained[f"text_encoder.{name}"] = p
     else:
-        frozen += fingerprint(text_encoder)
+        frozen_fingerprint += fingerprint(text_encoder)
     if run.half:
         cast_frozen(G, run.half)
     vaes = [part for vae in (G.vae_a2b, G.vae_b2a) for part in (vae.encoder, vae.decoder)]
@@ -333,7 +336,7 @@ def build_networks(cfg: Config, run: training.Run, prompts: tuple[str, str]) -> 
         with torch.no_grad():
             contexts = {direction: encode(direction) for direction in DIRECTIONS}
         encode = contexts.__getitem__
-    nets = Networks(G, None, encode, trained, frozen, prompts)
+    nets = Networks(G, None, encode, trained, frozen_fingerprint, prompts)
     if cfg.train == "all":
         nets.text_encoder = text_encoder
         nets.tokenizer = base.tokenizer
@@ -476,7 +479,8 @@ def discriminate(
     real: Tensor,
     fake: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:
-    """A domain's discriminator: its weighted loss, and its accuracy, halved: the log adds both."""
+    """A domain's discriminator: its weighted loss, and its accuracy, halved because the log
+    adds up both domains."""
     logits_real = augmented(D, domain, run, step, "real", rows)(real)
     logits_fake = augmented(D, domain, run, step, "fake", rows)(fake)
     loss = run.cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, run.cfg)
@@ -619,11 +623,11 @@ def main() -> None:
         optimizer_d=optimizer_d,
     )
     if cfg.resume:
-        run.restore(nets.frozen, state)
+        run.restore(nets.frozen_fingerprint, state)
 
     def save(step: int) -> None:
         save_weights(nets, run, "model.safetensors")
-        run.save_state(step, nets.frozen, state)
+        run.save_state(step, nets.frozen_fingerprint, state)
 
     shown = choose_preview(test_set)
 

@@ -8,7 +8,8 @@
     python train_pix2pix_turbo.py --resume runs/NAME                            # the same one
 
 DATA holds train_A, train_B, test_A, test_B (inputs and targets under the same file names),
-train_prompts.json and test_prompts.json. Check it with `python -m dataset check DATA`.
+and captions, if any, in train_prompts.json and test_prompts.json or in a .txt beside each
+picture. Check it with `python -m dataset check DATA`.
 
 The run's folder gets log.jsonl, losses.png, samples/STEP.png, state.pt (to resume),
 model.safetensors, and best.safetensors: the weights of the best validation, by LPIPS or else
@@ -67,7 +68,7 @@ class Config:
     # data
     dataset_folder: str = "drawn:scenes"  # a folder of pairs, or drawn:scenes
     train_image_prep: str | None = None  # how pictures are resized and cropped [resized_crop_N]
-    test_image_prep: str | None = None  # the same for test pictures
+    test_image_prep: str | None = None  # the same for test pictures [resized_crop_N]
     resolution: int = 512  # N of the default preparation
     dataloader_num_workers: int = 0  # processes that load pictures
     # model
@@ -116,7 +117,7 @@ class Config:
     validation_num_images: int = 100  # test pictures per validation
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
-    plan: bool = False  # train nothing: try three steps, print memory, time, what flags would save
+    plan: bool = False  # run three steps, write nothing: print memory, time, what flags would save
     plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
     report_to: str = "none"  # none, tensorboard, wandb
     tracker_project_name: str = "train_pix2pix_turbo"  # W&B project
@@ -164,7 +165,7 @@ ALIASES = dict(
 
 # ----------------------------------------------------------------------------------- losses
 
-def reconstruction_loss(fake: Tensor, target: Tensor, r: float) -> Tensor:
+def l2_loss(fake: Tensor, target: Tensor, r: float) -> Tensor:
     """L_2 = r |G(x) - y|^2. At r = 0 a stochastic model need not match the target."""
     return r * F.mse_loss(fake, target)
 
@@ -219,7 +220,7 @@ def real_label(cfg: Config) -> float:
 
 
 def generator_gan_loss(logits_fake: list[Tensor], cfg: Config) -> Tensor:
-    """L_GAN: the discriminator should take G's pictures for real."""
+    """L_GAN = BCE(D(G(x)), label of real pictures): D should take G's pictures for real."""
     return cross_entropy(logits_fake, real_label(cfg))
 
 
@@ -245,7 +246,10 @@ def pix2pix_losses(
     clip: CLIP | None = None,
     caption_embeddings: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """L = l2 L_2 + lpips L_LPIPS + gram L_gram + clipsim L_CLIP + gan L_GAN of one micro-batch.
+    """The weighted losses of one micro-batch.
+
+    L = lambda_l2 L_2 + lambda_lpips L_LPIPS + lambda_gram L_gram + lambda_clipsim L_CLIP
+        + lambda_gan L_GAN.
 
     x [B, 3, H, W] in [0, 1], target [B, 3, H, W] in [-1, 1], context [B, 77, C] of the captions;
     for CLIP, their embeddings [B, 512]. D(picture) -> a list of logits. r, noise, latent_noise:
@@ -258,7 +262,7 @@ def pix2pix_losses(
     fake = fake.to(target.dtype)
     weight = 1.0 if r is None else r
 
-    terms = {"l2": cfg.lambda_l2 * reconstruction_loss(fake, target, weight)}
+    terms = {"l2": cfg.lambda_l2 * l2_loss(fake, target, weight)}
     if lpips is not None:
         features = lpips.vgg_features(fake)
         target_features = lpips.vgg_features(target)
@@ -290,7 +294,7 @@ class Networks:
     D: PatchDiscriminator | VisionAidedDiscriminator | None
     encode: Callable[[list[str]], Tensor]  # captions -> contexts [B, 77, C]
     trained: dict[str, nn.Parameter]  # of G and, with --train all, of the text encoder
-    frozen: str  # fingerprint of all other weights
+    frozen_fingerprint: str  # of all weights that are not trained
     lpips: LPIPS | None = None
     clip: CLIP | None = None
     clip_tokenizer: Tokenizer | None = None
@@ -327,12 +331,12 @@ def build_networks(
     G = build_generator(cfg, run, base)
 
     trained = {name: p for name, p in G.named_parameters() if p.requires_grad}
-    frozen = fingerprint(G, trained)
+    frozen_fingerprint = fingerprint(G, trained)
     if cfg.train == "all":
         for name, p in text_encoder.named_parameters():
             trained[f"text_encoder.{name}"] = p
     else:
-        frozen += fingerprint(text_encoder)
+        frozen_fingerprint += fingerprint(text_encoder)
     if run.half:
         cast_frozen(G, run.half)
     for network in (G.unet, G.vae.encoder, G.vae.decoder):
@@ -342,7 +346,7 @@ def build_networks(
     if cfg.train == "lora":
         captions = [*train_set.captions, *test_set.captions]
         encode, text_encoder = cache_contexts(encode, text_encoder, captions)
-    nets = Networks(G, None, encode, trained, frozen)
+    nets = Networks(G, None, encode, trained, frozen_fingerprint)
     if len(set(train_set.captions)) == 1:
         nets.prompts = (train_set.captions[0],)
     if cfg.train == "all":
@@ -611,11 +615,11 @@ def main() -> None:
         optimizer_d=optimizer_d,
     )
     if cfg.resume:
-        run.restore(nets.frozen, state)
+        run.restore(nets.frozen_fingerprint, state)
 
     def save(step: int) -> None:
         save_weights(nets, run, "model.safetensors")
-        run.save_state(step, nets.frozen, state)
+        run.save_state(step, nets.frozen_fingerprint, state)
 
     shown = [test_set[i] for i in range(min(16, len(test_set)))]
     # A grid has pictures of one size.

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=4 train_yoso.py --base sd15 --dataset_folder DATA ...
     python train_yoso.py --resume runs/NAME
 
-Where every weight is trained, two short stages come first:
+To train every weight of a pretrained model, run two short stages first:
 
     python train_yoso.py --base B --train all --stage adapt_v --output_dir runs/v ...
     python train_yoso.py --base runs/v/base --train all --stage adapt_zsnr --output_dir runs/z ...
@@ -91,11 +91,11 @@ class Config:
     dataloader_num_workers: int = 0  # processes that load pictures
     # model
     base: str = "tiny-sd"  # folder, Hub id, or tiny-sd, tiny (random), pixels, sd15, pixart512
-    disc_base: str = "sd15"  # whose U-Net the discriminator starts from, for PixArt
+    disc_base: str = "sd15"  # for PixArt: whose U-Net judges, in D and the perceptual distance
     disc_random: bool = False  # the discriminator starts from random weights, not from a U-Net's
     stage: Literal["yoso", "adapt_v", "adapt_zsnr"] = "yoso"  # the adaption stages come first
     train: Literal["lora", "all"] = "lora"  # LoRA, or every weight of the denoiser
-    lora_rank: int = 64  # rank of the LoRA
+    lora_rank: int = 64  # rank of the LoRA; its scale is 8 / rank
     init: str | None = None  # checkpoint whose LoRA a new run starts from: file, run
     prediction_type: str | None = None  # epsilon, v_prediction [as the base's scheduler says]
     prior_pictures: int = 1000  # pictures to estimate the prior (IPI) from; 0: no prior
@@ -103,16 +103,16 @@ class Config:
     lambda_gan: float = 1.0  # weight of the adversarial loss; 0 trains no discriminator
     lambda_kl: float = 0.5  # weight of the KL term, the distance to the data
     lambda_con: float = 2.0  # weight of the consistency term
-    lambda_mismatch: float = 0.0  # weight of real pictures with wrong captions, as fakes for D
+    lambda_mismatch: float = 0.0  # of real pictures with wrong captions, times lambda_gan
     adversarial: Literal["coop", "data", "noisy"] = "coop"  # real: G(x_{t-k}), data, noised data
     consistency: Literal["perceptual", "mse"] = "perceptual"  # in U-Net features, or latents
-    snr_gamma: float = 5.0  # largest weight of a noise level
+    snr_gamma: float = 5.0  # largest weight of a noise level in the KL and consistency terms
     snr_floor: float = 0.0  # smallest weight of a noise level in the KL term
     con_floor: float = 0.0  # the same in the consistency term
-    coop_steps: int = 250  # D's real side is G at so many timesteps less noise
+    coop_steps: int = 250  # k: D's real side is G(x_{t-k})
     con_steps: int = 25  # the consistency term compares with so many timesteps less noise
     last_share: float = 0.0  # share of the batch at the last timestep, where sampling starts
-    high_share: float = 0.0  # share of the batch at the --coop_steps timesteps below the last
+    high_share: float = 0.0  # share of the batch less than --coop_steps below the last timestep
     denoising_steps: int = 0  # the first steps train the KL term alone; for random weights
     # optimisation
     learning_rate: float = 2e-5  # learning rate of the generator
@@ -146,7 +146,7 @@ class Config:
     validation_prompts: str | None = None  # up to 16 captions of the sample grids, joined by |
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
-    plan: bool = False  # train nothing: try three steps, print memory, time, what flags would save
+    plan: bool = False  # run three steps, write nothing: print memory, time, what flags would save
     plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
     report_to: str = "none"  # none, tensorboard, wandb
     tracker_project_name: str = "train_yoso"  # W&B project
@@ -196,6 +196,7 @@ PIXELS = TINY | dict(
     high_share=0.4,
     viz_freq=200,
 )
+# By how the base's name begins; the first that matches counts.
 TABLES = {"tiny-": PRETRAINED, "tiny": TINY, "pixels": PIXELS}
 ALIASES = dict(
     pretrained_model_name_or_path="base",
@@ -213,7 +214,8 @@ ALIASES = dict(
 def generated(prediction: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """G(x_t, t) = c_skip x_t + c_out x0_theta(x_t, t).
 
-    c_skip = 0.25 / (s^2 + 0.25), c_out = s / sqrt(s^2 + 0.25), s = 10 t: at t = 0 G(x) = x.
+    c_skip = 0.25 / (s^2 + 0.25), c_out = s / sqrt(s^2 + 0.25), s = 10 t: at t = 0 G(x) = x. From
+    t = 1 on c_skip is below 0.003, and G is x0_theta. The same scalings as in LCM.
     """
     s = 10.0 * t.to(x).view(-1, *[1] * (x.ndim - 1))
     c_skip = 0.25 / (s**2 + 0.25)
@@ -222,7 +224,7 @@ def generated(prediction: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> T
 
 
 def generator_gan_loss(logits_fake: Tensor) -> Tensor:
-    """L_adv = softplus(-D(G(x_t), t)), the non-saturating loss, per sample."""
+    """L_adv = softplus(-D(G(x_t), t)), the non-saturating loss, its mean over samples."""
     return F.softplus(-logits_fake).mean()
 
 
@@ -309,24 +311,25 @@ def adapt_loss(
     return mean_square(v, (alpha * x_new - x0) / sigma).mean()
 
 
-def discriminate(
+def logits_of(
     D: Callable,
-    sample: Tensor,
+    x: Tensor,
     t: Tensor,
     context: Tensor,
     schedule: Schedule,
     cfg: Config,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """D's logits [B, 1]. D is told t, the timestep of the fake side, on both sides.
+    """D's logits [B, 1] for x, real or fake. D is told t, the timestep of the fake side, for both.
 
-    With --adversarial noisy (UFOGen), `noise` is added to the sample first, to timestep t - k.
+    With --adversarial noisy (UFOGen), `noise` is added to x first, to timestep t - k, and D is
+    told that.
     """
     if cfg.adversarial == "noisy":
         t = less_noisy(t, cfg.coop_steps)
-        sample = add_noise(sample, noise, t, schedule)
-    logits = D(sample, t.to(sample.device), context)
-    return logits.to(sample.dtype)  # half precision is too coarse for a softplus
+        x = add_noise(x, noise, t, schedule)
+    logits = D(x, t.to(x.device), context)
+    return logits.to(x.dtype)  # half precision is too coarse for a softplus
 
 
 def yoso_losses(
@@ -342,7 +345,7 @@ def yoso_losses(
     cfg: Config,
     noise: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """L = gan L_adv + kl L_KL + con L_con of one micro-batch.
+    """L = lambda_gan L_adv + lambda_kl L_KL + lambda_con L_con of one micro-batch.
 
     x0, eps [B, C, h, w]; t [B] on the CPU. G(x, t, context) predicts x0, with c_skip and c_out;
     D(x, t, disc_context) -> logits [B, 1], or None; features(x, disc_context) are those of the
@@ -352,9 +355,10 @@ def yoso_losses(
     t_coop = less_noisy(t, cfg.coop_steps)
     t_con = less_noisy(t, cfg.con_steps)
 
-    # With gradient first: autocast keeps cast weights, and those cast without one would be reused.
+    # The call with gradient comes first: autocast caches the weights that it casts, and weights
+    # cast under no_grad would pass no gradient on.
     fake = G(add_noise(x0, eps, t, schedule), t, context)
-    real = goal = x0
+    real = x0
     with torch.no_grad():  # G's better-informed predictions, from less of the same noise
         if D is not None and cfg.adversarial == "coop":
             real = G(add_noise(x0, eps, t_coop, schedule), t_coop, context)
@@ -363,7 +367,7 @@ def yoso_losses(
 
     terms = {}
     if D is not None:
-        logits = discriminate(D, fake, t, disc_context, schedule, cfg, noise)
+        logits = logits_of(D, fake, t, disc_context, schedule, cfg, noise)
         terms["gan"] = cfg.lambda_gan * generator_gan_loss(logits)
     if cfg.lambda_kl:
         loss = kl_loss(fake, x0, t, schedule, cfg.snr_gamma, cfg.snr_floor)
@@ -390,7 +394,7 @@ def denoising_losses(
     """The KL term alone, of one micro-batch: what a generator with random weights learns first.
 
     With a floor above 0, G learns to make the mean of a caption's pictures out of pure noise, and
-    to ignore which noise. Returns the term, G's samples, and x0.
+    to ignore which noise. The term has weight 1. Returns the term, G's samples, and x0.
     """
     fake = G(add_noise(x0, eps, t, schedule), t, context)
     loss = kl_loss(fake, x0, t, schedule, cfg.snr_gamma, cfg.snr_floor)
@@ -521,7 +525,7 @@ def check_data(items: Dataset, base: bases.Base, cfg: Config) -> None:
 @dataclass
 class Networks:
     base: bases.Base  # its denoiser is trained; VAE and text encoder are frozen
-    critic: bases.Base  # whose U-Net and text encoder D uses: the base, or --disc_base for PixArt
+    disc_base: bases.Base  # whose U-Net and text encoder D uses: the base; for PixArt --disc_base
     teacher: bases.Base | None  # the one-step base that draws pictures for captions alone
     shape: tuple[int, ...]  # [C, h, w] of latents
     old_schedule: Schedule  # of the frozen denoiser in an adaption stage
@@ -532,7 +536,7 @@ class Networks:
     preview_vae: nn.Module | None = None  # decodes the sample grids in place of the base's VAE
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
     ema: dict[str, Tensor] = field(default_factory=dict)
-    frozen: str = ""  # fingerprint of all frozen weights
+    frozen_fingerprint: str = ""  # of all frozen weights
     prior: tuple[Tensor, Tensor] | None = None  # mean and std of latents, where sampling starts
 
     @property
@@ -580,19 +584,18 @@ def build_networks(cfg: Config, run: training.Run, train_set: Dataset) -> Networ
         report_cut(cfg.dataset_folder, captions_of(train_set), base.tokenizer)
     if cfg.validation_prompts:
         report_cut("--validation_prompts", cfg.validation_prompts.split("|"), base.tokenizer)
-    share = {id(p): p for p in base.denoiser.parameters()}
-    if cfg.train == "all":
-        share = {}  # the frozen copy needs weights of its own
     if cfg.stage != "yoso":
-        nets.frozen_denoiser = copy.deepcopy(base.denoiser, share)
+        # With LoRA the frozen copy shares the base's weights, which do not change.
+        shared = {id(p): p for p in base.denoiser.parameters() if cfg.train == "lora"}
+        nets.frozen_denoiser = copy.deepcopy(base.denoiser, memo=shared)
         base.schedule = adapted_schedule(base.schedule, cfg.stage)
     if cfg.stage == "yoso" and cfg.lambda_con and cfg.consistency == "perceptual":
-        trained_copy = cfg.train == "all" and nets.critic is base
-        nets.feature_network = lower_half(nets.critic.unet, share=not trained_copy)
+        trained_copy = cfg.train == "all" and nets.disc_base is base
+        nets.feature_network = lower_half(nets.disc_base.unet, share=not trained_copy)
     if cfg.stage == "yoso" and cfg.lambda_gan:
         nets.D = build_discriminator(cfg, run, nets, train_set)
     choose_trained(cfg, run, nets)
-    nets.frozen = fingerprint_frozen(nets)
+    nets.frozen_fingerprint = fingerprint_frozen(nets)
     if run.half:
         cast_all_frozen(nets, run.half)
     set_checkpointing(nets, cfg.gradient_checkpointing)
@@ -600,17 +603,17 @@ def build_networks(cfg: Config, run: training.Run, train_set: Dataset) -> Networ
 
 
 def load_bases(cfg: Config, run: training.Run, train_set: Dataset) -> Networks:
-    """The base, and beside it the critic's, the teacher and Inception where they are needed."""
+    """The base, and beside it --disc_base, the teacher and Inception where they are needed."""
     # LoRA checkpoints must rebuild the same random base, so its seed is fixed.
     seed = cfg.seed if cfg.train == "all" else 0
     how = dict(dtype=run.dtype, device=str(run.device))
     with run.first_process_first():
         cached = isinstance(train_set, Cached)
         base = bases.load_base(cfg.base, bases.parts_of(cfg.base, cached), **how, seed=seed)
-        critic, teacher, inception = base, None, None
+        disc_base, teacher, inception = base, None, None
         preview_vae = None
         if cfg.stage == "yoso" and base.transformer:  # only a U-Net can be the discriminator
-            critic = bases.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), **how)
+            disc_base = bases.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), **how)
         if cfg.teacher:
             teacher = bases.load_base(cfg.teacher, bases.parts_of(cfg.teacher), **how)
         if cfg.track_val_fid:
@@ -628,7 +631,7 @@ def load_bases(cfg: Config, run: training.Run, train_set: Dataset) -> Networks:
     shape = latent_shape(base, train_set[0], cfg.resolution)
     return Networks(
         base,
-        critic,
+        disc_base,
         teacher,
         shape,
         base.schedule,
@@ -661,7 +664,7 @@ def build_discriminator(
     """Half a U-Net for latents, or a small network for pictures that have none."""
     torch.manual_seed(cfg.seed)  # its first weights depend on nothing that came before
     if nets.base.vae.factor > 1:
-        D = LatentDiscriminator(nets.critic.unet)
+        D = LatentDiscriminator(nets.disc_base.unet)
         if cfg.disc_random:
             for layer in D.unet.modules():
                 if hasattr(layer, "reset_parameters"):
@@ -736,9 +739,9 @@ def named_networks(nets: Networks) -> nn.ModuleDict:
 
 
 def other_networks(nets: Networks) -> nn.ModuleList:
-    """The frozen networks of the teacher and of the critic, if that is not the base."""
+    """The frozen networks of the teacher and of --disc_base, if that is not the base."""
     networks = []
-    for other in (nets.teacher, nets.critic):
+    for other in (nets.teacher, nets.disc_base):
         if other is not None and other is not nets.base:
             networks += [other.denoiser, other.text_encoder]
     return nn.ModuleList(networks)
@@ -767,36 +770,37 @@ def set_checkpointing(nets: Networks, on: bool) -> None:
             network.checkpointing = on
 
 
-def step_losses(cfg: Config, nets: Networks, step: int) -> Callable:
-    """The losses of this step, as a function of one micro-batch's tensors."""
-    features = nets.features if nets.feature_network else None
-
-    def yoso(x0, context, disc_context, t, eps, noise):
-        return yoso_losses(
-            nets.G,
-            nets.D,
-            features,
-            x0,
-            context,
-            disc_context,
-            t,
-            eps,
-            nets.schedule,
-            cfg,
-            noise,
-        )
-
-    def adapt(x0, context, disc_context, t, eps, noise):
+def losses_of_stage(
+    cfg: Config,
+    nets: Networks,
+    step: int,
+    x0: Tensor,
+    context: list[Tensor],
+    disc_context: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    noise: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The losses of one micro-batch: of an adaption stage, of denoising, or of YOSO."""
+    if cfg.stage != "yoso":
         student, teacher = nets.base.denoiser, nets.frozen_denoiser
         old, new = nets.old_schedule, nets.schedule
         return adapt_losses(student, teacher, x0, context, t, eps, old, new)
-
-    def denoise(x0, context, disc_context, t, eps, noise):
+    if step < cfg.denoising_steps:
         return denoising_losses(nets.G, x0, context, t, eps, nets.schedule, cfg)
-
-    if cfg.stage != "yoso":
-        return adapt
-    return denoise if step < cfg.denoising_steps else yoso
+    return yoso_losses(
+        nets.G,
+        nets.D,
+        nets.features if nets.feature_network else None,
+        x0,
+        context,
+        disc_context,
+        t,
+        eps,
+        nets.schedule,
+        cfg,
+        noise,
+    )
 
 
 def build_optimizers(
@@ -827,7 +831,7 @@ class Reader:
     """
 
     base: bases.Base
-    critic: bases.Base
+    disc_base: bases.Base
     teacher: bases.Base | None
     shape: tuple[int, ...]
     unconditional: bool
@@ -835,7 +839,7 @@ class Reader:
 
     def __post_init__(self):
         self.encode = cached_encoder(self.base, self.autocast)
-        self.encode_for_critic = cached_encoder(self.critic, self.autocast)
+        self.encode_for_disc = cached_encoder(self.disc_base, self.autocast)
 
     def __call__(self, piece: dict, noise: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         captions = piece["caption"]
@@ -846,8 +850,8 @@ class Reader:
             context = self.encode(captions)
         context = [c.to(noise) for c in context]
         disc_context = context[0]
-        if self.critic is not self.base:
-            disc_context = self.encode_for_critic(captions)[0].to(noise)
+        if self.disc_base is not self.base:
+            disc_context = self.encode_for_disc(captions)[0].to(noise)
         with torch.no_grad(), self.autocast:
             return self.latents(piece, noise), context, disc_context
 
@@ -923,8 +927,8 @@ def estimate_prior(
 
 
 def draw_timesteps(nets: Networks, run: training.Run, step: int) -> Tensor:
-    """Timesteps [global batch]: --last_share at the last one, --high_share just below, the rest
-    uniform. While G only learns to denoise, all are uniform.
+    """Timesteps [global batch]: --last_share at the last one, --high_share less than --coop_steps
+    below it, the rest uniform. While G only learns to denoise, all are uniform.
     """
     cfg, last = run.cfg, nets.last_timestep
     n = (run.global_batch,)
@@ -952,7 +956,10 @@ def noise_again(
 # Signals for the log.
 
 def spread(fake: Tensor, x0: Tensor) -> Tensor:
-    """Standard deviation of samples over that of data. Under 1: too smooth, or too few modes."""
+    """Standard deviation of all values of the samples, over the data's. Under 1: too smooth.
+
+    Samples that are all alike do not show here, but in val_spread.
+    """
     return fake.std() / x0.std().clamp(min=1e-6)
 
 
@@ -980,11 +987,11 @@ def draw(
         piece = run.to_device(collate(items[first:first + size]))
         n = len(piece["caption"])
         noise, generators = training.draw_noise(range(first, first + n), nets.shape)
-        again = torch.cat([torch.randn(1, *nets.shape, generator=g) for g in generators])
+        prior_noise = torch.cat([torch.randn(1, *nets.shape, generator=g) for g in generators])
         noise = noise.to(run.device, run.dtype)
-        again = again.to(run.device, run.dtype)
+        prior_noise = prior_noise.to(run.device, run.dtype)
         x = diffusion.start_from_prior(
-            noise, again, *nets.prior, nets.last_timestep, nets.schedule
+            noise, prior_noise, *nets.prior, nets.last_timestep, nets.schedule
         )
         t = torch.full((n,), nets.last_timestep)
         x0, context, _ = read(piece, noise)
@@ -1093,7 +1100,7 @@ def main() -> None:
     D, trained, ema = nets.D, nets.trained, nets.ema
     optimizer_g, optimizer_d = build_optimizers(cfg, run, nets)
     read = Reader(
-        nets.base, nets.critic, nets.teacher, nets.shape, cfg.unconditional, run.autocast
+        nets.base, nets.disc_base, nets.teacher, nets.shape, cfg.unconditional, run.autocast
     )
 
     run.open_folder()
@@ -1106,14 +1113,14 @@ def main() -> None:
         optimizer_d=optimizer_d,
     )
     if cfg.resume:
-        (nets.prior,) = run.restore(nets.frozen, state, "prior")
+        (nets.prior,) = run.restore(nets.frozen_fingerprint, state, "prior")
     else:
         nets.prior = estimate_prior(nets, run, read, train_set)
 
     def save(step: int) -> None:
         with training.swapped(trained, ema):
             save_weights(nets, run)
-        run.save_state(step, nets.frozen, state, prior=nets.prior)
+        run.save_state(step, nets.frozen_fingerprint, state, prior=nets.prior)
 
     shown = choose_preview(cfg, test_set)
     run.start(nets, state, "items")
@@ -1131,7 +1138,6 @@ def main() -> None:
         run.set_learning_rate(step, optimizer_g)
         run.set_learning_rate(step, optimizer_d, scale=cfg.disc_lr_ratio)
         timesteps = draw_timesteps(nets, run, step)
-        losses_of = step_losses(cfg, nets, step)
 
         # The generator's turn. The discriminator only passes the gradient on.
         losses, pairs = {}, []
@@ -1142,7 +1148,9 @@ def main() -> None:
             x0, context, disc_context = read(piece, run.normal(step, "latent", rows, nets.shape))
             again = noise_again(nets, run, step, rows)
             with run.autocast:
-                terms, fake, real = losses_of(x0, context, disc_context, t, eps, again["fake"])
+                terms, fake, real = losses_of_stage(
+                    cfg, nets, step, x0, context, disc_context, t, eps, again["fake"]
+                )
             run.backward(sum(terms.values()))
             run.record(losses, terms | {"spread": spread(fake, x0)})
             pairs.append((real, fake, t, disc_context, again))
@@ -1155,19 +1163,20 @@ def main() -> None:
         if D and step >= cfg.denoising_steps:
             training.set_trainable(D, True)
             for real, fake, t, disc_context, again in pairs:
-                look = partial(discriminate, D, t=t, context=disc_context, schedule=nets.schedule)
+                look = partial(logits_of, D, t=t, schedule=nets.schedule, cfg=cfg)
                 with run.autocast:
-                    logits_real = look(sample=real, noise=again["real"], cfg=cfg)
-                    logits_fake = look(sample=fake, noise=again["fake"], cfg=cfg)
+                    logits_real = look(x=real, context=disc_context, noise=again["real"])
+                    logits_fake = look(x=fake, context=disc_context, noise=again["fake"])
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
                 run.record(losses, {"disc": loss} | signals(logits_real, logits_fake))
                 if cfg.lambda_mismatch:
                     with run.autocast:
                         others, differs = other_captions(disc_context)
-                        logits = look(sample=real, context=others, noise=again["real"], cfg=cfg)
-                        mismatch = cfg.lambda_gan * mismatch_loss(logits, differs)
+                        logits = look(x=real, context=others, noise=again["real"])
+                        weight = cfg.lambda_gan * cfg.lambda_mismatch
+                        mismatch = weight * mismatch_loss(logits, differs)
                     run.record(losses, {"mismatch": mismatch})
-                    loss = loss + cfg.lambda_mismatch * mismatch
+                    loss = loss + mismatch
                 run.backward(loss)
             losses["disc_grad_norm"] = run.update(optimizer_d)
             run.check_finite(losses, step, batch)

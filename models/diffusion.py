@@ -4,166 +4,30 @@ A noisy latent is x_t = alpha_t x0 + sigma_t eps, with t from 0 (almost clean) t
 entirely noise). A schedule holds alpha and sigma as tables in float64; they are cast where they are
 used.
 
-A sampler is a function of (model, x, timesteps, schedule). `model(x, t)` is the network's
-prediction at a timestep; the caller has bound everything else to it (context, guidance).
+A sampler is a function of (model, x, timesteps, schedule), LCM's also of noise. `model(x, t)` is
+the network's prediction at a timestep; the caller has bound everything else to it (context,
+guidance).
 
-Bases come with a `scheduler_config.json`, which names a scheduler class of `diffusers` and some of
-its settings. It is read as that class reads it, and `for_sampler` as the sampler's own class does.
+A base's `scheduler_config.json` is read as the class of `diffusers` that it names would read it,
+and, by `for_sampler`, as the class of another sampler would. What is known of these classes is in
+schedulers.py.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-KINDS = ("epsilon", "v_prediction")  # what a network may predict
+from models.schedulers import OWN_CLASS, SCHEDULERS, check_built, class_of, read_settings
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a network may predict
 # (x_t, t) -> prediction. Where t is a fraction, x_t lies between two timesteps.
 Model = Callable[[Tensor, float], Tensor]
 # What samplers that divide by alpha take for an alpha of 0, as in `diffusers`.
 LEAST_ALPHA = 2**-12
-
-# -------------------- the schedulers of diffusers
-
-class Scheduler(NamedTuple):
-    """A scheduler class: the sampler that does its work here, and its own defaults."""
-
-    sampler: str
-    beta_schedule: str
-    beta_start: float
-    beta_end: float
-    timestep_spacing: str
-
-
-SCHEDULERS = {
-    "DDIMScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
-    "DDIMParallelScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
-    "DDPMScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
-    "DDPMParallelScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
-    "PNDMScheduler": Scheduler("ddim", "linear", 0.0001, 0.02, "leading"),
-    "LCMScheduler": Scheduler("lcm", "scaled_linear", 0.00085, 0.012, "leading"),
-    "TCDScheduler": Scheduler("lcm", "scaled_linear", 0.00085, 0.012, "leading"),
-    "EulerDiscreteScheduler": Scheduler("euler", "linear", 0.0001, 0.02, "linspace"),
-    "EulerAncestralDiscreteScheduler": Scheduler("euler", "linear", 0.0001, 0.02, "linspace"),
-    "LMSDiscreteScheduler": Scheduler("euler", "linear", 0.0001, 0.02, "linspace"),
-    "HeunDiscreteScheduler": Scheduler("euler", "linear", 0.00085, 0.012, "linspace"),
-    "KDPM2DiscreteScheduler": Scheduler("euler", "linear", 0.00085, 0.012, "linspace"),
-    "KDPM2AncestralDiscreteScheduler": Scheduler("euler", "linear", 0.00085, 0.012, "linspace"),
-    "DPMSolverMultistepScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
-    "DPMSolverSinglestepScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
-    "DPMSolverSDEScheduler": Scheduler("dpm", "linear", 0.00085, 0.012, "linspace"),
-    "DEISMultistepScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
-    "SASolverScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
-    "UniPCMultistepScheduler": Scheduler("dpm", "linear", 0.0001, 0.02, "linspace"),
-}
-# The class that a sampler was built after. For all other classes it stands in.
-OWN_CLASS = dict(
-    ddim="DDIMScheduler",
-    lcm="LCMScheduler",
-    euler="EulerDiscreteScheduler",
-    dpm="DPMSolverMultistepScheduler",
-)
-# The defaults in which the classes agree. They hold for classes without the setting, too: YOSO's
-# adaption sets rescale_betas_zero_snr on all.
-SHARED_DEFAULTS = dict(
-    num_train_timesteps=1000,
-    prediction_type="epsilon",
-    rescale_betas_zero_snr=False,
-    steps_offset=0,
-    use_karras_sigmas=False,
-    original_inference_steps=50,
-    timestep_scaling=10.0,
-)
-# Settings that change the picture, and the values of them that are built, by sampler.
-BUILT: dict[str, dict[str, tuple]] = dict(
-    ddim=dict(thresholding=(False,), clip_sample=(False,)),
-    lcm=dict(thresholding=(False,), clip_sample=(False,)),
-    euler=dict(
-        interpolation_type=("linear",),
-        timestep_type=("discrete",),
-        use_exponential_sigmas=(False,),
-        use_beta_sigmas=(False,),
-        sigma_min=(None,),
-        sigma_max=(None,),
-        final_sigmas_type=("zero",),
-    ),
-    dpm=dict(
-        # "deis" and the later solver types are those of the classes that dpm stands in for.
-        algorithm_type=("dpmsolver++", "sde-dpmsolver++", "deis", "data_prediction"),
-        solver_type=("midpoint", "logrho", "bh1", "bh2"),
-        solver_order=(2,),
-        thresholding=(False,),
-        use_exponential_sigmas=(False,),
-        use_beta_sigmas=(False,),
-        use_lu_lambdas=(False,),
-        use_flow_sigmas=(False,),
-        final_sigmas_type=("zero",),
-    ),
-)
-# Settings that have an effect only where another has this value.
-ONLY_WITH = dict(
-    sigma_min=("use_karras_sigmas", True),
-    sigma_max=("use_karras_sigmas", True),
-    timestep_type=("prediction_type", "v_prediction"),
-)
-# Settings that have an effect on a single step, too.
-IN_ONE_STEP = ("thresholding", "clip_sample", "final_sigmas_type", "use_flow_sigmas")
-
-
-def class_of(config: dict) -> str:
-    """The scheduler class that a `scheduler_config.json` names, DDIM's where it names none.
-
-    Raises ValueError for a class that is not in the table.
-    """
-    name = str(config.get("_class_name") or "DDIMScheduler")
-    if name in SCHEDULERS:
-        return name
-    if "Flow" in name:
-        raise ValueError(
-            f"the scheduler's class {name!r:.60} is for flow matching (Stable Diffusion 3, Flux),"
-            " another kind of model; expected DDIMScheduler or another of Stable Diffusion's"
-        )
-    raise ValueError(
-        f"the scheduler's class {name!r:.60} is not supported; expected"
-        f" {', '.join(OWN_CLASS.values())} or a relative"
-    )
-
-
-def read_settings(config: dict) -> dict:
-    """The settings of a `scheduler_config.json`; those that it lacks are its class's.
-
-    Raises ValueError for a value of the wrong type.
-    """
-    name = class_of(config)
-    defaults = SHARED_DEFAULTS | SCHEDULERS[name]._asdict()
-    del defaults["sampler"]
-    # The one default that a class has to itself.
-    defaults["set_alpha_to_one"] = name != "PNDMScheduler"
-
-    settings = {}
-    for key, default in defaults.items():
-        value = config.get(key, default)
-        if value is None and isinstance(default, bool):
-            value = False
-        check_type(key, value, default)
-        settings[key] = value
-    return settings
-
-
-def check_type(key: str, value: object, default: object) -> None:
-    """ValueError if a setting is not of the type of its default."""
-    kind = type(default)
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-    is_right = type(value) is kind
-    if kind is float:
-        is_right = type(value) in (int, float) and abs(value) < 1e9
-    if not is_right:
-        raise ValueError(
-            f"the scheduler's {key} is {value!r:.60}; expected {words[kind]}, as {default!r}"
-        )
 
 # -------------------- schedules
 
@@ -238,10 +102,10 @@ class Schedule:
         """
         settings = read_settings(config)
         prediction_type = settings["prediction_type"]
-        if prediction_type not in KINDS:
+        if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"the scheduler's prediction_type is {prediction_type!r}; only"
-                f" {' and '.join(map(repr, KINDS))} are supported"
+                f" {' and '.join(map(repr, PREDICTION_TYPES))} are supported"
             )
         if config.get("trained_betas") is not None:
             raise ValueError(
@@ -332,70 +196,6 @@ def zero_terminal_snr(schedule: Schedule) -> Schedule:
     alpha = (schedule.alpha - last) * first / (first - last)
     return replace(schedule, alpha=alpha, sigma=(1 - alpha**2).sqrt())
 
-# -------------------- the sampler of a schedule
-
-def sampler_of(schedule: Schedule) -> str:
-    """The sampler that goes with the class of a base's scheduler."""
-    return SCHEDULERS[class_of(schedule.config)].sampler
-
-
-def replaced_scheduler(schedule: Schedule) -> str | None:
-    """What `sampler_of` stands in for, as that is not built; None where it is built."""
-    name = class_of(schedule.config)
-    algorithm = str(schedule.config.get("algorithm_type"))
-    if name not in OWN_CLASS.values():
-        return name
-    if name == "DPMSolverMultistepScheduler" and algorithm.startswith("sde"):
-        return f"{name} with {algorithm}"
-    return None
-
-
-def for_sampler(schedule: Schedule, sampler: str, steps: int) -> Schedule:
-    """The schedule with the settings that a sampler uses for so many steps.
-
-    If it is not the sampler of the scheduler's class, they are what the sampler's own class makes
-    of the same `scheduler_config.json`, as with `from_config` of `diffusers`: where the spacing is
-    not given, say, it becomes that of the other class. The noise schedule stays.
-
-    Raises ValueError for a setting that would change the picture and is not built.
-    """
-    config = schedule.config
-    if sampler_of(schedule) != sampler:
-        config = config | {"_class_name": OWN_CLASS[sampler]}
-    check_built(config, sampler, steps, schedule)
-    schedule = replace(schedule, config=config, **how_to_sample(read_settings(config)))
-    if sampler in ("euler", "dpm"):
-        # Of a schedule that ends in pure noise. As in `diffusers`, these come close to it only.
-        alpha = above_zero(schedule.alpha)
-        schedule = replace(schedule, alpha=alpha, sigma=(1 - alpha**2).sqrt())
-    return schedule
-
-
-def check_built(config: dict, sampler: str, steps: int, schedule: Schedule) -> None:
-    """ValueError if a `scheduler_config.json` asks for what the sampler does not have."""
-    for key, built in BUILT[sampler].items():
-        if steps == 1 and key not in IN_ONE_STEP:
-            continue
-        if key in ONLY_WITH:
-            other, needed = ONLY_WITH[key]
-            if config.get(other) != needed:
-                continue
-        value = config.get(key)
-        if value is not None and value not in built:
-            raise ValueError(
-                f"the scheduler's {key} is {value!r:.60}, which is not built for the {sampler}"
-                f" sampler; expected {built[0]!r}, or another sampler"
-            )
-
-    clipped = config.get("lambda_min_clipped")
-    lowest = -math.log(schedule.ratio(len(schedule.alpha) - 1))
-    is_high = isinstance(clipped, int | float) and clipped > lowest
-    if sampler == "dpm" and steps > 1 and is_high:
-        raise ValueError(
-            f"the scheduler's lambda_min_clipped is {clipped}, which leaves out timesteps and is"
-            f" not built; expected {lowest:.2f} at most, or another sampler than dpm"
-        )
-
 # -------------------- noise and predictions
 
 def add_noise(x0: Tensor, eps: Tensor, t: Tensor | float, schedule: Schedule) -> Tensor:
@@ -409,14 +209,14 @@ def predict_x0(
     x: Tensor,
     t: Tensor | float,
     schedule: Schedule,
-    kind: str,
+    prediction_type: str,
 ) -> Tensor:
     """The clean latent that a network's prediction at x = x_t implies.
 
     epsilon: (x_t - sigma eps) / alpha; v_prediction: alpha x_t - sigma v.
     """
     alpha, sigma = schedule.at(t, x)
-    if kind == "epsilon":
+    if prediction_type == "epsilon":
         return (x - sigma * prediction) / alpha
     return alpha * x - sigma * prediction
 
@@ -470,6 +270,45 @@ def mean_and_std(latents: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     if count == 0:
         raise ValueError("there are no latents; expected those of at least one picture")
     return mean, (squares / count).sqrt()
+
+# -------------------- the sampler of a schedule
+
+def sampler_of(schedule: Schedule) -> str:
+    """The sampler that goes with the class of a base's scheduler."""
+    return SCHEDULERS[class_of(schedule.config)].sampler
+
+
+def replaced_scheduler(schedule: Schedule) -> str | None:
+    """What `sampler_of` stands in for, as that is not built; None where it is built."""
+    name = class_of(schedule.config)
+    algorithm = str(schedule.config.get("algorithm_type"))
+    if name not in OWN_CLASS.values():
+        return name
+    if name == "DPMSolverMultistepScheduler" and algorithm.startswith("sde"):
+        return f"{name} with {algorithm}"
+    return None
+
+
+def for_sampler(schedule: Schedule, sampler: str, steps: int) -> Schedule:
+    """The schedule with the settings that a sampler uses for so many steps.
+
+    If it is not the sampler of the scheduler's class, they are what the sampler's own class makes
+    of the same `scheduler_config.json`, as with `from_config` of `diffusers`: where the spacing is
+    not given, say, it becomes that of the other class. The noise schedule stays.
+
+    Raises ValueError for a setting that would change the picture and is not built.
+    """
+    config = schedule.config
+    if sampler_of(schedule) != sampler:
+        config = config | {"_class_name": OWN_CLASS[sampler]}
+    lowest = -math.log(schedule.ratio(len(schedule.alpha) - 1))
+    check_built(config, sampler, steps, lowest)
+    schedule = replace(schedule, config=config, **how_to_sample(read_settings(config)))
+    if sampler in ("euler", "dpm"):
+        # Of a schedule that ends in pure noise. As in `diffusers`, these come close to it only.
+        alpha = above_zero(schedule.alpha)
+        schedule = replace(schedule, alpha=alpha, sigma=(1 - alpha**2).sqrt())
+    return schedule
 
 # -------------------- timesteps
 

@@ -2,10 +2,10 @@
 
     VAE encoder -> U-Net at one timestep, the last -> VAE decoder
 
-The latent of the condition takes the place of the noise, and four skip connections from encoder to
-decoder carry the detail that the latent loses. Trained are LoRA on the U-Net and the VAE, the
-U-Net's first convolution and the skip convolutions; with `train="all"`, for small bases, every
-weight.
+The latent of the condition takes the place of the noise, and skip connections from encoder to
+decoder, one for each block of the decoder, carry the detail that the latent loses. Trained are
+LoRA on the U-Net and the VAE, the U-Net's first convolution and the skip convolutions; with
+`train="all"`, for small bases, every weight.
 
 Source: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.
 """
@@ -166,7 +166,7 @@ class Pix2PixTurbo(nn.Module):
         if config.stochastic:
             replace(unet, "conv_in", TwinConv2d(unet.conv_in))
 
-        # Beside their LoRA, these convolutions are trained in full.
+        # Trained in full: the skip convolutions, beside their LoRA, and conv_in.
         for name, parameter in vae.named_parameters():
             if "skip_conv" in name:
                 parameter.requires_grad_(True)
@@ -184,7 +184,8 @@ class Pix2PixTurbo(nn.Module):
     ) -> Tensor:
         """Condition [B, 3, H, W] in [0, 1], context [B, N, C] -> picture [B, 3, H, W] in [-1, 1].
 
-        H and W are multiples of the VAE's factor. `skip_scale` is gamma.
+        The condition goes into the encoder as it is, as in the official code. (CycleGANTurbo takes
+        pictures in [-1, 1].) H and W are multiples of the VAE's factor. `skip_scale` is gamma.
 
         Stochastic models take r in [0, 1] and noise [B, 4, h, w]: at r = 1 the picture follows the
         condition, at r = 0 it is the base's own picture of the noise. The strength of the adapters

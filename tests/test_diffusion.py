@@ -24,11 +24,6 @@ from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
 from models.diffusion import (
-    BUILT,
-    IN_ONE_STEP,
-    OWN_CLASS,
-    SCHEDULERS,
-    SHARED_DEFAULTS,
     Schedule,
     add_noise,
     at_strength,
@@ -43,12 +38,19 @@ from models.diffusion import (
     less_noisy,
     mean_and_std,
     predict_x0,
-    read_settings,
     replaced_scheduler,
     sampler_of,
     start,
     start_from_prior,
     timesteps,
+)
+from models.schedulers import (
+    BUILT,
+    IN_ONE_STEP,
+    OWN_CLASS,
+    SCHEDULERS,
+    SHARED_DEFAULTS,
+    read_settings,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

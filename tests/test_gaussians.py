@@ -22,19 +22,19 @@ def generator(seed: int) -> torch.Generator:
 
 
 def test_points_are_25_gaussians_of_standard_deviation_0_05_drawn_from_the_seed():
-    points = gaussians.draw(50_000, generator(0))
+    points = gaussians.data_points(50_000, generator(0))
     centre = (points / 2).round() * 2
     assert {tuple(c) for c in centre.tolist()} == {(x, y) for x in PLACES for y in PLACES}
     assert (points - centre).std().item() == pytest.approx(0.05, rel=0.01)
     _, counts = torch.unique(centre, dim=0, return_counts=True)
     assert counts.min() > 1800 and counts.max() < 2200
-    assert torch.equal(points, gaussians.draw(50_000, generator(0)))
-    others = gaussians.draw(50_000, generator(1))
+    assert torch.equal(points, gaussians.data_points(50_000, generator(0)))
+    others = gaussians.data_points(50_000, generator(1))
     assert {tuple(p) for p in points.tolist()}.isdisjoint(tuple(p) for p in others.tolist())
 
 
 def test_the_measure_counts_good_samples_and_covered_modes():
-    real = gaussians.measure(gaussians.draw(10_000, generator(0)))
+    real = gaussians.measure(gaussians.data_points(10_000, generator(0)))
     # The share of a Gaussian in the plane within three standard deviations.
     inside = 1 - math.exp(-4.5)
     assert real["modes"] == 25 and real["good"] == pytest.approx(inside, abs=0.002)
@@ -114,7 +114,7 @@ def test_a_training_depends_on_its_seed_alone_and_moves_towards_the_data(monkeyp
 
     def error(denoiser):  # of predictions at little noise
         rng = generator(2)
-        x0, noise = gaussians.draw(500, rng), torch.randn(500, 2, generator=rng)
+        x0, noise = gaussians.data_points(500, rng), torch.randn(500, 2, generator=rng)
         t = torch.full((500,), 300)
         x = schedule.alpha[300].float() * x0 + schedule.sigma[300].float() * noise
         with torch.no_grad():

@@ -100,8 +100,8 @@ def test_noise_samples_the_latents_and_a_teacher_gets_captions_that_others_do_no
     pictures = normal(2, 3, 16, 16, seed=1).tanh()
     piece = dict(caption=captions, target=pictures, name=captions)
 
-    def read(piece, teacher=None, unconditional=False, critic=own):
-        reader = train_yoso.Reader(own, critic, teacher, (4, 4, 4), unconditional, NO_AUTOCAST)
+    def read(piece, teacher=None, unconditional=False, disc_base=own):
+        reader = train_yoso.Reader(own, disc_base, teacher, (4, 4, 4), unconditional, NO_AUTOCAST)
         return reader(piece, noise)
 
     # Pictures: noise samples the VAE's latent.
@@ -113,8 +113,8 @@ def test_noise_samples_the_latents_and_a_teacher_gets_captions_that_others_do_no
     assert relative(disc_context, own.encode(captions)[0]) < 1e-9
     assert disc_context is contexts[0]
 
-    # Another critic encodes captions for itself.
-    _, contexts, disc_context = read(piece, critic=teacher)
+    # Another base of the discriminator encodes captions for itself.
+    _, contexts, disc_context = read(piece, disc_base=teacher)
     assert relative(contexts[0], own.encode(captions)[0]) < 1e-9
     assert relative(disc_context, teacher.encode(captions)[0]) < 1e-9
 

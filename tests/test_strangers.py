@@ -56,7 +56,7 @@ from files.bases import load_base, load_lora
 from files.formats import read_lora
 from files.tensors import read_tensors, save_tensors
 from files.tokenizers import load_tokenizer
-from models import diffusion
+from models import diffusion, schedulers
 from models.pix2pix_turbo import Pix2PixTurbo
 from training.folders import data_fingerprint
 
@@ -1437,7 +1437,7 @@ PATHS = [
 
 @pytest.mark.parametrize("sampler, settings, steps", PATHS)
 def test_a_sampler_goes_the_way_of_its_class(sampler, settings, steps):
-    name = diffusion.OWN_CLASS[sampler]
+    name = schedulers.OWN_CLASS[sampler]
     if sampler == "ddim":
         settings = settings | dict(clip_sample=False)
     peer = getattr(diffusers, name)(**settings)
@@ -1508,10 +1508,10 @@ SMALL_SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("sampler", diffusion.OWN_CLASS)
+@pytest.mark.parametrize("sampler", schedulers.OWN_CLASS)
 @pytest.mark.parametrize("settings, steps", SMALL_SCHEDULES)
 def test_small_schedules_sample_or_are_refused(sampler, settings, steps):
-    settings = SD | settings | dict(_class_name=diffusion.OWN_CLASS[sampler])
+    settings = SD | settings | dict(_class_name=schedulers.OWN_CLASS[sampler])
     settings["original_inference_steps"] = min(50, settings["num_train_timesteps"])
     try:
         schedule = diffusion.Schedule.from_config(settings)

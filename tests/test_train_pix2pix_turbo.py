@@ -38,7 +38,7 @@ def train(monkeypatch, *argv):
 def test_reconstruction_is_the_square_weighted_by_r_and_so_is_its_gradient():
     a, b = normal(2, 3, 5, 4), normal(2, 3, 5, 4, seed=1)
     fake = a.clone().requires_grad_()
-    loss = trainer.reconstruction_loss(fake, b, 0.3)
+    loss = trainer.l2_loss(fake, b, 0.3)
     loss.backward()
     assert torch.allclose(loss, 0.3 * ((a - b) ** 2).sum() / a.numel(), rtol=1e-12)
     assert torch.allclose(fake.grad, 0.3 * 2 * (a - b) / a.numel(), rtol=1e-9)
@@ -705,7 +705,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_keeps_the_last_state(
     with pytest.raises(SystemExit) as caught:
         train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
     assert caught.value.code == 2
-    assert "step 3: the loss became {'l2': nan" in capsys.readouterr().err
+    assert "step 4: the loss became {'l2': nan" in capsys.readouterr().err
     assert helpers.read_state(tmp_path / "run")["step"] == 3
 
 
@@ -726,7 +726,7 @@ def test_a_discriminators_gradient_that_is_not_finite_stops_at_once(
     with pytest.raises(SystemExit) as caught:
         train(monkeypatch, *flags, "--lambda_gan", 0.5, "--output_dir", tmp_path / "run")
     assert caught.value.code == 2
-    assert "step 1: the loss became {'disc_grad_norm': nan}" in capsys.readouterr().err
+    assert "step 2: the loss became {'disc_grad_norm': nan}" in capsys.readouterr().err
     assert helpers.read_state(tmp_path / "run")["step"] == 1
     assert all(p.isfinite().all() for p in calls[3])
 

@@ -309,9 +309,9 @@ def test_yoso_losses_show_the_discriminator_what_adversarial_says(kind):
         assert list(terms) == ["kl"] and not fake.requires_grad
         return
 
-    # The loop hands both sides to `discriminate`, each with noise of its own.
+    # The loop hands both sides to `logits_of`, each with noise of its own.
     for side, again in [(real, other), (fake, noise)]:
-        trainer.discriminate(D, side, T, 0.2, SCHEDULE, cfg, again)
+        trainer.logits_of(D, side, T, 0.2, SCHEDULE, cfg, again)
     through, of_real, of_fake = seen
     if kind == "noisy":
         assert torch.equal(of_real[0], add_noise(x0, other, k, SCHEDULE))
@@ -947,7 +947,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weight
     flags += ["--max_train_steps", 3, "--checkpointing_steps", 1]
     with pytest.raises(SystemExit):
         train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
-    assert f"step 1: the loss became {{'{name}': nan}}" in capsys.readouterr().err
+    assert f"step 2: the loss became {{'{name}': nan}}" in capsys.readouterr().err
     assert helpers.read_state(tmp_path / "run")["step"] == 1
     assert all(p.isfinite().all() for p in calls[which])
 

@@ -219,13 +219,13 @@ def test_update_takes_no_step_with_a_norm_that_is_not_finite(value):
     norm = run.update(optimizer, max_norm=1.0)
     assert not math.isfinite(norm)
     assert p.tolist() == [0.0, 0.0] and p.grad is None  # nothing is left for the next step
-    with pytest.raises(ValueError, match=r"step 7.*'grad_norm': .*a\.png, b\.png"):
+    with pytest.raises(ValueError, match=r"step 8: .*'grad_norm': .*a\.png, b\.png"):
         run.check_finite({"l2": 1.0, "grad_norm": norm}, 7, {"name": ["a.png", "b.png"]})
 
 
 @pytest.mark.parametrize("step, wrong_advice", [(0, "a lower --learning_rate"), (1, "the base")])
 def test_the_learning_rate_is_not_blamed_before_anything_is_trained(step, wrong_advice):
-    with pytest.raises(ValueError, match=f"step {step}: the loss became .*a.png") as refused:
+    with pytest.raises(ValueError, match=f"step {step + 1}: the loss became .*a.png") as refused:
         make_run().check_finite({"l2": math.nan}, step, {"name": ["a.png"]})
     assert wrong_advice not in str(refused.value)
 
@@ -293,12 +293,12 @@ def test_recorded_values_are_means_over_micro_batches():
 
 def test_a_loss_that_is_not_finite_names_step_and_pictures():
     training.check_finite(dict(l2=1.0), 3, ["a.png"])
-    with pytest.raises(ValueError, match=r"step 3.*'gan': nan.*a\.png, b\.png"):
+    with pytest.raises(ValueError, match=r"step 4: .*'gan': nan.*a\.png, b\.png"):
         training.check_finite(dict(l2=1.0, gan=math.nan), 3, ["a.png", "b.png"])
     run = make_run()
     run.check_finite(dict(l2=1.0), 3, {})
     names = {"name_a": ["a.png"], "name_b": ["b.png"]}
-    with pytest.raises(ValueError, match=r"step 3.*'gan': inf.*a\.png, b\.png"):
+    with pytest.raises(ValueError, match=r"step 4: .*'gan': inf.*a\.png, b\.png"):
         run.check_finite(dict(gan=math.inf), 3, names)
 
 

@@ -1,13 +1,17 @@
-"""YOSO in the plane: the whole method on one page.
+"""YOSO in the plane: the whole loop on one page.
 
     python -m tiny.gaussians                        # self-cooperation: two minutes on one core
     python -m tiny.gaussians --adversarial data     # a plain GAN: the real side is the data
     python -m tiny.gaussians --adversarial noisy    # UFOGen: data and samples, noised again
 
-The data are points from 25 narrow Gaussians on a grid. The generator is a small MLP that maps a
-noisy point to a clean one in one step; the losses are those of train_yoso.py. The output folder
-gets samples.png (true points, then samples) and figures.json: how many of the 25 modes are
-covered, and the share of good samples. What to expect, by seed: tiny/README.md.
+The data are points x0 from 25 narrow Gaussians on a grid. The generator G(x_t, t) is a small MLP
+that predicts x0 from x_t = alpha_t x0 + sigma_t eps, for every t, and so makes a point in one step.
+The discriminator D tells G(x_t) from its real side: in self-cooperation G(x_{t-k}), G's own
+prediction from less of the same noise. The losses are those of train_yoso.py, without the
+consistency term.
+
+The output folder gets samples.png (true points, then samples) and figures.json: how many of the
+25 modes are covered, and the share of good samples. What to expect, by seed: tiny/README.md.
 """
 
 import json
@@ -25,7 +29,7 @@ from tqdm import tqdm
 import training
 from models.diffusion import Schedule, start_from_prior
 from models.unet import timestep_embedding
-from train_yoso import discriminate, discriminator_loss, generated, update_ema, yoso_losses
+from train_yoso import discriminator_loss, generated, logits_of, update_ema, yoso_losses
 
 AXIS = (-4.0, -2.0, 0.0, 2.0, 4.0)
 CENTRES = torch.tensor([(x, y) for x in AXIS for y in AXIS])  # [25, 2]
@@ -46,10 +50,10 @@ class Config:
     lambda_gan: float = 1.0  # weight of the adversarial loss
     lambda_kl: float = 0.5  # weight of the KL term, the distance to the data
     lambda_con: float = 0.0  # weight of the consistency term
-    snr_gamma: float = 5.0  # largest weight of a noise level
+    snr_gamma: float = 5.0  # largest weight of a noise level in the KL and consistency terms
     snr_floor: float = 0.0  # smallest weight of a noise level in the KL term
     con_floor: float = 0.0  # the same in the consistency term
-    coop_steps: int = 250  # D's real side is G at so many timesteps less noise
+    coop_steps: int = 250  # k: D's real side is G(x_{t-k})
     con_steps: int = 25  # the consistency term compares with so many timesteps less noise
     learning_rate: float = 1e-3  # of both networks; warm-up, then cosine to 0
     lr_scheduler: training.Scheduler = "cosine"  # after the warm-up
@@ -66,20 +70,20 @@ class MLP(nn.Module):
 
     def __init__(self, c_out: int, width: int = 128, layers: int = 3):
         super().__init__()
-        self.conv_in = nn.Linear(2, width)
+        self.first = nn.Linear(2, width)
         self.time = nn.Linear(width, width)
         self.hidden = nn.ModuleList([nn.Linear(width, width) for _ in range(layers)])
-        self.conv_out = nn.Linear(width, c_out)
+        self.last = nn.Linear(width, c_out)
 
     def forward(self, x: Tensor, t: Tensor, context: None = None) -> Tensor:
         t = timestep_embedding(t, self.time.in_features)
-        h = self.conv_in(x) + self.time(t.to(x.dtype))
+        h = self.first(x) + self.time(t.to(x.dtype))
         for layer in self.hidden:
             h = layer(F.silu(h))
-        return self.conv_out(F.silu(h))
+        return self.last(F.silu(h))
 
 
-def draw(n: int, generator: torch.Generator) -> Tensor:
+def data_points(n: int, generator: torch.Generator) -> Tensor:
     """n points [n, 2] of the data."""
     mode = torch.randint(len(CENTRES), (n,), generator=generator)
     return CENTRES[mode] + STD * torch.randn(n, 2, generator=generator)
@@ -104,14 +108,24 @@ def train(cfg: Config) -> tuple[nn.Module, Schedule]:
         training.set_learning_rate(optimizer_d, rate)
         rng = training.rng(cfg.seed, step, "batch")
         n = cfg.train_batch_size
-        x0 = draw(n, rng)
+        x0 = data_points(n, rng)
         t = torch.randint(len(schedule.alpha), (n,), generator=rng)
         eps, noise_real, noise_fake = torch.randn(3, n, 2, generator=rng)
 
         # The generator's turn. The discriminator only passes the gradient on.
         D.requires_grad_(False)
         terms, fake, real = yoso_losses(
-            G, D, None, x0, None, None, t, eps, schedule, cfg, noise_fake
+            G,
+            D,
+            features=None,
+            x0=x0,
+            context=None,  # points have no captions
+            disc_context=None,
+            t=t,
+            eps=eps,
+            schedule=schedule,
+            cfg=cfg,
+            noise=noise_fake,
         )
         sum(terms.values()).backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
@@ -121,8 +135,8 @@ def train(cfg: Config) -> tuple[nn.Module, Schedule]:
 
         # The discriminator's turn: its real side against G(x_t).
         D.requires_grad_(True)
-        logits_real = discriminate(D, real, t, None, schedule, cfg, noise_real)
-        logits_fake = discriminate(D, fake, t, None, schedule, cfg, noise_fake)
+        logits_real = logits_of(D, real, t, None, schedule, cfg, noise_real)
+        logits_fake = logits_of(D, fake, t, None, schedule, cfg, noise_fake)
         loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
         loss.backward()
         optimizer_d.step()
@@ -140,7 +154,7 @@ def sample(denoiser: nn.Module, schedule: Schedule, n: int, seed: int) -> Tensor
     standard deviation of the data (IPI).
     """
     rng = torch.Generator().manual_seed(seed)
-    data = draw(n, rng)
+    data = data_points(n, rng)
     eps, prior_noise = torch.randn(2, n, 2, generator=rng)
     last = len(schedule.alpha) - 1
     x = start_from_prior(eps, prior_noise, data.mean(0), data.std(0), last, schedule)
@@ -187,7 +201,7 @@ def main() -> None:
     denoiser, schedule = train(cfg)
     samples = sample(denoiser, schedule, SAMPLES, cfg.seed)
     figures = measure(samples)
-    data = draw(SAMPLES, torch.Generator().manual_seed(0))
+    data = data_points(SAMPLES, torch.Generator().manual_seed(0))
     columns = [scatter(points)[None] for points in (data, samples)]
     training.save_grid(folder / "samples.png", columns)
     training.write_file(

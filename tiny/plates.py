@@ -584,7 +584,7 @@ def around(kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         truth = torch.stack([world.truth(i, "a2b") for i in SHOWN])
         return {"input": inputs}, {"truth": truth}
     if kind == "gaussians":
-        points = gaussians.draw(50_000, torch.Generator().manual_seed(1))
+        points = gaussians.data_points(50_000, torch.Generator().manual_seed(1))
         return {}, {"truth": gaussians.scatter(points)[None]}
 
     described, truth = measure.held_out()

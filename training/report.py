@@ -42,7 +42,7 @@ def facts_of(run, end: str) -> dict[str, str]:
     return {
         "end": end,
         "command": f"`{command_line()}`",
-        "data": f"{len(run.items)} {run.kind_of_items} of {run.cfg.dataset_folder}",
+        "data": f"{len(run.items)} {run.items_name} of {run.cfg.dataset_folder}",
         "time": time_taken(run),
         "machine": machine(run.device),
         "best validation": best_validation(run.history),

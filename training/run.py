@@ -187,15 +187,15 @@ class Run:
         self.data = data_fingerprint(self.cfg.dataset_folder)
         self.folder = open_run(self.cfg, self.kind, self.rank)
 
-    def restore(self, frozen: str, parts: dict, *names: str) -> list:
+    def restore(self, frozen_fingerprint: str, parts: dict, *names: str) -> list:
         """Puts the saved state back into `parts`; returns the saved values of `names`.
 
-        `frozen` is the fingerprint of all weights that are not trained. Settings that have changed
+        `frozen_fingerprint` is that of all weights that are not trained. Settings that have changed
         are written once all is found to fit.
         """
         step, best, *values = restore(
             self.folder,
-            frozen,
+            frozen_fingerprint,
             parts,
             "step",
             "best",
@@ -215,14 +215,14 @@ class Run:
             )
         return values
 
-    def save_state(self, step: int, frozen: str, parts: dict, **values) -> None:
+    def save_state(self, step: int, frozen_fingerprint: str, parts: dict, **values) -> None:
         """Writes state.pt, from which `restore` goes on to the same bits, and plots the log.
 
         Save the weights first: a resumed run assumes that they were written.
         """
         if self.meter:
             return
-        state = dict(step=step + 1, best=self.best, base=frozen)
+        state = dict(step=step + 1, best=self.best, base=frozen_fingerprint)
         state |= dict(batch=self.global_batch, data=self.data)
         save_state(self.folder / "state.pt", state | values | parts)
         log = self.folder / "log.jsonl"
@@ -247,9 +247,10 @@ class Run:
 
     # ------------------------------------------------------------ logs
 
-    def start(self, nets, state: dict, kind: str) -> None:
-        """Says what is about to be trained on how many items of which kind, opens the log and the
-        progress bar, and makes Ctrl-C a request to stop. `state` is what will be saved."""
+    def start(self, nets, state: dict, items_name: str) -> None:
+        """Says what is about to be trained, opens the log and the progress bar, and makes Ctrl-C a
+        request to stop. `state` is what will be saved; `items_name` says what items are: "pairs".
+        """
         self.stop_requested = catch_stop()
         if self.meter:
             self.start_meter(nets, state)
@@ -258,11 +259,9 @@ class Run:
             return
         millions = sum(p.numel() for p in nets.trained.values()) / 1e6
         count = len(self.items)
-        print(
-            f"training {millions:.2f} M weights on {count} {kind}, {self.device}; {self.folder}",
-            file=sys.stderr,
-        )
-        self.kind_of_items = kind
+        what = f"{millions:.2f} M weights on {count} {items_name}"
+        print(f"training {what}, {self.device}; {self.folder}", file=sys.stderr)
+        self.items_name = items_name
         self.log_file = open_log(self.folder, self.first_step)
         self.history = recall(self.log_file, count, self.last_step)
         self.report = open_reporter(self.cfg.report_to, self.folder, self.cfg.tracker_project_name)

@@ -1,4 +1,4 @@
-"""Parts of a step: random numbers, learning rate, EMA, checks, a discriminator's accuracy."""
+"""Parts of a step: random numbers, learning rate, the EMA's turn, checks, D's accuracy."""
 
 import contextlib
 import hashlib
@@ -32,7 +32,8 @@ def draw_noise(
 
 
 def learning_rate(step: int, cfg, last_step: int) -> float:
-    """The learning rate of a step: linear warm-up, then constant, or to 0 (linear, cosine)."""
+    """The learning rate of a step: constant; or a linear warm-up, and then constant
+    (constant_with_warmup) or falling to 0 (linear, cosine)."""
     rise = 1.0
     if cfg.lr_scheduler != "constant":
         rise = min(1.0, (step + 1) / max(cfg.lr_warmup_steps, 1))
@@ -97,7 +98,7 @@ def check_finite(losses: dict[str, float], step: int, names: list[str]) -> None:
             " --mixed_precision no, and see whether the base's weights hold NaN (python sample.py"
             " --base BASE draws with them)"
         )
-    raise ValueError(f"step {step}: the loss became {bad} on {', '.join(names)}; {advice}")
+    raise ValueError(f"step {step + 1}: the loss became {bad} on {', '.join(names)}; {advice}")
 
 
 def set_trainable(network: nn.Module | None, trainable: bool) -> None:
