@@ -67,10 +67,14 @@ def test_curves_hold_the_seeds_of_one_side_by_step():
     }
     assert compare.curves(results, "coop", "right") == {800: [0.1, 0.2], 1000: [0.3]}
     assert compare.curves(results, "noisy", "right") == {}
+    rows = compare.table(results, (800, 1000)).splitlines()
+    assert rows[2] == "| `coop` | 800 | 15 (10 to 20) |" + " 0.15 (0.1 to 0.2) |" * 5
+    assert rows[3] == "| `coop` | 1,000 | 30 |" + " 0.3 |" * 5
+    assert rows[4].startswith("| `data` | 800 | 90 |") and len(rows) == 5
     page = np.asarray(compare.draw_page(results))
     red = (page == [192, 57, 43]).all(-1)
     blue = (page == [31, 95, 168]).all(-1)
-    assert red.sum() > 4 * 20 and blue.sum() > 4 * 9
+    assert red.sum() > 6 * 20 and blue.sum() > 6 * 9
 
 
 @pytest.mark.parametrize(

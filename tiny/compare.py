@@ -7,7 +7,7 @@
 Each run is `python train_yoso.py --base pixels` with another real side. It stops at each of MARKS,
 is measured as in tiny/digits.py (1,000 one-step samples), and goes on. A run that was stopped
 continues, and what was measured is not measured again. Results: assets/plates/digits.json; curves:
-assets/plates/digits.png.
+assets/plates/digits.png. A table of means, with the range over training seeds, is printed.
 """
 
 import argparse
@@ -36,8 +36,10 @@ SIDES = {
 }
 FIGURES = {
     "right": "digits right, %",
-    "frechet": "Fréchet distance",
+    "frechet": "Frechet distance",
+    "density": "density",
     "coverage": "coverage",
+    "nearest": "nearest training digit",
     "disc_right": "discriminator accuracy",
 }
 
@@ -91,10 +93,11 @@ def add_result(store: pathlib.Path, key: str, figures: dict[str, float]) -> None
     training.write_file(store, lambda temporary: temporary.write_text(text))
 
 
-# -------------------- Curves
+# -------------------- Curves and table
 
-WIDTH, HEIGHT = 400, 240  # of one diagram
-MARGIN = 50
+WIDTH, HEIGHT = 300, 200  # of one diagram
+MARGIN = 40
+ACROSS = 3
 COLOURS = {"coop": "#c0392b", "data": "#1f5fa8", "noisy": "#888888", "none": "#222222"}
 
 
@@ -109,19 +112,39 @@ def curves(results: dict[str, dict[str, float]], side: str, figure: str) -> dict
 
 
 def draw_page(results: dict[str, dict[str, float]]) -> Image.Image:
-    """Four diagrams: the mean over training seeds as a line, each seed as a dot."""
-    page = Image.new("RGB", (2 * (WIDTH + 2 * MARGIN), 2 * (HEIGHT + 2 * MARGIN)), "white")
+    """A diagram for each figure: the mean over training seeds as a line, each seed as a dot."""
+    width, height = WIDTH + 2 * MARGIN, HEIGHT + 2 * MARGIN
+    page = Image.new("RGB", (ACROSS * width, len(FIGURES) // ACROSS * height), "white")
     pen = ImageDraw.Draw(page)
     for i, (figure, title) in enumerate(FIGURES.items()):
-        corner = (
-            MARGIN + i % 2 * (WIDTH + 2 * MARGIN),
-            MARGIN + i // 2 * (HEIGHT + 2 * MARGIN),
-        )
+        corner = (MARGIN + i % ACROSS * width, MARGIN + i // ACROSS * height)
         lines = {side: curves(results, side, figure) for side in SIDES}
         if figure == "right":
             lines = {side: in_percent(line) for side, line in lines.items()}
         diagram(pen, corner, title, {side: line for side, line in lines.items() if line})
     return page
+
+
+def table(results: dict[str, dict[str, float]], marks: tuple[int, ...]) -> str:
+    """A table in Markdown: a line for each side and mark, a column for each figure."""
+    lines = ["| | steps | " + " | ".join(FIGURES.values()) + " |"]
+    lines.append("| --- " * (2 + len(FIGURES)) + "|")
+    for side in SIDES:
+        for mark in marks:
+            columns = {figure: curves(results, side, figure).get(mark) for figure in FIGURES}
+            if columns["right"]:
+                columns["right"] = [100 * value for value in columns["right"]]
+                cells = " | ".join(map(mean_and_range, columns.values()))
+                lines.append(f"| `{side}` | {mark:,} | {cells} |")
+    return "\n".join(lines)
+
+
+def mean_and_range(values: list[float]) -> str:
+    """Three digits, as 0.868 (0.85 to 0.872)."""
+    mean = f"{statistics.mean(values):.3g}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.3g} to {max(values):.3g})"
 
 
 def in_percent(line: dict[int, list[float]]) -> dict[int, list[float]]:
@@ -134,26 +157,26 @@ def diagram(
     title: str,
     lines: dict[str, dict[int, list[float]]],
 ) -> None:
-    """One diagram, from 0 to its largest value and from the end of denoising to the last mark."""
+    """One diagram, from its lowest to its highest value, from the end of denoising to the end."""
     left, top = corner
     first, last = 600, MARKS[-1]
     values = [value for line in lines.values() for several in line.values() for value in several]
-    highest = max(values)
+    lowest, highest = min(values), max(values)
 
     def place(step: float, value: float) -> tuple[float, float]:
         x = left + WIDTH * (step - first) / (last - first)
-        return x, top + HEIGHT * (1 - value / highest)
+        return x, top + HEIGHT * (highest - value) / (highest - lowest or 1)
 
     pen.rectangle([left, top, left + WIDTH, top + HEIGHT], outline="#bbbbbb")
     pen.text((left, top - 16), title, fill="black")
-    pen.text((left - 40, top - 4), f"{highest:.3g}", fill="#666666")
-    pen.text((left - 14, top + HEIGHT - 8), "0", fill="#666666")
+    pen.text((left - 34, top - 4), f"{highest:.3g}", fill="#666666")
+    pen.text((left - 34, top + HEIGHT - 8), f"{lowest:.3g}", fill="#666666")
     for step in (1000, 1400, 2000, last):
-        pen.text((place(step, 0)[0] - 12, top + HEIGHT + 4), str(step), fill="#666666")
+        pen.text((place(step, lowest)[0] - 12, top + HEIGHT + 4), str(step), fill="#666666")
 
     for i, (side, line) in enumerate(lines.items()):
         colour = COLOURS[side]
-        pen.text((left + WIDTH - 170 + 45 * i, top - 16), side, fill=colour)
+        pen.text((left + WIDTH - 160 + 40 * i, top - 16), side, fill=colour)
         means = [place(step, statistics.mean(several)) for step, several in line.items()]
         pen.line(means, fill=colour, width=2)
         for step, several in line.items():
@@ -189,6 +212,7 @@ def main() -> None:
         raise ValueError(f"found no results in {store}; expected those of a run without --page")
     page = draw_page(results)
     training.write_file(args.output / "digits.png", partial(page.save, format="PNG"))
+    print(table(results, (1400, MARKS[-1])))
     print(args.output / "digits.png")
 
 
