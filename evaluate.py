@@ -529,7 +529,22 @@ def read_captions(path: Path, fake: list[Path]) -> list[str]:
             f"{path} has no caption for {first.name} ({captions.count(None)} of {len(fake)} have"
             " none); expected one for every picture of --fake"
         )
+    broken = [caption for caption in captions if not is_utf8(caption)]
+    if broken:
+        raise ValueError(
+            f"{path}: {broken[0]!r:.60} contains half a character (a lone surrogate); expected"
+            " text that can be encoded as UTF-8"
+        )
     return captions
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be encoded. JSON may hold lone surrogates, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------- command line
@@ -807,9 +822,7 @@ def score_captions(
 
 def describe_cut(tokenizer: clip.Tokenizer, captions: list[str]) -> str | None:
     """How many captions are longer than the text encoder reads; None if none is."""
-    encodings = tokenizer.pieces.encode_batch(captions, add_special_tokens=False)
-    kept = tokenizer.length - 2  # beside the start and the end token
-    cut = sum(len(encoding.ids) > kept for encoding in encodings)
+    cut = sum(len(ids) > tokenizer.limit for ids in tokenizer.encode(captions))
     if not cut:
         return None
     return (

@@ -80,7 +80,7 @@ SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list]] = {
     "dpm": diffusion.dpm_timesteps,
 }
 
-# Pictures of more latents than this may take long enough to say how long: see estimate_seconds.
+# Pictures of more latents than this may take long enough to say how long: see Pace.
 # With Stable Diffusion's VAE, whose factor is 8, they are larger than 768 x 768 pixels.
 LARGE = 96 * 96
 # Latents a side of the small picture that is timed for it.
@@ -173,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog=f"names for --base: {', '.join(hub.BASES)}\n"
-        f"names for --checkpoint: {', '.join(checkpoints.CHECKPOINTS)}\n"
+        f"names for --checkpoint: {', '.join(checkpoints.known_names())}\n"
         f"names for --vae: {', '.join(autoencoders.AUTOENCODERS)}",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -558,7 +558,7 @@ def choose_prior(
         return None
     if loaded.prior[0].shape != shape:
         raise ValueError(
-            f"--size {options.size}: {options.checkpoint} was trained to start from pictures of"
+            f"{size[0]}x{size[1]}: {options.checkpoint} was trained to start from pictures of"
             f" {trained_size(loaded)}; expected that size"
         )
     return loaded.prior
@@ -923,6 +923,7 @@ def export_program(path: Path, translator: Translator, picture: Image.Image, see
     # Given a path, torch.export.save wants a name in .pt2, which a temporary file has not.
     contents = io.BytesIO()
     torch.export.save(program, contents)
+    path.parent.mkdir(parents=True, exist_ok=True)
     training.write_file(path, lambda temporary: temporary.write_bytes(contents.getbuffer()))
     print(path)
 
@@ -1026,6 +1027,7 @@ def edit(options: Options, device: torch.device) -> None:
             options.guidance,
             options.negative,
             control=sized_control,
+            prior=choose_prior(options, loaded, size) if strength == 1 else None,
             pictures=x.to(device),
             strength=strength,
             contexts=contexts,

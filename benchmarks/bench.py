@@ -220,7 +220,7 @@ def time_process(command: list[str]) -> dict:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{' '.join(command)[:200]} failed: {error[-2000:]}")
-    return dict(seconds=time.perf_counter() - begin, peak_gb=usage.ru_maxrss / 1e6)
+    return dict(seconds=time.perf_counter() - begin, peak_gb=usage.ru_maxrss * 1024 / 1e9)
 
 
 def measure_tiny_memory(job: Job, runs: int) -> list[dict]:
@@ -252,7 +252,7 @@ def measure_memory(job: Job, runs: int, sizes: list[int], scratch: pathlib.Path)
                 try:
                     rows += compare(variant, {"ours": ours.training_steps}, [task], runs)
                 except ChildProcessError:
-                    rows.append(dict(task=f"{task}: does not fit", side="ours"))
+                    rows.append(dict(task=f"{task}: failed, see above", side="ours"))
     return rows
 
 
@@ -308,6 +308,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def tasks_of(args: argparse.Namespace) -> list[Task]:
     if args.what == "modules":
         return ["U-Net", "VAE encode", "VAE decode", "text encoder"]
+    if args.what in ("train", "lora"):
+        return [(args.size, args.batch)]
     tasks = [(args.size, batch) for batch in args.batches]
     if args.what == "growth":
         tasks = [(size, 1) for size in args.sizes] + tasks

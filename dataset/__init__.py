@@ -34,6 +34,8 @@ paired data set, or one of these:
                 {"labels": [["name", class], ...]}
     FILE.txt    captions alone, one a line: a --teacher draws pictures
     digits      10,000 handwritten digits (a folder of that name: ./digits)
+    drawn:scenes, drawn:loose
+                drawn while training (tiny/scenes.py)
     CACHE       what `python -m dataset cache` made of one of these
 
 Every tenth item of these is for the test, unless FOLDER has the

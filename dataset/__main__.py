@@ -69,7 +69,7 @@ def _add_cache(commands: argparse._SubParsersAction) -> None:
         help="compute latents and text contexts of a data set once, for train_yoso.py",
     )
     add = command.add_argument
-    add("data", help="a folder, a .zip, a .txt of captions, or drawn:scenes")
+    add("data", help="a folder, a .zip, a .txt of captions, digits, or drawn:scenes")
     add(
         "--base",
         default="sd15",

@@ -293,7 +293,12 @@ def _write_shard(path: Path, base: "Base", items: list[dict], batch: int, device
 
 @torch.inference_mode()
 def _encode_batch(base: "Base", items: list[dict], device: str) -> dict[str, torch.Tensor]:
-    """Text contexts and, of pictures, mean and std of the scaled latent, all on the CPU."""
+    """Text contexts and, of pictures, mean and std of the scaled latent, all on the CPU.
+
+    ValueError for pictures whose sides are no multiples of the VAE's factor.
+    """
+    from models.vae import latent_size
+
     tensors = {}
     contexts = base.encode([item["caption"] for item in items])
     for i, context in enumerate(contexts):
@@ -301,6 +306,7 @@ def _encode_batch(base: "Base", items: list[dict], device: str) -> dict[str, tor
 
     if "target" in items[0]:
         target = collate(items)["target"].to(device)                    # [B, 3, H, W]
+        latent_size(target.shape[2:], base.vae.factor)  # refuses what would be cut
         mean, logvar, _ = base.vae.encode(target)                       # [B, 4, h, w]
         scale = base.vae.config.scaling_factor
         tensors["mean"] = mean.cpu() * scale
@@ -319,7 +325,9 @@ def estimate_prior(folder: str | Path, base: str, size: int, output: str | Path)
     from models.diffusion import mean_and_std
 
     folder = Path(folder)
+    output = Path(output)
     names = pictures_in(folder)
+    output.parent.mkdir(parents=True, exist_ok=True)
     vae = load_base(base, ("vae",), torch.float32).vae
     if size < 1 or size % vae.factor:
         raise ValueError(f"--size {size}: expected a multiple of {vae.factor}")
@@ -339,9 +347,11 @@ def estimate_prior(folder: str | Path, base: str, size: int, output: str | Path)
                 mean, _, _ = vae.encode(x)
                 latent = mean[0] * vae.config.scaling_factor            # [4, h, w]
             yield latent
+        if len(problems) == len(names):
+            raise ValueError(f"no picture can be used: {'; '.join(problems)}")
 
     mean, std = mean_and_std(latents())
-    save_prior(Path(output), mean, std)
+    training.write_file(output, lambda temporary: save_prior(temporary, mean, std))
     print(output)
     if problems:
         raise ValueError(

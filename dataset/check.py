@@ -45,7 +45,7 @@ FIXED_PROMPTS = ("fixed_prompt_a.txt", "fixed_prompt_b.txt")
 # Captions whose tokens a trainer counts at its start, the longest: half a second on a slow CPU.
 MOST_COUNTED = 2000
 
-# The data sets that are read from files. Others are drawn.
+# The data sets that are read from files. Others are drawn, or come with this code.
 FILES = (PairedFolder, UnpairedFolder, Captioned, Cached)
 
 # The default preparations of the trainers, of training and of test pictures.
@@ -96,6 +96,8 @@ def check(
     ValueError if the folder holds no data set, or there is no such base.
     """
     folder = Path(folder)
+    if str(folder).startswith("drawn:") or (str(folder) == "digits" and not folder.is_dir()):
+        raise ValueError(f"{folder} is part of this code, and has no files to check")
     trainer = trainer or guess_trainer(folder)
     tokenizer = _load_tokenizer(base) if base else None
     print(f"{folder}: checked for {trainer}")

@@ -74,7 +74,7 @@ def read_sheet(path: Path, split: str) -> tuple[np.ndarray, list[int], list[str]
     width = ACROSS * SIDE
     height = CLASSES * ROWS * SIDE
     expected = "the digits of this repository: git checkout tiny/digits.png brings them back"
-    with reading(str(path), expected):  # a name alone: that it is a PNG says nothing here
+    with reading(str(path), expected):  # str: of a Path, `reading` would say that it is a PNG
         with Image.open(path, formats=["PNG"]) as file:
             file.verify()  # its checksums, which loading passes over
         with Image.open(path, formats=["PNG"]) as file:

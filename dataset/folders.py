@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,6 +194,11 @@ def read_text(path: Path) -> str:
         return text
 
 
+def _repeated(names: list[str]) -> list[str]:
+    """The names that occur more than once, each once."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
 def read_prompts(path: Path) -> dict[str, str] | None:
     """{file name: caption} of a JSON file, or None if there is no such file."""
     if not path.exists():
@@ -202,7 +208,7 @@ def read_prompts(path: Path) -> dict[str, str] | None:
 
     def collect(pairs: list[tuple]) -> dict:
         names = [name for name, _ in pairs]
-        repeated.extend(name for name in dict.fromkeys(names) if names.count(name) > 1)
+        repeated.extend(_repeated(names))
         return dict(pairs)
 
     with reading(path, "JSON, {file name: caption}"):
@@ -473,9 +479,9 @@ class _PictureZip:
         names = []
         left_out = {}
         entries = self._open().namelist()
-        repeated = {name for name in entries if entries.count(name) > 1}
+        repeated = sorted(_repeated(entries))
         if repeated:
-            left_out["repeated entry, of which the last counts"] = sorted(repeated)
+            left_out["repeated entry, of which the last counts"] = repeated
         for name in sorted(set(entries)):
             kind = _kind_in_zip(name)
             if kind == "picture":

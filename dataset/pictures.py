@@ -93,6 +93,8 @@ def open_picture(
         raise ValueError(f"{name} {_why_unidentified(path)}") from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"there is no file {name}") from None
         reason = getattr(error, "strerror", None)
         if not reason:
             reason = " ".join(str(error).split())

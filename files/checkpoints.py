@@ -172,12 +172,11 @@ def find_checkpoint(name: str, files: Iterable[str] = ("model.safetensors",)) ->
     which is downloaded once. Of a folder or a Hub id it is the first of `files` that is there.
     ValueError if there is none.
     """
-    adapters = sorted(file.stem for file in ADAPTERS.glob("*.safetensors"))
-    known = [*adapters, *CHECKPOINTS]
+    known = known_names()
     expected = f"a checkpoint, model.safetensors of a trainer here, or one of {', '.join(known)}"
     if name not in known or Path(name).exists():
         return locate(name, [*files], expected)
-    if name in adapters:
+    if name not in CHECKPOINTS:
         return ADAPTERS / f"{name}.safetensors"
 
     file, _, _ = CHECKPOINTS[name]
@@ -188,6 +187,12 @@ def find_checkpoint(name: str, files: Iterable[str] = ("model.safetensors",)) ->
             f" expected {expected}"
         )
     return path
+
+
+def known_names() -> list[str]:
+    """The adapters of tiny-turbo, and the released checkpoints."""
+    adapters = sorted(file.stem for file in ADAPTERS.glob("*.safetensors"))
+    return [*adapters, *CHECKPOINTS]
 
 
 def checkpoint_kind(checkpoint: str) -> str | None:
@@ -372,8 +377,8 @@ def _build_embedded(name: str, config: dict, path: Path, strength: float) -> Bas
     """The networks that a checkpoint with every weight describes, still without their weights."""
     if strength != 1:
         raise ValueError(
-            "it holds every weight and no base to start from; strength works for LoRA checkpoints"
-            " only"
+            "it holds every weight and no base to start from; strength needs a checkpoint that"
+            " changes a base"
         )
     base = Base(
         name,

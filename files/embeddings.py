@@ -106,7 +106,7 @@ def _find_vectors(
     """
     if isinstance(saved, Tensor):
         return stem, saved
-    kind = kinds.of_tensors(saved, metadata) or "none"
+    kind = kinds.of_tensors(saved, metadata) or "a file of other tensors"
     if kind != kinds.EMBEDDING:
         raise ValueError(f"it is {kind}")
 

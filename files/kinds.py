@@ -1,7 +1,7 @@
 """Words for messages: what a file is, from its first bytes or from the names of its tensors.
 
-Whoever downloads models and data sets ends up with pointers, web pages and
-files of another kind, and wants to hear which it is.
+What was downloaded often turns out to be a pointer, a web page or another
+kind of file. Messages say which.
 """
 
 from __future__ import annotations

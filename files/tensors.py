@@ -434,7 +434,7 @@ def fingerprint(network: nn.Module, ignored: Iterable[str] = ()) -> str:
 # -------------------- writing
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file that may be read by those who may read any new file.
+    """Writes a safetensors file, with the usual permissions of a new file.
 
     Equal tensors and metadata give equal bytes. OSError if it cannot be written.
     """

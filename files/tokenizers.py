@@ -79,8 +79,8 @@ def load_tokenizer(base: str, folder: str = "tokenizer/") -> clip.Tokenizer:
 def _find_vocabulary(base: str, folder: str, name: str, expected: str) -> Path:
     """The file `name` with a tokenizer's vocabulary, or tokenizer.json.
 
-    An added_tokens.json, which few models have, is asked for before. So a cache of the Hub that has
-    the vocabulary is complete, and the Hub is not asked each time.
+    An added_tokens.json, which few models have, is fetched first: once the vocabulary is in the
+    Hub's cache nothing is missing, and the Hub is not asked again.
     """
     names = [folder + name, f"{folder}tokenizer.json"]
     if find(base, names, fetch=False) is None:
@@ -123,7 +123,8 @@ def _tokenizer_config(base: str, folder: str) -> dict:
 
     Its added_tokens_decoder is {number: token}. A tokenizer_config.json with that entry is complete
     by itself. If it has none, special_tokens_map.json overrides it, and the added tokens are those
-    of added_tokens.json and tokenizer.json. SD 2.1 needs the first two files.
+    of added_tokens.json and tokenizer.json. SD 2.1 needs special_tokens_map.json and
+    added_tokens.json.
     """
     config = {}
     path = find(base, [f"{folder}tokenizer_config.json"])

@@ -360,8 +360,8 @@ def latent_size(sides: Sequence[int], factor: int) -> list[int]:
 def tile_starts(side: int, tile: int) -> tuple[list[int], int]:
     """Where the tiles along one side begin, and how long they are: at most `tile`.
 
-    They are evenly spaced and overlap by a quarter of `tile` or more. As many shorter ones are
-    taken if those are enough.
+    They are evenly spaced and overlap by a quarter of `tile` or more. There are as few as
+    possible, and they are no longer than so few need to be.
     """
     if side <= tile:
         return [0], side

@@ -27,7 +27,9 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(compare.SIDES, "data", own)
 
 
-def test_a_run_stops_at_each_mark_is_measured_and_goes_on(monkeypatch, small, tmp_path):
+def test_a_run_stops_at_each_mark_is_measured_and_goes_on(
+    monkeypatch, capsys, small, tmp_path
+):
     out = tmp_path / "new" / "folder"
     flags = ["--sides", "data", "--seeds", 5, "--output", out]
     run(monkeypatch, *flags, "--steps", 2)
@@ -42,6 +44,11 @@ def test_a_run_stops_at_each_mark_is_measured_and_goes_on(monkeypatch, small, tm
     assert {*compare.FIGURES} <= {*results["data, seed 5, step 3"]}
     log = (tmp_path / "runs" / "data-5" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2, 3]
+
+    # With other results the run would begin again, but its folder holds later weights.
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *flags[:-1], tmp_path / "other")
+    assert "is at step 3" in capsys.readouterr().err
 
 
 def test_the_accuracy_is_that_of_the_steps_between_two_marks(tmp_path):
@@ -82,6 +89,7 @@ def test_curves_hold_the_seeds_of_one_side_by_step():
     [
         (["--page"], "found no results"),
         (["--sides", "real"], "invalid choice: 'real'"),
+        (["--steps", "799"], "--steps 799: expected 800"),
         (["--seeds", "one"], "invalid int value: 'one'"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from pictures_helpers import cache_settings, noise, refused
 
 import files.tensors
-from dataset.cache import Cached, write_cache
+from dataset.cache import Cached, estimate_prior, write_cache
 from dataset.folders import Captioned, open_captioned
 from files.tensors import save_tensors
 
@@ -91,6 +91,25 @@ def test_a_damaged_shard_is_noticed_and_replaced(tmp_path):
     write_cache(**arguments)
     mended = open_captioned(tmp_path / "cache", "train", "")
     assert torch.equal(mended[7]["mean"], whole["mean"])
+
+
+def test_pictures_that_the_vae_would_cut_are_refused(tmp_path):
+    make_pictures(tmp_path, 10)
+    arguments = settings(tmp_path, prep="resized_crop_10", size=10)
+    refused(write_cache, **arguments, match="10x10 pixels; expected sides that are multiples of 4")
+
+
+def test_a_prior_of_broken_pictures_alone_names_them_and_is_not_written(tmp_path):
+    make_pictures(tmp_path, 2)
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:40])
+    output = tmp_path / "new" / "prior.safetensors"
+    refused(estimate_prior, tmp_path, "tiny", 8, output, match="no picture can be used: ")
+    assert not output.exists()
+
+    noise(12, 12, 7).save(tmp_path / "02.png")
+    refused(estimate_prior, tmp_path, "tiny", 8, output, match="2 of 3 pictures are not in")
+    assert output.is_file()
 
 
 def test_a_cache_of_something_else_is_not_continued(tmp_path):

@@ -483,6 +483,14 @@ def test_check_of_a_bad_folder_is_one_line_and_status_2(tmp_path, run):
         assert "not a data set" in err
 
 
+@pytest.mark.parametrize("data", ["digits", "drawn:scenes"])
+def test_check_of_what_has_no_files_says_so(run, data):
+    for more in ([], ["--for", "yoso"]):
+        status, out, err = run("check", data, *more)
+        assert (status, out) == (2, "")
+        assert f"{data} is part of this code" in err and err.count("\n") == 1
+
+
 def test_check_of_the_real_folders_finds_no_problem(shared, run):
     status, out, _ = run("check", shared / "facades")
     assert status == 0

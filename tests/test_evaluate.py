@@ -582,6 +582,15 @@ def test_captions_longer_than_the_text_encoder_reads_are_counted(results, folder
     assert note() is None
 
 
+def test_a_caption_of_half_a_character_is_refused_before_anything_is_measured(
+    command, folders, networks
+):
+    captions = {"0.png": "red", "1.bmp": "\ud83d", "2.png": "red", "3.png": "red"}
+    Path("c.json").write_text(json.dumps(captions))
+    status, out, err = command("--fake", folders[1], "--metrics", "clip", "--captions", "c.json")
+    assert (status, out) == (2, "") and "half a character" in err and err.count("\n") == 1
+
+
 def first_words(rows: str) -> list[str]:
     return [row.split()[0] for row in rows.splitlines()]
 

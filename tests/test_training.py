@@ -274,6 +274,7 @@ def test_the_best_validation_is_the_lowest_and_survives_a_resume(tmp_path):
     run.open_folder()
     (tmp_path / "log.jsonl").touch()
     assert not run.improves(math.inf)  # no measure
+    assert not run.improves(math.nan)
     assert run.improves(3.0) and not run.improves(3.0) and run.improves(2.0)
     run.save_state(4, "abc", {}, prior=0.5)
     other = make_run(output_dir=str(tmp_path), resume=str(tmp_path))

@@ -64,8 +64,18 @@ def compare(side: str, seed: int, steps: int, store: pathlib.Path) -> None:
 
 
 def train_to(mark: int, folder: pathlib.Path, flags: dict[str, object]) -> None:
-    """Trains a run up to this step. It is a new one if the folder has no state."""
+    """Trains a run up to this step. It is a new one if the folder has no state.
+
+    ValueError if it is past that step: then its weights are those of a later one.
+    """
     if (folder / "state.pt").is_file():
+        *_, last = (folder / "log.jsonl").read_text().splitlines()
+        step = json.loads(last)["step"]
+        if step > mark:
+            raise ValueError(
+                f"{folder} is at step {step}, and --output has no figures of step {mark}; remove"
+                " the folder, or give the --output that it was measured for"
+            )
         recipe.run("train_yoso.py", "--resume", folder, "--max_train_steps", mark)
     else:
         flags = dict(output_dir=folder, max_train_steps=mark, **flags)
@@ -199,6 +209,8 @@ def main() -> None:
     add("--output", type=pathlib.Path, default=PLATES, help="folder of results and curves")
     add("--page", action="store_true", help="train nothing, only redraw the curves")
     args = training.parse_args(parser)
+    if args.steps < MARKS[0]:
+        raise ValueError(f"--steps {args.steps}: expected {MARKS[0]}, the first mark, or more")
 
     torch.set_num_threads(1)  # more threads do not help to measure such small pictures
     args.output.mkdir(parents=True, exist_ok=True)

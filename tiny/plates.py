@@ -403,7 +403,7 @@ def measure_gaussians(folder: str) -> Measured:
     """The figures that tiny/gaussians.py wrote, and its scatter plot of the samples."""
     figures = json.loads((pathlib.Path(folder) / "figures.json").read_text())
     page = Image.open(pathlib.Path(folder) / "samples.png").convert("RGB")
-    # True points may be beside the samples; these are on the right.
+    # The true points are on the left, the samples on the right.
     samples = page.crop((page.width - page.height, 0, page.width, page.height))
     pictures = to_tensor(samples)[None] * 2 - 1
     return dict(modes=figures["modes"], good=figures["good"]), {"": pictures}
@@ -703,8 +703,6 @@ def check(args: argparse.Namespace, names: list[str]) -> None:
     for name in names:
         if name not in IDEAS:
             raise ValueError(f"there is no idea called {name}; expected {', '.join(IDEAS)}")
-    if args.seeds < 1 or (args.steps is not None and args.steps < 1):
-        raise ValueError("--seeds and --steps: expected 1 or more")
     if args.steps and args.output == PLATES:
         raise ValueError(
             "--steps is for trials: choose another --output, so that no trial passes for a result"

@@ -106,8 +106,9 @@ def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> N
         temporary.replace(path)
     except Exception as error:
         raise OSError(
-            f"{path} could not be written ({first_line(error)}); the file that was there is"
-            " untouched: make room, and run the command again (a trainer's with --resume)"
+            f"{path} could not be written ({first_line(error)}); a file that was there is"
+            " untouched: make room if the disk is full, and run the command again (a trainer's"
+            " with --resume)"
         ) from error
     finally:
         with contextlib.suppress(OSError):

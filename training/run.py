@@ -240,7 +240,7 @@ class Run:
             return False
         if math.isfinite(score):
             self.score = score
-        if score >= self.best:
+        if not score < self.best:  # NaN is not better either
             return False
         self.best = score
         return True

@@ -115,7 +115,8 @@ class History:
         return values if len(values) == self.window else []
 
     def previews(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of the last previews; empty if they are few, or cover no whole window.
+        """(step, value) of the last previews; empty if they are few, or cover less than a window
+        (in a short run, than a quarter of it).
 
         The preview of the first step shows what the base does, and does not count.
         """
@@ -238,7 +239,7 @@ def discriminator_won(history: History) -> str | None:
     return (
         f"it was right about {right:.1%} of all pictures over the last {len(real)} steps, which"
         " leaves the generator little to learn from; try a larger --lambda_gan, a lower"
-        " --learning_rate, more data, or --gan_augment on"
+        " --learning_rate, more data, or (of a translator) --gan_augment on"
     )
 
 
