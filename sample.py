@@ -22,7 +22,7 @@
 Noise is drawn on the CPU. Picture i of a prompt has its own generator with seed + i, and all
 files of an input folder use the same seed, so a seed gives the same picture on every device and
 in every batch. The paths of the files that were written go to stdout. If one picture of several
-fails, the others are still made, and all that failed are named in the end.
+fails, the others are still made, and all that failed are named at the end.
 
 --export writes the translation with this caption as a program for this device and the input's
 size, rounded up to the VAE's factor. torch.export.load(FILE).module()(x) takes x [1, 3, H, W]

@@ -297,7 +297,7 @@ def count_tokens(
     captions: list[str],
     tokenizer: "Tokenizer | T5Tokenizer",
 ) -> list[tuple[str, int]]:
-    """Each caption and how many tokens it has, beside the start and the end token."""
+    """Each caption and how many tokens it has, besides the start and the end token."""
     from models import t5
 
     texts = captions
@@ -399,7 +399,7 @@ def _survey(
 ) -> dict[str, Facts | None]:
     """Reads and prepares every picture of one folder, and prints their number and sizes.
 
-    With `report`, names on stderr what the folder holds beside pictures. Returns
+    With `report`, names on stderr what the folder holds besides pictures. Returns
     {file name: facts}, with None for a picture that cannot be read.
     """
     listed = _attempt(problems, list_folder, side)

@@ -621,7 +621,7 @@ def _type_name(value: object) -> str:
 
 
 def _beside_splits(folder: Path) -> LeftOut:
-    """What a folder holds beside the folders train and test."""
+    """What a folder holds besides the folders train and test."""
     left_out = {}
     for path in sorted(folder.iterdir()):
         kind = _kind_of(path)

@@ -296,7 +296,7 @@ class Tokenizer:
 
     @property
     def limit(self) -> int:
-        """How many ids of a text there is room for, beside the start and the end token."""
+        """How many ids of a text there is room for, besides the start and the end token."""
         return self.length - 2
 
     def cut_off(self, text: str) -> str | None:

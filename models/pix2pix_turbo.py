@@ -166,7 +166,7 @@ class Pix2PixTurbo(nn.Module):
         if config.stochastic:
             replace(unet, "conv_in", TwinConv2d(unet.conv_in))
 
-        # Trained in full: the skip convolutions, beside their LoRA, and conv_in.
+        # Trained in full: the skip convolutions, besides their LoRA, and conv_in.
         for name, parameter in vae.named_parameters():
             if "skip_conv" in name:
                 parameter.requires_grad_(True)

@@ -261,7 +261,7 @@ class T5Tokenizer:
 
     @property
     def limit(self) -> int:
-        """How many ids of a text there is room for, beside the end token."""
+        """How many ids of a text there is room for, besides the end token."""
         return self.length - 1
 
     def cut_off(self, text: str) -> str | None:

@@ -50,7 +50,7 @@ R_VALUES = (1.0, 0.7, 0.4, 0.0)
 
 @dataclass(frozen=True)
 class Run:
-    """A run of one of SCRIPTS, with `flags` beside those of SHARED.
+    """A run of one of SCRIPTS, with `flags` besides those of SHARED.
 
     It starts from the base that the run `after` wrote.
     """

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from training.exits import first_line
 
-# The folders of a data set in which trainers read pictures, beside the data set's own.
+# The folders of a data set in which trainers read pictures, besides the data set's own.
 PARTS = ("train", "test", "train_A", "train_B", "test_A", "test_B")
 # Settings that name a model, by its path or otherwise.
 MODELS = ("base", "init", "teacher", "disc_base", "preview_vae")
