@@ -171,8 +171,8 @@ def matrix_peak(dtype: torch.dtype, job: Job) -> float:
 
 def measure_load(job: Job, runs: int, scratch: pathlib.Path) -> list[dict]:
     """A cold start to the first picture: whole processes, one after the other."""
-    our_dtype = str(job.our_dtype).removeprefix("torch.")
-    their_dtype = str(job.dtype).removeprefix("torch.")
+    our_dtype = name_of(job.our_dtype)
+    their_dtype = name_of(job.dtype)
     size = str(job.size)
     our_command = [
         sys.executable,
