@@ -226,7 +226,7 @@ def load_yoso(
     path = find_checkpoint(checkpoint)
     expected = f"a one-step generator of train_yoso.py ({FORMAT})"
     tensors, metadata = read_tensors(path, expected)
-    networks = None
+    loaded = None
     with reading(path, expected):
         if metadata.get("kind") != "yoso":
             raise ValueError(f"it is {_what_it_is(tensors, metadata)}")
@@ -239,22 +239,22 @@ def load_yoso(
         sampler = dict(_class_name="LCMScheduler", clip_sample=False)
         schedule = Schedule.from_config(config["schedule"] | sampler)
         if "tokenizer" in config:
-            networks = _build_embedded(name, config, path, strength)
+            loaded = _build_embedded(name, config, path, strength)
 
-    if networks is None:
-        networks = load_base(name, parts_of(name), dtype, device)
-    networks.schedule = schedule
+    if loaded is None:
+        loaded = load_base(name, parts_of(name), dtype, device)
+    loaded.schedule = schedule
     with reading(path, f"{expected} for the base {name}"):
         if config["lora_rank"]:
             scale = strength * config["lora_alpha"] / config["lora_rank"]
-            _add_denoiser_lora(networks, tensors, scale)
+            _add_denoiser_lora(loaded, tensors, scale)
         else:
-            networks.denoiser.requires_grad_(True)
-            assign(nn.ModuleDict(networks.networks), tensors, path, strength)
-            check_tokenizer(networks)
-    for network in networks.networks.values():
+            loaded.denoiser.requires_grad_(True)
+            assign(nn.ModuleDict(loaded.networks), tensors, path, strength)
+            check_tokenizer(loaded)
+    for network in loaded.networks.values():
         _make_ready(network, dtype, device)
-    return networks, prior
+    return loaded, prior
 
 
 def _add_denoiser_lora(base: Base, tensors: dict[str, Tensor], scale: float) -> None:
@@ -291,14 +291,14 @@ def load_generator(
     kind = KINDS[saved.kind]
     config = saved.config
 
-    if saved.networks is None:
-        networks = load_base(saved.base, dtype=dtype, device=device)
+    if saved.loaded is None:
+        loaded = load_base(saved.base, dtype=dtype, device=device)
     else:
-        networks = saved.networks
-        _assign_text_encoder(networks, saved.tensors, path)
+        loaded = saved.loaded
+        _assign_text_encoder(loaded, saved.tensors, path)
 
     with reading(path, f"a checkpoint for the base {saved.base}"):
-        generator = kind.generator(networks.vae, networks.unet, networks.schedule, config)
+        generator = kind.generator(loaded.vae, loaded.unet, loaded.schedule, config)
     assign(generator, saved.tensors, path, strength)
 
     for layer in generator.modules():
@@ -308,12 +308,12 @@ def load_generator(
     set_scale(generator, 1.0 if r is None else r)
     if merged:
         merge(generator)
-    for network in (generator, networks.text_encoder):
+    for network in (generator, loaded.text_encoder):
         _make_ready(network, dtype, device)
     return LoadedGenerator(
         generator,
-        networks.text_encoder,
-        networks.tokenizer,
+        loaded.text_encoder,
+        loaded.tokenizer,
         saved.kind,
         saved.base,
         saved.prompts,
@@ -329,7 +329,7 @@ class SavedTranslator(NamedTuple):
     config: Config
     prompts: list[str]
     tensors: dict[str, Tensor]
-    networks: Base | None  # built without weights, if the file holds all of them
+    loaded: Base | None  # built without weights, if the file holds all of them
 
 
 def _read_translator(path: Path, base: str | None, strength: float) -> SavedTranslator:
@@ -350,10 +350,10 @@ def _read_translator(path: Path, base: str | None, strength: float) -> SavedTran
         configs = json.loads(metadata["config"])
         prompts = [str(prompt) for prompt in json.loads(metadata["prompts"])]
         config = from_json(KINDS[kind].config, configs["generator"])
-        networks = None
+        loaded = None
         if config.train == "all":
-            networks = _build_embedded(base, configs, path, strength)
-        return SavedTranslator(kind, base, config, prompts, tensors, networks)
+            loaded = _build_embedded(base, configs, path, strength)
+        return SavedTranslator(kind, base, config, prompts, tensors, loaded)
 
 
 def _what_it_is(tensors: object, metadata: dict[str, str]) -> str:
@@ -370,7 +370,7 @@ def _parse_official(saved: dict, path: Path, base: str) -> SavedTranslator:
     config, tensors = KINDS[kind].from_official(saved, path)
     # The settings come from a file, so their types are checked.
     config = from_json(KINDS[kind].config, vars(config))
-    return SavedTranslator(kind, base, config, [], tensors, networks=None)
+    return SavedTranslator(kind, base, config, [], tensors, loaded=None)
 
 
 def _build_embedded(name: str, config: dict, path: Path, strength: float) -> Base:
@@ -393,15 +393,15 @@ def _build_embedded(name: str, config: dict, path: Path, strength: float) -> Bas
     return base
 
 
-def _assign_text_encoder(networks: Base, tensors: dict[str, Tensor], path: Path) -> None:
+def _assign_text_encoder(loaded: Base, tensors: dict[str, Tensor], path: Path) -> None:
     """Takes the text encoder's weights out of a checkpoint's tensors."""
     prefix = "text_encoder."
     own = {}
     for key in [*tensors]:
         if key.startswith(prefix):
             own[key.removeprefix(prefix)] = tensors.pop(key)
-    assign(networks.text_encoder, own, path)
-    check_tokenizer(networks)
+    assign(loaded.text_encoder, own, path)
+    check_tokenizer(loaded)
 
 
 def _stochastic_scale(config: object, r: float | None, path: Path) -> float | None:

@@ -171,9 +171,9 @@ def read_config(cls: type, fixed: dict, path: Path):
     with reading(path, expected):
         # The file of a whole CLIP model has the text encoder's options one level deeper.
         found = found.get("text_config", found)
-        kinds = typing.get_type_hints(cls)
+        hints = typing.get_type_hints(cls)
         for key, value in found.items():
-            if not _takes_tuples(kinds.get(key)):
+            if not _takes_tuples(hints.get(key)):
                 found[key] = _one_of_equals(value)
         _read_other_spellings(found, cls)
 
@@ -206,8 +206,8 @@ def _read_other_spellings(found: dict, cls: type) -> None:
 
 def _takes_tuples(kind: object) -> bool:
     """Whether a dataclass field of this type may hold a tuple."""
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else [kind]
-    return any(typing.get_origin(one) is tuple for one in kinds)
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else [kind]
+    return any(typing.get_origin(option) is tuple for option in options)
 
 
 def _one_of_equals(value: object) -> object:

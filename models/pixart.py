@@ -323,22 +323,22 @@ class PixArt(nn.Module):
         by default they are the picture's own.
         """
         c = self.config
-        B, _, H, W = x.shape
+        B, _, h, w = x.shape
         p = c.patch_size
-        if H % p or W % p:
+        if h % p or w % p:
             raise ValueError(
-                f"the latent is {W}x{H} (width x height), and PixArt cuts it into patches of"
+                f"the latent is {w}x{h} (width x height), and PixArt cuts it into patches of"
                 f" {p}x{p}; expected a picture whose sides are multiples of {PIXELS * p} pixels"
             )
         if isinstance(t, int):
             t = torch.full((), t, device=x.device)
         t = t.to(x.device).expand(B)
         if resolution is None:
-            resolution = torch.tensor([PIXELS * H, PIXELS * W], device=x.device).expand(B, 2)
+            resolution = torch.tensor([PIXELS * h, PIXELS * w], device=x.device).expand(B, 2)
         if aspect_ratio is None:
-            aspect_ratio = torch.tensor([H / W], device=x.device).expand(B, 1)
+            aspect_ratio = torch.tensor([h / w], device=x.device).expand(B, 1)
 
-        x = self._embed_patches(x)  # [B, HW / p^2, C]
+        x = self._embed_patches(x)  # [B, hw / p^2, C]
         time, embedding = self.adaln_single(t, resolution, aspect_ratio)  # [B, 6, C], [B, C]
         context = self.caption_projection(context)  # [B, N, C]
         bias = None
@@ -349,29 +349,29 @@ class PixArt(nn.Module):
             x = self._run(block, x, time, context, bias)
 
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
-        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # [B, HW / p^2, p^2 * c_out]
-        return self._join_patches(x, H, W)
+        x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # [B, hw / p^2, p^2 * c_out]
+        return self._join_patches(x, h, w)
 
     def _embed_patches(self, x: Tensor) -> Tensor:
-        """Latent [B, c_in, H, W] -> patches with their positions [B, HW / p^2, C]."""
+        """Latent [B, c_in, h, w] -> patches with their positions [B, hw / p^2, C]."""
         c = self.config
-        H, W = x.shape[2:]
+        h, w = x.shape[2:]
         p = c.patch_size
         scale = c.interpolation_scale
         if scale is None:
             scale = max(c.sample_size // 64, 1)
         x = self.pos_embed(x)
-        table = positions(H // p, W // p, c.width, c.sample_size // p, scale, x.device)
+        table = positions(h // p, w // p, c.width, c.sample_size // p, scale, x.device)
         return (x + table).to(x.dtype)
 
-    def _join_patches(self, x: Tensor, H: int, W: int) -> Tensor:
-        """Patches [B, HW / p^2, p^2 * c_out] -> [B, c_in, H, W], the variance left out."""
+    def _join_patches(self, x: Tensor, h: int, w: int) -> Tensor:
+        """Patches [B, hw / p^2, p^2 * c_out] -> [B, c_in, h, w], the variance left out."""
         c_in = self.config.in_channels
         p = self.config.patch_size
-        x = x.unflatten(1, (H // p, W // p))
-        x = x.unflatten(-1, (p, p, -1))[..., :c_in]  # [B, H / p, W / p, p, p, c_in]
+        x = x.unflatten(1, (h // p, w // p))
+        x = x.unflatten(-1, (p, p, -1))[..., :c_in]  # [B, h / p, w / p, p, p, c_in]
         x = torch.einsum("bhwpqc->bchpwq", x)
-        return x.reshape(len(x), c_in, H, W)
+        return x.reshape(len(x), c_in, h, w)
 
     def _run(self, block: nn.Module, *inputs) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
