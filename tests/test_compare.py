@@ -72,12 +72,12 @@ def test_curves_hold_the_seeds_of_one_side_by_step():
         "coop, seed 2, step 800": result(0.2),
         "data, seed 1, step 800": result(0.9),
     }
-    assert compare.curves(results, "coop", "right") == {800: [0.1, 0.2], 1000: [0.3]}
-    assert compare.curves(results, "noisy", "right") == {}
+    assert compare.curves(results, "coop", "wrong") == {800: [0.1, 0.2], 1000: [0.3]}
+    assert compare.curves(results, "noisy", "wrong") == {}
     rows = compare.table(results, (800, 1000)).splitlines()
-    assert rows[2] == "| `coop` | 800 | 15 (10 to 20) |" + " 0.15 (0.1 to 0.2) |" * 5
-    assert rows[3] == "| `coop` | 1,000 | 30 |" + " 0.3 |" * 5
-    assert rows[4].startswith("| `data` | 800 | 90 |") and len(rows) == 5
+    assert rows[2] == "| `coop` | 800 |" + " 0.15 (0.1 to 0.2) |" * 6
+    assert rows[3] == "| `coop` | 1,000 |" + " 0.3 |" * 6
+    assert rows[4].startswith("| `data` | 800 | 0.9 |") and len(rows) == 5
     page = np.asarray(compare.draw_page(results))
     red = (page == [192, 57, 43]).all(-1)
     blue = (page == [31, 95, 168]).all(-1)

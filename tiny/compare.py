@@ -12,6 +12,7 @@ assets/plates/digits.png. A table of means, with the range over training seeds, 
 
 import argparse
 import json
+import math
 import pathlib
 import statistics
 from functools import partial
@@ -26,6 +27,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "compare"
 PLATES = ROOT / "assets" / "plates"
 
+RESOLUTION = 16
 # The first 600 steps denoise, without a discriminator.
 MARKS = (800, 1000, 1200, 1400, 1700, 2000, 2300, 2600, 3000)
 SIDES = {
@@ -35,13 +37,14 @@ SIDES = {
     "none": dict(lambda_gan=0),
 }
 FIGURES = {
-    "right": "digits right, %",
+    "wrong": "digits wrong, %",
     "frechet": "Frechet distance",
     "density": "density",
     "coverage": "coverage",
     "nearest": "nearest training digit",
     "disc_right": "discriminator accuracy",
 }
+LOGARITHMIC = ("wrong", "frechet")
 
 
 # -------------------- Runs
@@ -49,7 +52,7 @@ FIGURES = {
 def compare(side: str, seed: int, steps: int, store: pathlib.Path) -> None:
     """Trains to each mark up to `steps` and adds the figures to the file `store`."""
     folder = RUNS / f"{side}-{seed}"
-    flags = dict(base="pixels", seed=seed, **SIDES[side])
+    flags = dict(base="pixels", resolution=RESOLUTION, seed=seed, **SIDES[side])
     before = 0
     for mark in MARKS:
         key = f"{side}, seed {seed}, step {mark}"
@@ -57,6 +60,7 @@ def compare(side: str, seed: int, steps: int, store: pathlib.Path) -> None:
             train_to(mark, folder, flags)
             samples, asked = digits.draw_samples(str(folder), seed=0, count=digits.PER_CLASS)
             figures = digits.measure(samples, asked)
+            figures["wrong"] = 100 * (1 - figures["right"])
             figures["disc_right"] = discriminator_accuracy(folder / "log.jsonl", before, mark)
             add_result(store, key, figures)
             print(key, json.dumps(figures), flush=True)
@@ -122,16 +126,20 @@ def curves(results: dict[str, dict[str, float]], side: str, figure: str) -> dict
 
 
 def draw_page(results: dict[str, dict[str, float]]) -> Image.Image:
-    """A diagram for each figure: the mean over training seeds as a line, each seed as a dot."""
+    """A diagram for each figure: the mean over training seeds as a line, each seed as a dot.
+
+    A grey line is what digits that people wrote get.
+    """
+    limits = digits.limits(RESOLUTION)
+    limits = limits | {"wrong": 100 * (1 - limits["right"])}
     width, height = WIDTH + 2 * MARGIN, HEIGHT + 2 * MARGIN
     page = Image.new("RGB", (ACROSS * width, len(FIGURES) // ACROSS * height), "white")
     pen = ImageDraw.Draw(page)
     for i, (figure, title) in enumerate(FIGURES.items()):
         corner = (MARGIN + i % ACROSS * width, MARGIN + i // ACROSS * height)
         lines = {side: curves(results, side, figure) for side in SIDES}
-        if figure == "right":
-            lines = {side: in_percent(line) for side, line in lines.items()}
-        diagram(pen, corner, title, {side: line for side, line in lines.items() if line})
+        drawn = {side: line for side, line in lines.items() if line}
+        diagram(pen, corner, title, drawn, limits.get(figure), figure in LOGARITHMIC)
     return page
 
 
@@ -142,8 +150,7 @@ def table(results: dict[str, dict[str, float]], marks: tuple[int, ...]) -> str:
     for side in SIDES:
         for mark in marks:
             columns = {figure: curves(results, side, figure).get(mark) for figure in FIGURES}
-            if columns["right"]:
-                columns["right"] = [100 * value for value in columns["right"]]
+            if columns["wrong"]:
                 cells = " | ".join(map(mean_and_range, columns.values()))
                 lines.append(f"| `{side}` | {mark:,} | {cells} |")
     return "\n".join(lines)
@@ -157,25 +164,29 @@ def mean_and_range(values: list[float]) -> str:
     return f"{mean} ({min(values):.3g} to {max(values):.3g})"
 
 
-def in_percent(line: dict[int, list[float]]) -> dict[int, list[float]]:
-    return {step: [100 * value for value in values] for step, values in line.items()}
-
-
 def diagram(
     pen: ImageDraw.ImageDraw,
     corner: tuple[int, int],
     title: str,
     lines: dict[str, dict[int, list[float]]],
+    limit: float | None,
+    logarithmic: bool,
 ) -> None:
     """One diagram, from its lowest to its highest value, from the end of denoising to the end."""
     left, top = corner
     first, last = 600, MARKS[-1]
     values = [value for line in lines.values() for several in line.values() for value in several]
+    if limit is not None:
+        values.append(limit)
     lowest, highest = min(values), max(values)
+
+    def height_of(value: float) -> float:
+        return math.log(max(value, 1e-3)) if logarithmic else value
 
     def place(step: float, value: float) -> tuple[float, float]:
         x = left + WIDTH * (step - first) / (last - first)
-        return x, top + HEIGHT * (highest - value) / (highest - lowest or 1)
+        below = height_of(highest) - height_of(value)
+        return x, top + HEIGHT * below / (height_of(highest) - height_of(lowest) or 1)
 
     pen.rectangle([left, top, left + WIDTH, top + HEIGHT], outline="#bbbbbb")
     pen.text((left, top - 16), title, fill="black")
@@ -184,6 +195,8 @@ def diagram(
     for step in (1000, 1400, 2000, last):
         pen.text((place(step, lowest)[0] - 12, top + HEIGHT + 4), str(step), fill="#666666")
 
+    if limit is not None:
+        pen.line([place(first, limit), place(last, limit)], fill="#bbbbbb", width=2)
     for i, (side, line) in enumerate(lines.items()):
         colour = COLOURS[side]
         pen.text((left + WIDTH - 160 + 40 * i, top - 16), side, fill=colour)
