@@ -192,7 +192,7 @@ def diagram(
     pen.text((left, top - 16), title, fill="black")
     pen.text((left - 34, top - 4), f"{highest:.3g}", fill="#666666")
     pen.text((left - 34, top + HEIGHT - 8), f"{lowest:.3g}", fill="#666666")
-    for step in (1000, 1400, 2000, last):
+    for step in (1000, 1700, last):
         pen.text((place(step, lowest)[0] - 12, top + HEIGHT + 4), str(step), fill="#666666")
 
     if limit is not None:
@@ -237,7 +237,7 @@ def main() -> None:
         raise ValueError(f"found no results in {store}; expected those of a run without --page")
     page = draw_page(results)
     training.write_file(args.output / "digits.png", partial(page.save, format="PNG"))
-    print(table(results, (1400, MARKS[-1])))
+    print(table(results, (1700, MARKS[-1])))
     print(args.output / "digits.png")
 
 
