@@ -89,12 +89,12 @@ def open_picture(
             # Pillow warns about odd metadata, and about sizes that are allowed here.
             warnings.simplefilter("ignore")
             return _as_rgb(_load_upright(path))
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {name}") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name} {_why_unidentified(path)}") from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        if isinstance(error, FileNotFoundError):
-            raise ValueError(f"there is no file {name}") from None
         reason = getattr(error, "strerror", None)
         if not reason:
             reason = " ".join(str(error).split())

@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw
 
 import training
 from tiny import digits, recipe
+from tiny.plates import PLATES, discriminator_accuracy, read_results
 
 ROOT = pathlib.Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "compare"
-PLATES = ROOT / "assets" / "plates"
 
 RESOLUTION = 16
 # The first 600 steps denoise, without a discriminator.
@@ -84,20 +84,6 @@ def train_to(mark: int, folder: pathlib.Path, flags: dict[str, object]) -> None:
     else:
         flags = dict(output_dir=folder, max_train_steps=mark, **flags)
         recipe.run("train_yoso.py", *recipe.command_line(flags))
-
-
-def discriminator_accuracy(log: pathlib.Path, first: int, last: int) -> float:
-    """Mean over the steps after `first` up to `last`, on real and fake; 0.5 without any."""
-    accuracies = []
-    for line in log.read_text().splitlines():
-        values = json.loads(line)
-        if "disc" in values and first < values["step"] <= last:
-            accuracies.append((values["disc_right_on_real"] + values["disc_right_on_fake"]) / 2)
-    return statistics.mean(accuracies) if accuracies else 0.5
-
-
-def read_results(store: pathlib.Path) -> dict[str, dict[str, float]]:
-    return json.loads(store.read_text()) if store.is_file() else {}
 
 
 def add_result(store: pathlib.Path, key: str, figures: dict[str, float]) -> None:

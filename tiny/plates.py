@@ -17,6 +17,7 @@ its tables, between the markers `<!-- figures: NAME -->` and `<!-- end -->`.
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -389,12 +390,17 @@ def predicted_x0(base: bases.Base, z: Tensor, eps: Tensor, contexts: Tensor, t: 
     )
 
 
-def discriminator_accuracy(log: pathlib.Path) -> float:
-    """Mean accuracy over a run, on real and fake together; 0.5 without a discriminator."""
+def discriminator_accuracy(
+    log: pathlib.Path, first: int = 0, last: float = math.inf
+) -> float:
+    """Mean accuracy over the steps after `first` up to `last`, on real and fake together.
+
+    0.5 without a discriminator.
+    """
     accuracies = []
     for line in log.read_text().splitlines():
         values = json.loads(line)
-        if "disc" in values:
+        if "disc" in values and first < values["step"] <= last:
             accuracies.append((values["disc_right_on_real"] + values["disc_right_on_fake"]) / 2)
     return statistics.mean(accuracies) if accuracies else 0.5
 
@@ -468,7 +474,7 @@ def train_gaussians(folder: pathlib.Path, flags: dict[str, object]) -> None:
 
 
 def read_results(path: pathlib.Path) -> dict:
-    """{run: {seed: figures}}"""
+    """{run: {seed: figures}} in results.json; empty if the file is not there."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""Parts of a step: random numbers, learning rate, the EMA's turn, checks, D's accuracy."""
+"""Parts of a step: random numbers, learning rate, swapping in the EMA, checks, accuracy."""
 
 import contextlib
 import hashlib
