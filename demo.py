@@ -29,6 +29,7 @@ import sample
 import training
 from dataset.pictures import open_picture, sketch, to_picture, to_tensor
 from files import bases, checkpoints, hub
+from sampling.pictures import explain_failure
 from tiny import page as drawn
 
 # All files that gradio writes, removed at exit. It looks for the folder when it is imported.
@@ -79,7 +80,7 @@ def connect(tab, make: Callable[..., list[Tensor]], inputs: list, output) -> Non
         try:
             pictures = [to_picture(x) for x in make(*values)]
         except Exception as error:
-            line = sample.explain_failure(Path("picture"), error)
+            line = explain_failure(Path("picture"), error)
             return f"<p>{html.escape(line)}</p>"
         took = time.perf_counter() - start
         shown = "".join(f'<img src="{as_url(picture)}">' for picture in pictures)

@@ -31,46 +31,32 @@ in [0, 1] and, for a stochastic model, noise [1, 4, h, w], and returns a picture
 
 import argparse
 import io
-import math
 import sys
-import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import training
-from dataset.folders import pictures_in
-from dataset.pictures import (
-    SUFFIXES,
-    canny,
-    open_picture,
-    pad_to_multiple,
-    sketch,
-    to_picture,
-    to_tensor,
-)
+from dataset.pictures import canny, open_picture, pad_to_multiple, sketch, to_tensor
 from files import autoencoders, bases, checkpoints, embeddings, hub
 from models import clip, controlnet, diffusion, t5, vae
-
-DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float64": torch.float64,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
+from sampling.pace import Pace, at_a_time, parse_tile, timed
+from sampling.pictures import (
+    Batches,
+    check_overwriting,
+    is_png,
+    plan_targets,
+    save,
+    save_all,
+    transform_all,
+    version,
+)
+from sampling.precision import DTYPES, choose_precision, speed_up
 
 # The timesteps that each sampler visits.
 SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list]] = {
@@ -79,21 +65,6 @@ SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list]] = {
     "lcm": diffusion.lcm_timesteps,
     "dpm": diffusion.dpm_timesteps,
 }
-
-# Pictures of more latents than this may take long enough to say how long: see Pace.
-# With Stable Diffusion's VAE, whose factor is 8, they are larger than 768 x 768 pixels.
-LARGE = 96 * 96
-# Latents a side of the small picture that is timed for it.
-CORNER = 32
-# Seconds that a picture may take without a word.
-PATIENCE = 60
-# Pictures of more pixels than this are computed in tiles on a CPU: see Pace.
-TILED = 2304 * 2304
-# Latents a side of these tiles.
-TILE = 128
-
-# Paths to write to, pictures [B, 3, H, W] in [-1, 1], and their random seeds.
-Batches = Iterator[tuple[list[Path], Tensor, list[int]]]
 
 
 # ------------------------------------------------------------------------------------ flags
@@ -377,6 +348,9 @@ def draw(options: Options, device: torch.device) -> None:
     def paint_small(side: int) -> Tensor:
         return paint([options.seed], (side, side), crop_control(control, side), None)
 
+    found = facts_of_base(loaded) | dict(size=size_flag, strength=strength)
+    facts = png_facts(options, "draw", found)
+
     def batches() -> Batches:
         width, height = crop
         for first in range(0, options.n, options.batch):
@@ -384,10 +358,10 @@ def draw(options: Options, device: torch.device) -> None:
             pace.warn(at_a_time(len(seeds)), size, len(seeds), paint_small)
             pictures = paint(seeds, size, control, prior)
             paths = [targets[seed] for seed in seeds]
-            yield paths, pictures[:, :, :height, :width].cpu(), seeds
+            pictures = pictures[:, :, :height, :width].cpu()
+            yield paths, pictures, [facts | dict(seed=seed) for seed in seeds]
 
-    found = facts_of_base(loaded) | dict(size=size_flag, strength=strength)
-    save_all(batches(), png_facts(options, "draw", found), options.n, problems=[])
+    save_all(batches(), options.n, problems=[])
 
 
 def plan_drawings(options: Options) -> dict[int, Path]:
@@ -404,16 +378,6 @@ def plan_drawings(options: Options) -> dict[int, Path]:
     if options.control_image:
         check_overwriting([options.control_image], targets.values())
     return targets
-
-
-def check_overwriting(inputs: Iterable[Path], targets: Iterable[Path]) -> None:
-    """ValueError if a picture that is read would be written over."""
-    read = {path.resolve() for path in inputs}
-    for target in targets:
-        if target.resolve() in read:
-            raise ValueError(
-                f"--output would write over the input {target}; expected another name or folder"
-            )
 
 
 def load_base(options: Options, device: torch.device, strength: float = 1.0) -> LoadedBase:
@@ -565,9 +529,7 @@ def choose_prior(
 
 
 def read_control_picture(options: Options) -> Image.Image | None:
-    if options.control_image is None:
-        return None
-    return preprocess(open_picture(options.control_image), options)
+    return read_preprocessed(options, options.control_image) if options.control_image else None
 
 
 def load_control(
@@ -743,29 +705,6 @@ def make_model(
     return guided
 
 
-def timed(
-    model: diffusion.Model,
-    evaluations: int,
-    announce: Callable[[float], None],
-) -> diffusion.Model:
-    """The same model. After its second call, `announce` is told how many seconds all will take.
-
-    Of two calls the first is timed, though it also reads the weights and sets up the device.
-    """
-    ends = [time.perf_counter()] if evaluations == 2 else []
-
-    def evaluate(x: Tensor, t: int) -> Tensor:
-        prediction = model(x, t)
-        if len(ends) < 2:  # the first call also reads the weights and sets up the device
-            prediction.cpu()  # waits for a GPU
-            ends.append(time.perf_counter())
-            if len(ends) == 2:
-                announce(evaluations * (ends[1] - ends[0]))
-        return prediction
-
-    return evaluate
-
-
 def crop_control(control: Control | None, side: int) -> Control | None:
     if control is None:
         return None
@@ -776,7 +715,8 @@ def crop_control(control: Control | None, side: int) -> Control | None:
 
 def translate(options: Options, device: torch.device) -> None:
     """Translates the pictures of --input with a trained generator."""
-    targets = plan_targets(options)
+    targets = plan_targets(options.input, options.output)
+    check_export(options, targets)
     model, precision = load_translator(options, device)
     direction = choose_direction(options, model)
     caption = choose_caption(options, model, direction)
@@ -785,7 +725,7 @@ def translate(options: Options, device: torch.device) -> None:
 
     if options.export:
         translator = Translator(model, context, model.r, options.skip_scale, direction)
-        picture = preprocess(open_picture(options.input), options)
+        picture = read_preprocessed(options, options.input)
         export_program(options.export, translator, picture, options.seed)
     pace = choose_pace(options, "translate", model.generator.vae.factor, device)
 
@@ -810,7 +750,19 @@ def translate(options: Options, device: torch.device) -> None:
         dtype=precision,
     )
     facts = png_facts(options, "translate", found)
-    transform_all(targets, transform, options, facts, pace, preprocessed=True)
+    read = partial(read_preprocessed, options)
+    transform_all(targets, read, transform, options.batch, pace, facts)
+
+
+def check_export(options: Options, targets: dict[Path, Path]) -> None:
+    """ValueError if --export would write over an input or an output."""
+    if options.export is None:
+        return
+    taken = {path.resolve() for pair in targets.items() for path in pair}
+    if options.export.resolve() in taken:
+        raise ValueError(
+            f"--export {options.export}: that is the input or the output; expected another name"
+        )
 
 
 def load_translator(
@@ -984,7 +936,9 @@ def released_facts(checkpoint: str) -> tuple[str | None, str | None]:
     return None, None
 
 
-def preprocess(picture: Image.Image, options: Options) -> Image.Image:
+def read_preprocessed(options: Options, path: Path) -> Image.Image:
+    """A picture, after --preprocess."""
+    picture = open_picture(path)
     if options.preprocess == "canny":
         return canny(picture, options.low_threshold, options.high_threshold)
     if options.preprocess == "sketch":
@@ -996,7 +950,8 @@ def preprocess(picture: Image.Image, options: Options) -> Image.Image:
 
 def edit(options: Options, device: torch.device) -> None:
     """Redraws the pictures of --input by the prompt, from their latents with noise."""
-    targets = plan_targets(options)
+    also_read = [options.control_image] if options.control_image else []
+    targets = plan_targets(options.input, options.output, also_read)
     strength = strength_of(options, "edit")
     control_picture = read_control_picture(options)
     loaded = load_base(options, device)
@@ -1038,7 +993,7 @@ def edit(options: Options, device: torch.device) -> None:
 
     found = facts_of_base(loaded) | dict(strength=strength)
     facts = png_facts(options, "edit", found)
-    transform_all(targets, transform, options, facts, pace, preprocessed=False)
+    transform_all(targets, open_picture, transform, options.batch, pace, facts)
 
 
 # ------------------------------------------------------------------------------------- the page
@@ -1080,184 +1035,7 @@ def draw_page(options: Options, device: torch.device) -> None:
     save(page.lay_out(cells), options.output or Path("out.png"), facts)
 
 
-# --------------------------------------------------------------------------- precision and speed
-
-@dataclass(frozen=True)
-class Precision:
-    """What --dtype means for this model, and the types that the networks are cast to.
-
-    A type of None leaves a network as it was loaded.
-    """
-
-    name: str  # in words, for the PNG
-    vae: torch.dtype | None = None
-    denoiser: torch.dtype | None = None
-
-
-def choose_precision(requested: str, device: torch.device, one_epsilon_step: bool) -> Precision:
-    """bf16 for "auto" on a processor that computes in it; otherwise what is loaded already.
-
-    Where x0 comes from one epsilon (`one_epsilon_step`), 1 / alpha multiplies the denoiser's
-    errors, and bf16 is too coarse. With tiny-sd in bf16, pictures are 37 dB from those in float32,
-    whichever layer is left in float32; in float16, which has three more bits, they are at 59 dB;
-    with bf16 in the VAE alone at 60 dB.
-    """
-    if requested != "auto":
-        return Precision(requested)
-    if not computes_in_bf16(device):
-        return Precision("float32")
-    if not one_epsilon_step:
-        return Precision("bf16", vae=torch.bfloat16, denoiser=torch.bfloat16)
-    finer = "float16" if device.type == "cuda" else "float32"  # float16 is slow on a CPU
-    return Precision(f"bf16, denoiser {finer}", vae=torch.bfloat16, denoiser=DTYPES[finer])
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the processor itself computes in bf16; elsewhere that is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        able = torch.cpu.get_capabilities()
-        return any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    return False
-
-
-def speed_up(
-    vaes: list[nn.Module],
-    denoiser: nn.Module,
-    graphs: list[nn.Module],
-    precision: Precision,
-    device: torch.device,
-    compiled: bool,
-) -> None:
-    """Casts the networks, takes the fastest memory format, and compiles each of `graphs`."""
-    if precision.vae is not None:
-        for network in vaes:
-            network.to(precision.vae)
-    if precision.denoiser is not None:
-        denoiser.to(precision.denoiser)
-
-    # float32 weights stay mapped from their file. Group norms on a GPU undo channels_last, unless
-    # they are compiled.
-    plain = DTYPES.get(precision.name) == torch.float32
-    if not plain and (device.type == "cpu" or compiled):
-        for network in (*vaes, denoiser):
-            network.to(memory_format=torch.channels_last)
-
-    if compiled:
-        # Compiled once for each size of picture; on a GPU as CUDA graphs.
-        mode = "reduce-overhead" if device.type == "cuda" else None
-        for network in graphs:
-            network.compile(dynamic=False, mode=mode)
-
-
-# -------------------------------------------------------------------------------- time and tiles
-
-@dataclass
-class Pace:
-    """How large pictures are computed, and how long that takes. Sizes are (width, height).
-
-    Convolutions take time in proportion to the pixels, attention to their square. With networks of
-    Stable Diffusion's size, a translation of 1024 x 1024 pixels took 4.7 times as long as one of
-    512 x 512 on one CPU, and 6 times on another; `cost` lies between the two.
-
-    A tile does not see the rest of the picture. With the embedded base, tiles of TILE were 1.7
-    times as fast as the whole at 1024 x 1024 pixels, and 2.6 times at 1448 x 1448. But colours
-    drifted from tile to tile (26 and 25 dB to the whole). So tiles are chosen only where the whole
-    does not fit into most machines: in float32, Stable Diffusion's VAE takes 3.8 GB per million
-    pixels. In drawing and editing only the VAE works in tiles.
-    """
-
-    tile: int | None  # --tile; 0 for off
-    factor: int  # of the VAE
-    translates: bool
-    chooses: bool  # whether very large pictures are computed in tiles without --tile
-    estimates: bool  # whether a small picture is timed first
-    rate: float | None = None  # seconds for one unit of cost, as soon as that was measured
-    said: float = 0.0  # seconds that the user was told last
-
-    def tile_of(self, size: tuple[int, int]) -> int | None:
-        """Pixels a side of the tiles of a picture; None if it is computed whole."""
-        if self.tile is not None:
-            return self.tile or None
-        width, height = size
-        if self.chooses and width * height > TILED:
-            return TILE * self.factor
-        return None
-
-    def latents(self, size: tuple[int, int]) -> float:
-        width, height = size
-        return width * height / self.factor**2
-
-    def cost(self, size: tuple[int, int]) -> float:
-        """The time for a picture, in units of that for 64 x 64 latents without attention."""
-        tile = max(size)
-        if self.translates:
-            tile = self.tile_of(size) or tile
-        count = 1
-        latents = 1
-        for side in size:
-            side = math.ceil(side / self.factor)
-            starts, length = vae.tile_starts(side, math.ceil(tile / self.factor))
-            count *= len(starts)
-            latents *= length
-        area = latents / 64**2
-        return count * (area + 0.1 * area**2)
-
-    def warn(
-        self,
-        which: str,
-        size: tuple[int, int],
-        count: int,
-        compute: Callable[[int], Tensor],
-    ) -> None:
-        """Says on stderr how long `count` pictures at a time take, if it is long.
-
-        It is estimated from the time that compute(side), a small square picture, takes. Where
-        memory runs short, the estimate is too low.
-        """
-        if not self.estimates or self.latents(size) <= LARGE:
-            return
-        if self.rate is None:
-            side = CORNER * self.factor
-            try:
-                compute(side // 4).cpu()  # also reads the weights and sets up the device
-                start = time.perf_counter()
-                compute(side).cpu()
-            except Exception:
-                return  # the picture itself will say what is wrong
-            seconds = time.perf_counter() - start
-            self.rate = seconds / self.cost((side, side))
-        self.say(which, size, count * self.rate * self.cost(size))
-
-    def say(self, which: str, size: tuple[int, int], seconds: float) -> None:
-        """Says how long pictures take, if that is long and twice as long as what was said before.
-
-        Also says if they are computed in tiles without having been asked for that.
-        """
-        tile = self.tile_of(size)
-        unasked = tile is not None and self.tile is None
-        if seconds <= max(PATIENCE, 2 * self.said) and (self.said or not unasked):
-            return
-        self.said = seconds
-
-        minutes = max(round(seconds / 60), 1)
-        width, height = size
-        if unasked:
-            how = (
-                f"computed in overlapping squares of {tile} pixels, whose colours may differ;"
-                " --tile off computes it whole"
-            )
-        elif tile is not None:
-            how = f"in overlapping squares of {tile} pixels (--tile)"
-        else:
-            side = TILE // 2 * self.factor
-            how = f"--tile {side} computes it in overlapping squares, which takes less memory"
-        tqdm.write(
-            f"{which} ({width}x{height} pixels): about {minutes} min; {how}",
-            file=sys.stderr,
-        )
-
+# ------------------------------------------------------------------------ the same for all uses
 
 def choose_pace(options: Options, use: str, factor: int, device: torch.device) -> Pace:
     """`factor` is the VAE's. With several steps, the first of them are timed, see `timed`."""
@@ -1269,204 +1047,6 @@ def choose_pace(options: Options, use: str, factor: int, device: torch.device) -
         chooses=device.type == "cpu" and not options.compile,
         estimates=options.steps == 1 and not options.compile,
     )
-
-
-def parse_tile(text: str | None) -> int | None:
-    """--tile in pixels; 0 for "off", None without the flag. ValueError for anything else."""
-    if text is None:
-        return None
-    if text in ("off", "0"):
-        return 0
-    if not text.isdecimal() or int(text) < 32:
-        raise ValueError(f"--tile {text}: expected a number of pixels, 32 or more, or off")
-    return int(text)
-
-
-def at_a_time(count: int) -> str:
-    return "a picture" if count == 1 else f"{count} pictures at a time"
-
-
-# ---------------------------------------------------------------------------------- files in, out
-
-def is_png(output: Path) -> bool:
-    """Whether --output names one picture rather than a folder."""
-    if output.is_dir():
-        return False
-    suffix = output.suffix.lower()
-    if suffix in SUFFIXES - {".png"}:
-        raise ValueError(
-            f"--output {output}: pictures are written as PNG; expected a name ending in .png, or a"
-            " folder"
-        )
-    return suffix == ".png"
-
-
-def plan_targets(options: Options) -> dict[Path, Path]:
-    """The input pictures, and the file that each result is written to."""
-    if options.input.is_dir():
-        targets = plan_folder(options.input, options.output or Path("out"))
-    else:
-        open_picture(options.input)  # a bad file is an error before the networks are loaded
-        output = options.output or Path("out.png")
-        target = output if is_png(output) else output / f"{options.input.stem}.png"
-        targets = {options.input: target}
-
-    control = [options.control_image] if options.control_image else []
-    check_overwriting([*targets, *control], targets.values())
-    inputs = {path.resolve() for path in targets}
-    if options.export:
-        taken = inputs | {target.resolve() for target in targets.values()}
-        if options.export.resolve() in taken:
-            raise ValueError(
-                f"--export {options.export}: that is the input or the output; expected another name"
-            )
-    return targets
-
-
-def plan_folder(folder: Path, output: Path) -> dict[Path, Path]:
-    if is_png(output):
-        raise ValueError(
-            f"--output {output} is one file for a folder of pictures; expected a folder"
-        )
-    paths = [folder / name for name in pictures_in(folder)]
-    names = output_names(paths)
-    return {path: output / f"{name}.png" for path, name in zip(paths, names)}
-
-
-def output_names(paths: list[Path]) -> list[str]:
-    """For each picture of a folder a name of its own: the stem or, where that is shared, all of it.
-
-    The results of a.png, a.jpg and a.png.jpg must not overwrite each other.
-    """
-    names = [path.stem for path in paths]
-    while len(set(names)) < len(names):
-        # A full name may be the stem of another picture, whose full name is then taken next.
-        counts = Counter(names)
-        names = [path.name if counts[name] > 1 else name for path, name in zip(paths, names)]
-    return names
-
-
-def transform_all(
-    targets: dict[Path, Path],
-    transform: Callable[[list[Image.Image]], Tensor],
-    options: Options,
-    facts: dict[str, object],
-    pace: Pace,
-    preprocessed: bool,
-) -> None:
-    """Transforms the input pictures: one batch is read and one written while one is computed.
-
-    `transform` takes pictures of one size and returns [B, 3, H, W] in [-1, 1]. ValueError after
-    all others for the pictures that failed.
-    """
-    problems = []
-
-    def batches() -> Batches:
-        groups = read_batches(list(targets), options, preprocessed, problems)
-        for paths, pictures in prefetch(groups):
-            which = str(paths[0])
-            if len(paths) > 1:
-                which += f" and {len(paths) - 1} more at a time"
-            small = partial(transform_corner, transform, pictures[0])
-            pace.warn(which, pictures[0].size, len(paths), small)
-            for made, transformed in transform_group(paths, pictures, transform, problems):
-                seeds = [options.seed] * len(made)
-                yield [targets[path] for path in made], transformed, seeds
-
-    save_all(batches(), facts, len(targets), problems)
-
-
-def transform_corner(
-    transform: Callable[[list[Image.Image]], Tensor],
-    picture: Image.Image,
-    side: int,
-) -> Tensor:
-    """transform() of a picture's upper left corner, black where a narrow picture ends."""
-    return transform([picture.crop((0, 0, side, side))])
-
-
-def transform_group(
-    paths: list[Path],
-    pictures: list[Image.Image],
-    transform: Callable[[list[Image.Image]], Tensor],
-    problems: list[str],
-) -> Iterator[tuple[list[Path], Tensor]]:
-    """Pictures that were transformed together, with their paths.
-
-    If they fail together, for want of memory or because of one of them, each is tried alone.
-    """
-    transformed = None
-    try:
-        transformed = transform(pictures).cpu()
-    except Exception as error:
-        if len(paths) == 1:
-            problems.append(explain_failure(paths[0], error))
-
-    # Only here has Python let go of the error, and with it of what was in memory.
-    if transformed is not None:
-        yield paths, transformed
-    elif len(paths) > 1:
-        for path, picture in zip(paths, pictures):
-            yield from transform_group([path], [picture], transform, problems)
-
-
-def explain_failure(path: Path, error: Exception) -> str:
-    """What went wrong with a picture, in a sentence that names it. A bug shows its traceback."""
-    short_of_memory = isinstance(error, MemoryError)
-    if isinstance(error, RuntimeError):
-        short_of_memory = training.explain(error) is not None
-    if short_of_memory:
-        return (
-            f"{path} needs too much memory ({training.first_line(error)}): compute it in tiles"
-            " (--tile 512), or make it smaller"
-        )
-    if not isinstance(error, (ValueError, OSError)):
-        tqdm.write("".join(traceback.format_exception(error)), file=sys.stderr)
-        return f"{path} failed with {type(error).__name__} ({training.first_line(error)})"
-    return str(error) if str(path) in str(error) else f"{path}: {error}"
-
-
-def read_batches(
-    paths: list[Path],
-    options: Options,
-    preprocessed: bool,
-    problems: list[str],
-) -> Iterator[tuple[list[Path], list[Image.Image]]]:
-    """Neighbouring pictures of one size, up to --batch at a time, with their paths.
-
-    What is wrong with files that cannot be read goes to `problems`.
-    """
-    group = []
-    pictures = []
-    for path in paths:
-        try:
-            picture = open_picture(path)
-            if preprocessed:
-                picture = preprocess(picture, options)
-        except Exception as error:
-            problems.append(explain_failure(path, error))
-            continue
-        full = len(group) == options.batch
-        if group and (full or picture.size != pictures[0].size):
-            yield group, pictures
-            group = []
-            pictures = []
-        group.append(path)
-        pictures.append(picture)
-    if group:
-        yield group, pictures
-
-
-def prefetch(items: Iterator) -> Iterator:
-    """The same items, each computed in a thread while the caller works on the one before."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        following = thread.submit(next, items, None)
-        while True:
-            item = following.result()
-            if item is None:
-                return
-            following = thread.submit(next, items, None)
-            yield item
 
 
 def facts_of_base(loaded: LoadedBase) -> dict[str, object]:
@@ -1489,65 +1069,6 @@ def png_facts(options: Options, use: str, found: dict[str, object]) -> dict[str,
     facts = {name: found.get(name, getattr(options, name)) for name in names}
     facts["version"] = version()
     return {name: value for name, value in facts.items() if value is not None}
-
-
-def version() -> str:
-    try:
-        return metadata.version("one-step-diffusion")
-    except metadata.PackageNotFoundError:
-        return "source"
-
-
-def save(picture: Tensor, path: Path, facts: dict[str, object]) -> None:
-    """Writes [3, H, W] in [-1, 1] as an 8-bit PNG with its facts, and prints the path.
-
-    ValueError for NaN.
-    """
-    if picture.isnan().any():
-        advice = "try --dtype float32"
-        if DTYPES.get(facts["dtype"]) in (torch.float32, torch.float64):
-            advice = "the weights of the base, the checkpoint or a LoRA may be damaged"
-        raise ValueError(f"{path} was not written, as the picture holds NaN: {advice}")
-
-    text = PngImagePlugin.PngInfo()
-    for name, value in facts.items():
-        # Names of files may hold lone surrogates, which UTF-8 cannot say.
-        encoded = str(value).encode(errors="backslashreplace")
-        text.add_itxt(name, encoded.decode())
-    image = to_picture(picture.float().cpu())
-
-    def write(temporary: Path) -> None:
-        image.save(temporary, format="PNG", pnginfo=text)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    training.write_file(path, write)
-    print(path)
-
-
-def save_all(
-    batches: Batches,
-    facts: dict[str, object],
-    total: int,
-    problems: list[str],
-) -> None:
-    """Writes each batch while the next one is computed.
-
-    `problems` grows while `batches` is read. ValueError in the end, with all of them.
-    """
-    with tqdm(total=total, disable=total == 1, unit="picture") as progress:
-        for paths, pictures, seeds in prefetch(batches):
-            for path, picture, seed in zip(paths, pictures, seeds):
-                try:
-                    save(picture, path, facts | dict(seed=seed))
-                    progress.update()
-                except Exception as error:
-                    problems.append(explain_failure(path, error))
-
-    if problems and total == 1:
-        raise ValueError(problems[0])
-    if problems:
-        listed = "; ".join(problems)
-        raise ValueError(f"{len(problems)} of {total} pictures were not made: {listed}")
 
 
 def main() -> None:

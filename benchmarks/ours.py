@@ -15,6 +15,7 @@ from dataset.pictures import to_picture
 from files import bases, checkpoints, metrics, tokenizers
 from files.autoencoders import load_autoencoder
 from models import clip, lpips
+from sampling import precision
 
 # -------------------- networks and pictures
 
@@ -50,8 +51,8 @@ def speed_up_as_sample(job: Job, vae: nn.Module, unet: nn.Module, graphs: list[n
     """With --fast, what sample.py does by default with a model of one epsilon step."""
     device = torch.device(job.device)
     requested = "auto" if job.fast else "float32"
-    precision = sample.choose_precision(requested, device, one_epsilon_step=True)
-    sample.speed_up([vae], unet, graphs, precision, device, job.compiled)
+    chosen = precision.choose_precision(requested, device, one_epsilon_step=True)
+    precision.speed_up([vae], unet, graphs, chosen, device, job.compiled)
 
 
 @torch.inference_mode()

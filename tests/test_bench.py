@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import sample
+import sampling.precision
 from benchmarks import bench, inputs, peers, report
 from models import lora
 
@@ -76,7 +76,7 @@ def test_both_sides_give_the_same_numbers(measure, flags, peer, tasks):
 
 def test_our_side_alone_may_be_in_bf16(measure, monkeypatch):
     # Whatever this processor computes in.
-    monkeypatch.setattr(sample, "computes_in_bf16", lambda device: True)
+    monkeypatch.setattr(sampling.precision, "computes_in_bf16", lambda device: True)
     (_, theirs), _ = measure("--size 32 --runs 1 --what translate --fast")
     assert 1e-4 < theirs["difference"][1] < 0.05
 

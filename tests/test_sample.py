@@ -29,6 +29,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import sample
+import sampling.pace
+import sampling.pictures
+import sampling.precision
 import training
 from dataset.pictures import canny, open_picture, pad_to_multiple, sketch, to_picture, to_tensor
 from files import autoencoders, bases, checkpoints, tokenizers
@@ -669,7 +672,7 @@ def test_names_that_stdout_cannot_say_are_printed_with_escapes(
 def test_no_two_inputs_share_an_output(tmp_path, names, made):
     for name in names.split():
         picture(tmp_path / name, 4, 4)
-    targets = sample.plan_folder(tmp_path, Path("made"))
+    targets = sampling.pictures.plan_folder(tmp_path, Path("made"))
     assert {path.name: target.name for path, target in targets.items()} == dict(
         zip(names.split(), made.split())
     )
@@ -773,7 +776,7 @@ def test_the_next_item_is_computed_while_the_caller_works_and_errors_come_in_the
         yield "second"
         raise ValueError("no third")
 
-    fetched = sample.prefetch(items())
+    fetched = sampling.pictures.prefetch(items())
     assert next(fetched) == "first" and begun.wait(60) and next(fetched) == "second"
     with pytest.raises(ValueError, match="no third"):
         next(fetched)
@@ -782,12 +785,12 @@ def test_the_next_item_is_computed_while_the_caller_works_and_errors_come_in_the
 @pytest.mark.parametrize("able, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_default_type_is_bf16_where_the_processor_computes_in_it(monkeypatch, able, dtype):
     """And the PNG will say which type was chosen."""
-    monkeypatch.setattr(sample, "computes_in_bf16", lambda device: able)
+    monkeypatch.setattr(sampling.precision, "computes_in_bf16", lambda device: able)
     options = sample.parse(["a circle", "--base", "tiny-turbo"])
     loaded = sample.load_base(options, torch.device("cpu"))
     weights = [*loaded.base.vae.parameters(), *loaded.base.unet.parameters()]
     assert {weight.dtype for weight in weights} == {dtype}
-    assert sample.DTYPES[loaded.precision] == dtype
+    assert sampling.precision.DTYPES[loaded.precision] == dtype
 
 
 @pytest.mark.parametrize("use", ["translate", "edit", "draw"])
@@ -806,10 +809,10 @@ def test_a_picture_that_takes_long_says_so_and_keeps_its_bits(
         flags = [PROMPT, "--base", base, "--size", "40x24"]
         which = "a picture"
     assert command(*flags)[2] == ""
-    monkeypatch.setattr(sample, "LARGE", 14)
-    monkeypatch.setattr(sample, "CORNER", 4)
+    monkeypatch.setattr(sampling.pace, "LARGE", 14)
+    monkeypatch.setattr(sampling.pace, "CORNER", 4)
     assert command(*flags, "--output", "fast.png")[2] == ""
-    monkeypatch.setattr(sample, "PATIENCE", 0)
+    monkeypatch.setattr(sampling.pace, "PATIENCE", 0)
     status, _, err = command(*flags, "--output", "slow.png")
     assert status == 0 and err.count("\n") == 1
     advice = f"--tile {tile} computes it in overlapping squares, which takes less memory"
@@ -825,9 +828,9 @@ def test_a_folder_says_once_how_long_its_pictures_take_and_how_many_there_are(
 ):
     for name in "abc":
         picture(tmp_path / "in" / f"{name}.png", 40, 24)
-    monkeypatch.setattr(sample, "LARGE", 14)
-    monkeypatch.setattr(sample, "CORNER", 4)
-    monkeypatch.setattr(sample, "PATIENCE", 0)
+    monkeypatch.setattr(sampling.pace, "LARGE", 14)
+    monkeypatch.setattr(sampling.pace, "CORNER", 4)
+    monkeypatch.setattr(sampling.pace, "PATIENCE", 0)
     flags = ["--checkpoint", trained_files["one caption"], "--input", tmp_path / "in"]
     status, paths, err = command(*flags, "--batch", 2)
     assert status == 0 and len(paths) == 3
@@ -845,7 +848,7 @@ def test_with_several_steps_the_second_tells_how_long_all_take(
         flags += ["--input", source]
     command(*flags)
     now = iter(range(0, 1000, 50))
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(sampling.pace.time, "perf_counter", lambda: next(now))
     status, _, err = command(*flags, "--output", "slow.png")
     assert status == 0, err
     assert err.startswith("a picture (16x16 pixels): about 3 min; --tile 128")
@@ -854,8 +857,8 @@ def test_with_several_steps_the_second_tells_how_long_all_take(
 
 def test_the_estimate_grows_from_the_pixels_to_their_square(monkeypatch, capsys):
     now = iter(range(0, 1000, 3))
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(now))
-    monkeypatch.setattr(sample, "PATIENCE", 0)
+    monkeypatch.setattr(sampling.pace.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(sampling.pace, "PATIENCE", 0)
 
     def seconds(width: int, height: int, tile: int = 0) -> float:
         seen = []
@@ -864,7 +867,7 @@ def test_the_estimate_grows_from_the_pixels_to_their_square(monkeypatch, capsys)
             seen.append(side)
             return torch.zeros(1)
 
-        pace = sample.Pace(tile, 8, translates=True, chooses=False, estimates=True)
+        pace = sampling.pace.Pace(tile, 8, translates=True, chooses=False, estimates=True)
         pace.warn("a picture", (width, height), 1, compute)
         assert seen == [64, 256]
         return pace.said
@@ -879,7 +882,7 @@ def test_the_estimate_grows_from_the_pixels_to_their_square(monkeypatch, capsys)
     def fail(side: int) -> Tensor:
         raise MemoryError
 
-    pace = sample.Pace(None, 8, translates=True, chooses=True, estimates=True)
+    pace = sampling.pace.Pace(None, 8, translates=True, chooses=True, estimates=True)
     pace.warn("a picture", (1024, 1024), 1, fail)
     assert pace.said == 0
 
@@ -897,10 +900,10 @@ def test_a_cpu_computes_huge_pictures_in_tiles_unless_that_is_forbidden(
         return decoded
 
     monkeypatch.setattr(vae.VAE, "decode", watch_decode)
-    monkeypatch.setattr(sample, "LARGE", 0)
-    monkeypatch.setattr(sample, "CORNER", 4)
-    monkeypatch.setattr(sample, "TILED", 2000)
-    monkeypatch.setattr(sample, "TILE", 6)
+    monkeypatch.setattr(sampling.pace, "LARGE", 0)
+    monkeypatch.setattr(sampling.pace, "CORNER", 4)
+    monkeypatch.setattr(sampling.pace, "TILED", 2000)
+    monkeypatch.setattr(sampling.pace, "TILE", 6)
     translate = ["--checkpoint", trained_files["stochastic"], "--input", source]
     prompt = [PROMPT, "--base", base]
     for flags, which, tile in [
@@ -919,7 +922,7 @@ def test_a_cpu_computes_huge_pictures_in_tiles_unless_that_is_forbidden(
             seen.clear()
             status, _, err = command(*flags, "--tile", off)
             assert (status, err, max(seen)) == (0, "", 72)
-    on_a_gpu = sample.Pace(None, 8, translates=True, chooses=False, estimates=True)
+    on_a_gpu = sampling.pace.Pace(None, 8, translates=True, chooses=False, estimates=True)
     assert on_a_gpu.tile_of((9000, 9000)) is None
 
 

@@ -41,6 +41,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import evaluate
 import sample
+import sampling.pace
+import sampling.pictures
 import train_cyclegan_turbo
 import train_pix2pix_turbo
 import train_yoso
@@ -269,7 +271,7 @@ TIMES = [
 @pytest.mark.parametrize("changes, sizes, says", TIMES)
 def test_what_takes_long_is_said_once(capsys, changes, sizes, says):
     settings = dict(tile=None, factor=8, translates=True, chooses=True, estimates=True, rate=10.0)
-    pace = sample.Pace(**settings | changes)
+    pace = sampling.pace.Pace(**settings | changes)
     for size in sizes:
         pace.warn("a picture", size, 1, lambda side: pytest.fail("it is measured already"))
     lines = capsys.readouterr().err.splitlines()
@@ -291,7 +293,7 @@ def test_the_time_of_several_steps_is_told_before_the_last(monkeypatch, count, a
     now = iter(range(0, 100_000, 60))
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     told = []
-    model = sample.timed(lambda x, t: x, count, told.append)
+    model = sampling.pace.timed(lambda x, t: x, count, told.append)
     for _ in range(after):
         assert told == []
         model(torch.zeros(1), 0)
@@ -482,7 +484,7 @@ SHARED_STEMS = [
 @pytest.mark.parametrize("names", SHARED_STEMS)
 def test_as_many_results_as_pictures(tmp_path, names):
     pictures(tmp_path / "in", names)
-    targets = sample.plan_folder(tmp_path / "in", tmp_path / "out")
+    targets = sampling.pictures.plan_folder(tmp_path / "in", tmp_path / "out")
     assert len({path.name for path in targets}) == len(names)
     assert len(set(targets.values())) == len(names)
     assert all(target.suffix == ".png" for target in targets.values())
@@ -1005,7 +1007,8 @@ def cache(path: Path, again: bool) -> None:
 
 
 def drawing(path: Path, again: bool) -> None:
-    sample.save(normal(3, 16, 16).tanh(), path / "a.png", dict(dtype="float32", prompt="żółć"))
+    facts = dict(dtype="float32", prompt="żółć")
+    sampling.pictures.save(normal(3, 16, 16).tanh(), path / "a.png", facts)
 
 
 def state_of_another_process(path: Path, again: bool) -> None:

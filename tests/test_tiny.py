@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import sample
+import sampling.precision
 from dataset import folders
 from dataset.pictures import open_picture, to_picture, to_tensor
 from files import bases, checkpoints, tokenizers
@@ -191,7 +192,7 @@ def test_the_page_of_the_readme_is_the_one_that_sample_draws(monkeypatch, tmp_pa
 def test_the_fast_default_makes_float32s_pictures(monkeypatch, tmp_path, name, dtype, kind):
     """To 40 dB and 1/255, on any CPU: one without bf16 instructions rounds to bf16. tiny-sd's x0
     comes from an epsilon, whose errors are multiplied by 14.6."""
-    monkeypatch.setattr(sample, "computes_in_bf16", lambda device: True)
+    monkeypatch.setattr(sampling.precision, "computes_in_bf16", lambda device: True)
     flags = ["--base", name]
     if kind != "text":
         base = bases.load_base(name)

@@ -36,11 +36,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import sample
 import training
 from files import bases, checkpoints, tokenizers
 from files.tensors import read_config, read_tensors, save_tensors
 from models import clip, diffusion, taesd, unet, vae
+from sampling.precision import computes_in_bf16
 from tiny import measure, scenes
 
 HERE = pathlib.Path(__file__).parent
@@ -172,7 +172,7 @@ def pictures(levels: Tensor) -> Tensor:
 
 def mixed_precision(device: torch.device) -> str:
     """bf16 if the processor computes in it; if it must be emulated, float32 is faster."""
-    return "bf16" if sample.computes_in_bf16(device) else "no"
+    return "bf16" if computes_in_bf16(device) else "no"
 
 
 def half_precision(device: torch.device) -> torch.autocast:
