@@ -130,7 +130,7 @@ def translate_tab(tasks: dict[str, sample.Options], load: Callable) -> None:
     def translate(path, example: int, task: str, strength: float, skip_scale: float):
         options = replace(tasks[task], strength=strength)
         model, encode, size = load(replace(options, direction=None))
-        direction = sample.choose_direction(options, model)
+        direction = options.direction
         if path is None:
             picture = drawn.example(options.checkpoint, direction, example, size)
         else:
@@ -153,7 +153,7 @@ def translate_tab(tasks: dict[str, sample.Options], load: Callable) -> None:
 
 def text_tab(options: sample.Options) -> None:
     """A caption to pictures of four seeds, or to changes of a picture."""
-    loaded = sample.load_base(options, training.pick_device("auto"))
+    loaded = sample.prepare_base(options, training.pick_device("auto"))
     trained = sample.trained_size(loaded) if loaded.prior else None
     size = sample.parse_size(options.size or trained, loaded.base)
     prior = sample.choose_prior(options, loaded, size)
@@ -201,6 +201,10 @@ def build(cfg: Config):
             else:
                 own, _ = sample.released_facts(cfg.checkpoint)
                 names = [own] if own else ["a2b", "b2a"]
+                if not own and not model.prompts:
+                    raise ValueError(
+                        f"{cfg.checkpoint} names no captions, which the page needs; use sample.py"
+                    )
                 translate_tab({name: replace(given, direction=name) for name in names}, load)
             given = replace(given, base=model.base, checkpoint=None)
         text_tab(given)

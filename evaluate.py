@@ -12,7 +12,7 @@ weights are downloaded; if that is not possible, it is an error. Without --paire
 taken as pairs if all their stems are the same.
 
 A picture that cannot be read or computed is left out of the figures and named in the end, and the
-exit status is 2. So it is where a metric asked for by name could not be computed for every pair.
+exit status is 2. It is also 2 if a metric asked for by name could not be computed for every pair.
 
 For trainers: the functions take pictures [B, 3, H, W] in [-1, 1] and, except for LPIPS, round
 them to 8 bits, as a file holds them. So validation gives the same numbers as this script (on a
@@ -284,10 +284,7 @@ class Failures:
 
 def explain_failure(path: Path, error: Exception) -> str | None:
     """What went wrong with a picture, in a sentence that names it; None for a bug."""
-    short_of_memory = isinstance(error, MemoryError)
-    if isinstance(error, RuntimeError):
-        short_of_memory = training.explain(error) is not None
-    if short_of_memory:
+    if training.out_of_memory(error):
         return (
             f"{path} needs too much memory ({training.first_line(error)}): make it smaller, or"
             " choose fewer --metrics"
@@ -551,7 +548,7 @@ def is_utf8(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Options:
-    """The command line: one flag per field, with the comment behind it as help."""
+    """The command line: one flag per field, whose comment is its help text."""
 
     real: Path | None = None  # folder of real pictures (for structure: of inputs)
     fake: Path | None = None  # folder of generated pictures

@@ -21,8 +21,8 @@
 
 Noise is drawn on the CPU. Picture i of a prompt has its own generator with seed + i, and all
 files of an input folder use the same seed, so a seed gives the same picture on every device and
-in every batch. The paths of the files that were written go to stdout. If one picture of several
-fails, the others are still made, and all that failed are named at the end.
+in every batch. The paths of the files that were written go to stdout. If one input picture of
+several fails, the others are still made, and all that failed are named at the end.
 
 --export writes the translation with this caption as a program for this device and the input's
 size, rounded up to the VAE's factor. torch.export.load(FILE).module()(x) takes x [1, 3, H, W]
@@ -71,7 +71,7 @@ SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """The command line: one flag per field, with the comment behind it as help."""
+    """The command line: one flag per field, whose comment is its help text."""
 
     prompt: str | None = None  # what to draw; not needed where the checkpoint knows its caption
     # networks
@@ -100,7 +100,7 @@ class Options:
     # translating and editing
     direction: str | None = None  # between two domains [the released file's own, or a2b]
     r: float | None = None  # of stochastic translators: 1 follows the input, 0 the noise [0.4]
-    strength: float | None = None  # share of the trained change [1]; of an edit: of its noise [0.6]
+    strength: float | None = None  # share of the trained change [1]; of an edit, of the noise [0.6]
     skip_scale: float = 1.0  # gamma, the strength of the skip connections
     preprocess: str | None = None  # what is done to an input or control picture first
     low_threshold: float = 100  # of canny
@@ -125,12 +125,11 @@ CHOICES = {
 
 # Flags that have a meaning for one use only. A PNG lists those of its own use.
 PROMPT_FLAGS = (
-    *("n", "steps", "sampler", "prediction_type", "guidance", "negative", "size", "prior"),
-    *("merge", "save", "lora", "embedding", "controlnet", "control_image", "control_scale", "vae"),
+    "n", "steps", "sampler", "prediction_type", "guidance", "negative", "size", "prior",
+    "merge", "save", "lora", "embedding", "controlnet", "control_image", "control_scale", "vae",
 )
 TRANSLATOR_FLAGS = ("direction", "r", "skip_scale")
-PREPROCESS_FLAGS = ("preprocess", "low_threshold", "high_threshold")
-INPUT_FLAGS = ("strength", *PREPROCESS_FLAGS)
+CANNY_FLAGS = ("low_threshold", "high_threshold")
 
 # Flags that leave `python sample.py` drawing its page.
 PAGE_FLAGS = {"output", "seed", "device", "dtype", "compile"}
@@ -247,13 +246,9 @@ def check_unused(options: Options, use: str) -> None:
         (
             not translating and not options.control_image,
             "without a translator or --control_image",
-            PREPROCESS_FLAGS,
+            ("preprocess", *CANNY_FLAGS),
         ),
-        (
-            options.preprocess != "canny",
-            "without --preprocess canny",
-            ("low_threshold", "high_threshold"),
-        ),
+        (options.preprocess != "canny", "without --preprocess canny", CANNY_FLAGS),
         (options.controlnet is None, "without --controlnet", ("control_scale",)),
         (options.guidance <= 1, "without a --guidance above 1", ("negative",)),
         (options.input, "with --input", ("n", "size", "prior")),
@@ -307,7 +302,7 @@ def draw(options: Options, device: torch.device) -> None:
     targets = plan_drawings(options)
     control_picture = read_control_picture(options)
     strength = strength_of(options, "draw")
-    loaded = load_base(options, device, strength)
+    loaded = prepare_base(options, device, strength)
     if options.prompt is None:
         return
 
@@ -380,7 +375,7 @@ def plan_drawings(options: Options) -> dict[int, Path]:
     return targets
 
 
-def load_base(options: Options, device: torch.device, strength: float = 1.0) -> LoadedBase:
+def prepare_base(options: Options, device: torch.device, strength: float = 1.0) -> LoadedBase:
     """Loads the base, the sum of bases or the one-step generator, with its LoRA, for drawing.
 
     `strength` is how much of a one-step generator's trained change is applied. With --save the
@@ -445,7 +440,7 @@ def ends_in_noise(schedule: diffusion.Schedule) -> bool:
 def choose_sampler(options: Options, base: bases.Base) -> str:
     """The sampler asked for, or that of the base's scheduler; stderr says if it only stands in.
 
-    Raises ValueError if the scheduler has a setting that is not built for it.
+    Raises ValueError if the scheduler has a setting that this sampler does not support.
     """
     sampler = options.sampler or diffusion.sampler_of(base.schedule)
     if options.prompt is None:  # nothing is drawn
@@ -457,8 +452,8 @@ def choose_sampler(options: Options, base: bases.Base) -> str:
     replaced = diffusion.replaced_scheduler(base.schedule)
     if replaced and not options.sampler:
         print(
-            f"{base.name}: its scheduler, {replaced}, is not built; the sampler {sampler} stands in"
-            " for it (--sampler)",
+            f"{base.name}: its scheduler, {replaced}, is not implemented; the sampler {sampler}"
+            " stands in for it (--sampler)",
             file=sys.stderr,
         )
     return sampler
@@ -469,7 +464,7 @@ def parse_size(text: str | None, base: bases.Base) -> tuple[int, int]:
     text = str(text or base.denoiser.config.sample_size * base.vae.factor)
     sides = text.lower().split("x")
     multiple = base.multiple
-    good = [side.isdigit() and int(side) > 0 and int(side) % multiple == 0 for side in sides]
+    good = [side.isdecimal() and int(side) > 0 and int(side) % multiple == 0 for side in sides]
     if len(sides) > 2 or not all(good):
         raise ValueError(
             f"--size {text}: expected N or WIDTHxHEIGHT, multiples of {multiple}, as in 512 or"
@@ -542,9 +537,12 @@ def load_control(
     if picture is None:
         return None
     condition = make_condition(picture, size, base)
-    device = str(condition.device)
-    network = bases.load_controlnet(options.controlnet, base.unet, condition.dtype, device)
-    return Control(network, condition, options.control_scale)
+    return Control(load_controlnet(options, base), condition, options.control_scale)
+
+
+def load_controlnet(options: Options, base: bases.Base) -> controlnet.ControlNet:
+    weight = next(base.unet.parameters())
+    return bases.load_controlnet(options.controlnet, base.unet, weight.dtype, str(weight.device))
 
 
 def make_condition(picture: Image.Image, size: tuple[int, int], base: bases.Base) -> Tensor:
@@ -678,7 +676,7 @@ def make_model(
     rows = 2 if guidance > 1 else 1
     dtype = next(base.denoiser.parameters()).dtype
 
-    def predict(x: Tensor, t: int) -> Tensor:
+    def predict(x: Tensor, t: float) -> Tensor:
         h, w = x.shape[-2:]
         inputs = [c[:rows].repeat_interleave(len(x), dim=0).to(dtype) for c in contexts]
         x = x.repeat(rows, 1, 1, 1).to(dtype)
@@ -696,7 +694,7 @@ def make_model(
             residuals = control.network(x, t, *inputs, condition, control.scale)
         return base.unet(x, t, *inputs, residuals)
 
-    def guided(x: Tensor, t: int) -> Tensor:
+    def guided(x: Tensor, t: float) -> Tensor:
         if rows == 1:
             return predict(x, t)
         wanted, unwanted = predict(x, t).chunk(2)
@@ -923,7 +921,8 @@ def choose_caption(
     caption = known if options.prompt is None else options.prompt
     if caption is None:
         raise ValueError(
-            f"{options.checkpoint} names no caption; expected one: --input {options.input} \"...\""
+            f"{options.checkpoint} names no caption; expected a prompt that says what the result"
+            " shows"
         )
     return caption
 
@@ -931,7 +930,8 @@ def choose_caption(
 def released_facts(checkpoint: str) -> tuple[str | None, str | None]:
     """The direction and caption of a released checkpoint, by its name or file; else None."""
     for name, (file, direction, caption) in checkpoints.CHECKPOINTS.items():
-        if checkpoint == name or Path(checkpoint).name == file:
+        is_name = checkpoint == name and not Path(checkpoint).exists()
+        if is_name or Path(checkpoint).name == file:
             return direction, caption
     return None, None
 
@@ -954,11 +954,9 @@ def edit(options: Options, device: torch.device) -> None:
     targets = plan_targets(options.input, options.output, also_read)
     strength = strength_of(options, "edit")
     control_picture = read_control_picture(options)
-    loaded = load_base(options, device)
+    loaded = prepare_base(options, device)
     base = loaded.base
-    control = None
-    if control_picture is not None:
-        control = load_control(options, base, control_picture, control_picture.size)
+    network = load_controlnet(options, base) if control_picture else None
     contexts = encode_prompt(base, options.prompt, options.negative, options.guidance)
     warn_of_cut_texts(base.tokenizer, options.prompt, options.negative)
     base.text_encoder = None  # T5 is larger than all other networks together
@@ -968,10 +966,10 @@ def edit(options: Options, device: torch.device) -> None:
         x = torch.stack([to_tensor(picture) for picture in pictures])
         x, (height, width) = pad_to_multiple(x, base.multiple)
         size = (x.shape[3], x.shape[2])
-        sized_control = control
-        if control is not None:
+        control = None
+        if network is not None:
             condition = make_condition(control_picture, size, base)
-            sized_control = replace(control, condition=condition)
+            control = Control(network, condition, options.control_scale)
         edited = text_to_image(
             base,
             options.prompt,
@@ -981,7 +979,7 @@ def edit(options: Options, device: torch.device) -> None:
             loaded.sampler,
             options.guidance,
             options.negative,
-            control=sized_control,
+            control=control,
             prior=choose_prior(options, loaded, size) if strength == 1 else None,
             pictures=x.to(device),
             strength=strength,
@@ -1002,7 +1000,9 @@ def draw_page(options: Options, device: torch.device) -> None:
     """Draws what the embedded base and its adapters do in one step, on one page."""
     from tiny import page
 
-    loaded = load_base(options, device)
+    output = options.output or Path("out.png")
+    target = output if is_png(output) else output / "page.png"
+    loaded = prepare_base(options, device)
     cells = []
     for i, caption in enumerate(page.captions()):
         pictures = text_to_image(
@@ -1015,10 +1015,10 @@ def draw_page(options: Options, device: torch.device) -> None:
         cells.append((pictures[0], caption))
 
     for name, picture, caption in page.translations():
-        model = checkpoints.load_generator(name, dtype=torch.float32, device=str(device))
+        model, _ = load_translator(replace(options, checkpoint=name), device)
         if caption is None:
             caption = choose_caption(options, model, "a2b")
-        context = model.text_encoder(model.tokenizer(caption).to(device))
+        context = encode_caption(model, caption)
         pictures = translate_pictures(
             model,
             [picture],
@@ -1032,7 +1032,7 @@ def draw_page(options: Options, device: torch.device) -> None:
 
     found = facts_of_base(loaded) | dict(prompt="twelve captions and four translations")
     facts = png_facts(options, "page", found)
-    save(page.lay_out(cells), options.output or Path("out.png"), facts)
+    save(page.lay_out(cells), target, facts)
 
 
 # ------------------------------------------------------------------------ the same for all uses
@@ -1062,9 +1062,12 @@ def png_facts(options: Options, use: str, found: dict[str, object]) -> dict[str,
     """
     names = ["prompt", "seed", "base", "checkpoint"]
     names += TRANSLATOR_FLAGS if use == "translate" else PROMPT_FLAGS
-    if options.input or options.control_image:
-        names += INPUT_FLAGS
-    names += ["dtype"]
+    if options.input or options.checkpoint:
+        names.append("strength")
+    names.append("preprocess")
+    if options.preprocess == "canny":
+        names += CANNY_FLAGS
+    names.append("dtype")
 
     facts = {name: found.get(name, getattr(options, name)) for name in names}
     facts["version"] = version()

@@ -126,8 +126,8 @@ def save_yoso(
     """
     mean, std = prior
     tensors = {**trained, "prior.mean": mean, "prior.std": std}
-    config = dict(schedule=base.schedule.config, lora_rank=lora_rank or None, lora_alpha=8.0)
-    if getattr(base, "random", False) and not lora_rank:
+    config = dict(schedule=base.schedule.config, lora_rank=lora_rank, lora_alpha=8.0)
+    if base.random and not lora_rank:
         config |= _embedded_configs(base.networks, base.schedule, base.tokenizer)
         tensors |= nn.ModuleDict(base.networks).state_dict()
     save_checkpoint(path, "yoso", base_name, tensors, config)
@@ -200,7 +200,7 @@ def checkpoint_kind(checkpoint: str) -> str | None:
 
     None for a file that no trainer here wrote.
     """
-    if checkpoint in CHECKPOINTS:
+    if checkpoint in CHECKPOINTS and not Path(checkpoint).exists():
         return None
     path = find_checkpoint(checkpoint)
     if path.suffix != ".safetensors":
@@ -239,6 +239,7 @@ def load_yoso(
         sampler = dict(_class_name="LCMScheduler", clip_sample=False)
         schedule = Schedule.from_config(config["schedule"] | sampler)
         if "tokenizer" in config:
+            _check_no_base(base)
             loaded = _build_embedded(name, config, path, strength)
 
     if loaded is None:
@@ -346,14 +347,21 @@ def _read_translator(path: Path, base: str | None, strength: float) -> SavedTran
         kind = metadata.get("kind")
         if metadata.get("format") != FORMAT or kind not in KINDS:
             raise ValueError(f"it is {_what_it_is(tensors, metadata)}")
-        base = base or metadata["base"]
+        base_name = base or metadata["base"]
         configs = json.loads(metadata["config"])
         prompts = [str(prompt) for prompt in json.loads(metadata["prompts"])]
         config = from_json(KINDS[kind].config, configs["generator"])
         loaded = None
         if config.train == "all":
-            loaded = _build_embedded(base, configs, path, strength)
-        return SavedTranslator(kind, base, config, prompts, tensors, loaded)
+            _check_no_base(base)
+            loaded = _build_embedded(base_name, configs, path, strength)
+        return SavedTranslator(kind, base_name, config, prompts, tensors, loaded)
+
+
+def _check_no_base(base: str | None) -> None:
+    """ValueError for a base that was asked for beside a checkpoint that holds every weight."""
+    if base is not None:
+        raise ValueError("it holds every weight and opens no base; leave --base out")
 
 
 def _what_it_is(tensors: object, metadata: dict[str, str]) -> str:

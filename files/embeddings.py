@@ -1,7 +1,7 @@
 """Embeddings (textual inversion): new words for CLIP's text encoder, from files of their own.
 
 Source: Gal et al. 2022, "An Image is Worth One Word". A word is one vector in the text encoder's
-table of embeddings, or several, which stand behind each other in the prompt.
+table of embeddings, or several, which follow one another in the prompt.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ OLDER = {
 LORA_HARMLESS = {
     r".+\.alpha": "an alpha without matrices, or beside dotted names: diffusers ignores both",
     r".*text_model[._]encoder[._]layers[._]23[._].+": "OpenCLIP's last block, which SD 2.x skips",
-    r"(.*[._])?text_projection[._].+": "a layer behind the text encoder's output, not used here",
+    r"(.*[._])?text_projection[._].+": "a layer after the text encoder's output, not used here",
     r"(.*[._])?position_ids": "a buffer of the text encoder",
     r"(global_)?(step|epoch|iteration)s?": "counters of the training",
 }

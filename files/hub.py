@@ -41,6 +41,8 @@ BASES = {
     "yoso512": "Luo-Yihong/yoso_pixart512",
     "yoso1024": "Luo-Yihong/yoso_pixart1024",
 }
+# The endings of model files. A Hub id may have another dot, as in someone/pixel-art-v1.5.
+MODEL_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 LAYOUT = (
     "a folder in the diffusers layout (model_index.json, scheduler/, tokenizer/, text_encoder/,"
     " unet/, vae/)"
@@ -95,8 +97,9 @@ def locate(name: str, names: list[str], expected: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return find(name, names, expected)
-    # A name with a suffix or below an existing folder is the path of a file, not a Hub id.
-    if not path.suffix and not path.parent.is_dir() and is_hub_id(name):
+    # A name that ends as a model file does, or is below an existing folder, is a path.
+    is_path = path.suffix in MODEL_FILES or path.parent.is_dir()
+    if not is_path and is_hub_id(name):
         return find(name, names, expected)
     if not path.is_file():
         raise ValueError(f"there is no {name}; expected {expected}: a file, a folder or a Hub id")

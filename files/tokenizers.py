@@ -177,7 +177,7 @@ def add_tokens(pieces: Pieces, config: dict) -> None:
         if found != number:
             raise ValueError(
                 f"its added token {content!r:.100} has the number {number} in the configuration,"
-                f" but {found} behind the vocabulary"
+                f" but is number {found} after the vocabulary"
             )
 
     known = {token.content for token in listed.values()}
@@ -342,10 +342,10 @@ CONTROL = 3
 USER_DEFINED = 4
 
 
-def pieces_from_spiece(data: bytes, extra: int = 100) -> Pieces:
+def pieces_from_spiece(data: bytes) -> Pieces:
     """T5's pieces, from the bytes of a `spiece.model`. ValueError if it is damaged or not T5's.
 
-    T5 adds `extra` pieces <extra_id_N>, which mark gaps in a text, with the highest N first.
+    T5 adds 100 pieces <extra_id_N>, which mark gaps in a text, with the highest N first.
     """
     try:
         vocab, types, options = _read_spiece(data)
@@ -359,7 +359,7 @@ def pieces_from_spiece(data: bytes, extra: int = 100) -> Pieces:
                 f" unknown (2) {types.count(UNKNOWN)} times; T5's have 1 to 4, and one is unknown"
             )
 
-        gaps = [f"<extra_id_{i}>" for i in reversed(range(extra))]
+        gaps = [f"<extra_id_{i}>" for i in reversed(range(100))]
         special = []
         for (text, _), kind in zip(vocab, types):
             if kind != NORMAL:

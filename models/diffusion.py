@@ -229,7 +229,8 @@ def less_noisy(t: Tensor, steps: int) -> Tensor:
 def start(noise: Tensor, t: float, schedule: Schedule) -> Tensor:
     """The first latent of text-to-image sampling, from standard normal noise [B, 4, h, w].
 
-    Euler samplers (SD-Turbo's) start at sigma_t noise, as if x0 were 0; all others at the noise.
+    Euler samplers (SD-Turbo's) start at sigma_t noise, as if x0 were 0, unless their spacing is
+    "leading". All others start at the noise.
     """
     if sampler_of(schedule) == "euler" and schedule.timestep_spacing != "leading":
         _, sigma = schedule.at(t, noise)
@@ -279,7 +280,7 @@ def sampler_of(schedule: Schedule) -> str:
 
 
 def replaced_scheduler(schedule: Schedule) -> str | None:
-    """What `sampler_of` stands in for, as that is not built; None where it is built."""
+    """What `sampler_of` stands in for, as that is not implemented; None where it is."""
     name = class_of(schedule.config)
     algorithm = str(schedule.config.get("algorithm_type"))
     if name not in OWN_CLASS.values():
@@ -296,7 +297,7 @@ def for_sampler(schedule: Schedule, sampler: str, steps: int) -> Schedule:
     of the same `scheduler_config.json`, as with `from_config` of `diffusers`: where the spacing is
     not given, say, it becomes that of the other class. The noise schedule stays.
 
-    Raises ValueError for a setting that would change the picture and is not built.
+    Raises ValueError for a setting that would change the picture and is not supported.
     """
     config = schedule.config
     if sampler_of(schedule) != sampler:
@@ -399,11 +400,11 @@ def karras_timesteps(schedule: Schedule, first: int, last: int, steps: int) -> l
     return np.interp(np.log(ratios), np.log(known), range(len(known))).tolist()
 
 
-def lcm_timesteps(schedule: Schedule, steps: int, original: int | None = None) -> list[int]:
-    """The timesteps of a latent consistency model: `steps` of the `original` timesteps that it was
-    distilled on, from high to low."""
+def lcm_timesteps(schedule: Schedule, steps: int) -> list[int]:
+    """The timesteps of a latent consistency model: `steps` of the `original_steps` timesteps that
+    it was distilled on, from high to low."""
     T = len(schedule.alpha)
-    original = original or schedule.original_steps
+    original = schedule.original_steps
     if not 1 <= original <= T:
         raise ValueError(
             f"the scheduler's original_inference_steps is {original}; expected 1 to its"
@@ -474,15 +475,7 @@ def euler(model: Model, x: Tensor, ts: list[float], schedule: Schedule) -> Tenso
     With y = x / alpha and r = sigma / alpha the ODE is dy/dr = eps, so a step from r to q is
     y + (q - r) eps = x0 + q eps: one of DDIM. The last goes to q = 0, so its result is x0.
     """
-    for i, t in enumerate(ts):
-        alpha, sigma = schedule.at(t, x)
-        x0 = predict_x0(model(x, t), x, t, schedule, schedule.prediction_type)
-        eps = (x - alpha * x0) / sigma
-        if i + 1 < len(ts):
-            x = add_noise(x0, eps, ts[i + 1], schedule)
-        else:
-            x = x0
-    return x
+    return ddim(model, x, ts, replace(schedule, last_alpha_is_one=True))
 
 
 def lcm(

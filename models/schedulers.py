@@ -160,8 +160,8 @@ def check_built(config: dict, sampler: str, steps: int, lowest: float) -> None:
         value = config.get(key)
         if value is not None and value not in built:
             raise ValueError(
-                f"the scheduler's {key} is {value!r:.60}, which is not built for the {sampler}"
-                f" sampler; expected {built[0]!r}, or another sampler"
+                f"the scheduler's {key} is {value!r:.60}, which the {sampler} sampler does"
+                f" not support; expected {built[0]!r}, or another sampler"
             )
 
     clipped = config.get("lambda_min_clipped")
@@ -169,5 +169,5 @@ def check_built(config: dict, sampler: str, steps: int, lowest: float) -> None:
     if sampler == "dpm" and steps > 1 and is_high:
         raise ValueError(
             f"the scheduler's lambda_min_clipped is {clipped}, which leaves out timesteps and is"
-            f" not built; expected {lowest:.2f} at most, or another sampler than dpm"
+            f" not supported; expected {lowest:.2f} at most, or another sampler than dpm"
         )

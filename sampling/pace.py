@@ -141,7 +141,7 @@ def timed(
     """
     ends = [time.perf_counter()] if evaluations == 2 else []
 
-    def evaluate(x: Tensor, t: int) -> Tensor:
+    def evaluate(x: Tensor, t: float) -> Tensor:
         prediction = model(x, t)
         if len(ends) < 2:  # the first call also reads the weights and sets up the device
             prediction.cpu()  # waits for a GPU

@@ -1,4 +1,4 @@
-"""Reads pictures, hands them over in batches, and writes the results beside what went wrong.
+"""Plans where results go, reads pictures in batches, writes the results, collects what failed.
 
 One batch is read and one written while one is computed. If one picture of several fails, the
 others are still made, and all that failed are named at the end.
@@ -29,7 +29,7 @@ Batches = Iterator[tuple[list[Path], Tensor, list[dict[str, object]]]]
 
 
 def is_png(output: Path) -> bool:
-    """Whether --output names one picture rather than a folder."""
+    """Whether --output names one picture rather than a folder. ValueError for another format."""
     if output.is_dir():
         return False
     suffix = output.suffix.lower()
@@ -146,7 +146,7 @@ def transform_all(
     """Transforms pictures, and writes each result to its target with `facts`.
 
     `transform` takes up to `batch` pictures of one size and returns [B, 3, H, W] in [-1, 1].
-    ValueError after all others for the pictures that failed.
+    ValueError at the end, which names the pictures that failed.
     """
     problems = []
 
@@ -200,10 +200,7 @@ def transform_group(
 
 def explain_failure(path: Path, error: Exception) -> str:
     """What went wrong with a picture, in a sentence that names it. A bug shows its traceback."""
-    short_of_memory = isinstance(error, MemoryError)
-    if isinstance(error, RuntimeError):
-        short_of_memory = training.explain(error) is not None
-    if short_of_memory:
+    if training.out_of_memory(error):
         return (
             f"{path} needs too much memory ({training.first_line(error)}): compute it in tiles"
             " (--tile 512), or make it smaller"

@@ -525,7 +525,7 @@ def without_page() -> dict[str, Callable[[object], object]]:
     device = torch.device("cpu")
     paired, _ = sample.load_translator(sample.Options(checkpoint="edges2scene", r=0.7), device)
     unpaired, _ = sample.load_translator(sample.Options(checkpoint="day2night"), device)
-    loaded = sample.load_base(sample.Options(), device)
+    loaded = sample.prepare_base(sample.Options(), device)
     lines, caption = drawn.drawing((64, 64))
     outlines = ImageOps.invert(lines)
     scene = drawn.example("day2night", "a2b", 8, (64, 64))

@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 import types
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -592,7 +593,7 @@ def test_lcm_timesteps_are_the_peers_at_every_number_of_steps():
         peer.set_timesteps(steps)
         assert lcm_timesteps(schedule, steps) == peer.timesteps.tolist()
     peer.set_timesteps(3, original_inference_steps=30)
-    assert lcm_timesteps(schedule, 3, original=30) == peer.timesteps.tolist()
+    assert lcm_timesteps(replace(schedule, original_steps=30), 3) == peer.timesteps.tolist()
 
 
 def test_published_lcm_timesteps():

@@ -17,9 +17,11 @@ import huggingface_hub
 import pytest
 from pipelines import assert_same_networks, refusal, tiny_pipeline
 
+import sample
 from files import checkpoints, metrics
 from files.bases import load_base
 from files.hub import find_url
+from files.tensors import save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -366,6 +368,23 @@ def test_a_checkpoint_may_be_a_hub_id_and_a_released_one_is_downloaded_by_name(
         # The second name begins with a folder that exists here.
         monkeypatch.chdir(tmp_path.parent)
     assert hub.asked == []
+
+
+def test_a_hub_id_may_have_a_dot(hub):
+    message = refusal(lambda: checkpoints.find_checkpoint("someone/pixel-art-v1.5"))
+    assert "someone/pixel-art-v1.5 has no model.safetensors" in message
+    assert hub.asked
+
+
+def test_a_folder_of_ones_own_comes_before_a_released_file_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sample.released_facts("night_to_day")[0] == "b2a"
+    assert checkpoints.checkpoint_kind("night_to_day") is None
+    metadata = dict(format=checkpoints.FORMAT, kind="cyclegan_turbo")
+    (tmp_path / "night_to_day").mkdir()
+    save_tensors(tmp_path / "night_to_day" / "model.safetensors", {}, metadata)
+    assert sample.released_facts("night_to_day") == (None, None)
+    assert checkpoints.checkpoint_kind("night_to_day") == "cyclegan_turbo"
 
 
 def test_a_released_checkpoint_is_not_downloaded_offline(hub, monkeypatch):

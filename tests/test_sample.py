@@ -410,6 +410,23 @@ def test_a_png_holds_the_picture_to_the_nearest_level_and_how_it_was_made(base, 
     assert text["version"] and "checkpoint" not in text
 
 
+@pytest.mark.parametrize("flags, expected", [
+    ("a", {}),
+    ("a --checkpoint runs/YOSO --strength 0.5", {"strength": 0.5}),
+    ("a --input p.png --strength 0.5", {"strength": 0.5}),
+    ("a --controlnet C --control_image p.png --preprocess sketch", {"preprocess": "sketch"}),
+    (
+        "a --controlnet C --control_image p.png --preprocess canny",
+        {"preprocess": "canny", "low_threshold": 100, "high_threshold": 200},
+    ),
+])
+def test_a_png_names_the_flags_that_changed_the_picture(flags, expected):
+    options = sample.parse(flags.split())
+    facts = sample.png_facts(options, "draw", {})
+    names = ("strength", "preprocess", "low_threshold", "high_threshold")
+    assert {name: facts[name] for name in names if name in facts} == expected
+
+
 def test_another_autoencoder_draws_and_edits_and_the_base_is_saved_with_its_own(
     base, command, tmp_path
 ):
@@ -787,7 +804,7 @@ def test_the_default_type_is_bf16_where_the_processor_computes_in_it(monkeypatch
     """And the PNG will say which type was chosen."""
     monkeypatch.setattr(sampling.precision, "computes_in_bf16", lambda device: able)
     options = sample.parse(["a circle", "--base", "tiny-turbo"])
-    loaded = sample.load_base(options, torch.device("cpu"))
+    loaded = sample.prepare_base(options, torch.device("cpu"))
     weights = [*loaded.base.vae.parameters(), *loaded.base.unet.parameters()]
     assert {weight.dtype for weight in weights} == {dtype}
     assert sampling.precision.DTYPES[loaded.precision] == dtype
@@ -1149,6 +1166,7 @@ REFUSED = {
     "size that is no multiple": ("T --base B --size 15", ["--size 15", "multiples of 2"]),
     "size in words": ("T --base B --size large", ["--size large", "WIDTHxHEIGHT"]),
     "size of three sides": ("T --base B --size 8x8x8", ["--size 8x8x8"]),
+    "size in other digits": ("T --base B --size ²", ["--size ²", "WIDTHxHEIGHT"]),
     "size 0": ("T --base B --size 0", ["--size 0"]),
     "no steps": ("T --base B --steps 0", ["--steps 0", "1 or more"]),
     "too many steps": ("T --base B --steps 1001", ["1001 steps", "1 to 1000"]),
@@ -1177,6 +1195,7 @@ REFUSED = {
         ["a.png", "folder"],
     ),
     "another format": ("T --base B --output a.jpg", ["a.jpg", ".png"]),
+    "another format of the page": ("--output a.jpg", ["a.jpg", ".png"]),
     "output over the input": (
         "--checkpoint C --input P --output P",
         ["in.png", "another name"],

@@ -1491,7 +1491,7 @@ def test_a_sampler_that_stands_in_is_named(folder, capsys, name, sampler):
     base = load_base(str(folder), ("schedule",))
     options = sample.Options(prompt="a", steps=10)
     assert sample.choose_sampler(options, base) == sampler
-    assert f"{name}, is not built; the sampler {sampler} stands in" in capsys.readouterr().err
+    assert f"{name}, is not implemented; the sampler {sampler} stands in" in capsys.readouterr().err
 
 
 # -------------------- 19. tracebacks from small inputs

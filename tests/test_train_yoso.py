@@ -895,6 +895,8 @@ def test_a_checkpoint_draws_what_the_grid_showed(monkeypatch, tmp_path, pairs, w
     if way == "all":
         with pytest.raises(ValueError, match="holds every weight"):
             draw(*checkpoint, "--strength", "0.5")
+        with pytest.raises(ValueError, match="leave --base out"):
+            draw(*checkpoint, "--base", "tiny")
     draw(*checkpoint, *edit, "0.5")
     assert Image.open(out).text["checkpoint"] == str(run)
 

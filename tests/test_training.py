@@ -48,8 +48,9 @@ def test_an_error_of_the_user_is_one_line_and_status_2_and_a_bug_keeps_its_trace
         torch.OutOfMemoryError("CUDA out of memory. Tried"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+        MemoryError(),
     ],
-    ids=["CUDA", "CPU", "cuBLAS"],
+    ids=["CUDA", "CPU", "cuBLAS", "Python"],
 )
 def test_a_lack_of_memory_is_one_line(capsys, error):
     def main():

@@ -16,7 +16,14 @@
 Losses, networks, optimizers and the order of steps are in the trainers.
 """
 
-from training.exits import explain, fail, first_line, load_or_explain, run_script
+from training.exits import (
+    explain,
+    fail,
+    first_line,
+    load_or_explain,
+    out_of_memory,
+    run_script,
+)
 from training.flags import (
     Precision,
     Scheduler,

@@ -24,7 +24,7 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))  # file names may hold line breaks
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         message = explain(error)
         if message is None:
             raise
@@ -41,10 +41,17 @@ def fail(message: str) -> typing.NoReturn:
     sys.exit(2)
 
 
-def explain(error: RuntimeError) -> str | None:
-    """What the user can do about a RuntimeError; None for one that is a bug."""
-    cpu, cublas = "allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    if isinstance(error, torch.OutOfMemoryError) or cpu in str(error) or cublas in str(error):
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on the CPU or on a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def explain(error: RuntimeError | MemoryError) -> str | None:
+    """What the user can do about an error; None for one that is a bug."""
+    if out_of_memory(error):
         return (
             f"out of memory ({first_line(error)}); make pictures or batches smaller (--size,"
             " --batch, --tile; in a trainer --train_batch_size, --resolution), or train with"
