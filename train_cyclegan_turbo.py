@@ -120,7 +120,7 @@ class Config:
     checkpointing_steps: int = 500  # steps between saves
     plan: bool = False  # run three steps, write nothing: print memory, time, what flags would save
     plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
-    report_to: str = "none"  # none, tensorboard, wandb
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where else to log
     tracker_project_name: str = "train_cyclegan_turbo"  # W&B project
 
 
@@ -629,7 +629,7 @@ def main() -> None:
         save_weights(nets, run, "model.safetensors")
         run.save_state(step, nets.frozen_fingerprint, state)
 
-    shown = choose_preview(test_set)
+    preview_items = choose_preview(test_set)
 
     run.start(nets, state, "pictures")
     train_batches = batches(
@@ -686,7 +686,7 @@ def main() -> None:
             if run.due("validation", step):
                 losses |= validate_and_keep_best(nets, run, test_set)
             if run.due("preview", step, also=step == 0):
-                losses |= preview(nets, run, shown, step)
+                losses |= preview(nets, run, preview_items, step)
         run.log(step, losses)
         if run.due("save", step, also=stopping):
             save(step)

@@ -119,7 +119,7 @@ class Config:
     checkpointing_steps: int = 500  # steps between saves
     plan: bool = False  # run three steps, write nothing: print memory, time, what flags would save
     plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
-    report_to: str = "none"  # none, tensorboard, wandb
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where else to log
     tracker_project_name: str = "train_pix2pix_turbo"  # W&B project
 
 
@@ -345,18 +345,16 @@ def build_networks(
     encode = partial(encode_captions, base.tokenizer, text_encoder)
     if cfg.train == "lora":
         captions = [*train_set.captions, *test_set.captions]
-        encode, text_encoder = cache_contexts(encode, text_encoder, captions)
+        encode = cache_contexts(encode, captions, run.device)
     nets = Networks(G, None, encode, trained, frozen_fingerprint)
     if len(set(train_set.captions)) == 1:
         nets.prompts = (train_set.captions[0],)
     if cfg.train == "all":
         nets.text_encoder = text_encoder
         nets.tokenizer = base.tokenizer
-    load_metric_networks(nets, cfg, run)
+    vision = load_metric_networks(nets, cfg, run)
     if cfg.lambda_gan:
-        nets.D = build_discriminator(cfg, run, nets.clip)
-    if not cfg.lambda_clipsim:
-        nets.clip = None
+        nets.D = build_discriminator(cfg, run, vision)
     return nets
 
 
@@ -392,50 +390,52 @@ def encode_captions(tokenizer: Tokenizer, text_encoder: nn.Module, captions: lis
     return text_encoder(tokenizer(captions).to(device))
 
 
-def cache_contexts(
-    encode: Callable, text_encoder: nn.Module, captions: list[str]
-) -> tuple[Callable, nn.Module | None]:
+def cache_contexts(encode: Callable, captions: list[str], device: torch.device) -> Callable:
     """Encodes each of up to 2,000 captions once, so that the frozen encoder can be freed.
 
-    Returns the function that replaces `encode`, and the encoder if it is still needed.
+    Returns the function that replaces `encode`; of more captions, `encode` itself.
     """
     captions = sorted(set(captions))
     if len(captions) > 2000:
-        return encode, text_encoder
-    device = next(text_encoder.parameters()).device
+        return encode
     with torch.no_grad():
         contexts = {caption: encode([caption])[0].cpu() for caption in captions}
 
     def cached(captions: list[str]) -> Tensor:
         return torch.stack([contexts[caption] for caption in captions]).to(device)
 
-    return cached, None
+    return cached
 
 
-def load_metric_networks(nets: Networks, cfg: Config, run: training.Run) -> None:
-    """The frozen networks of the losses and of validation, downloaded where they are missing."""
+def load_metric_networks(nets: Networks, cfg: Config, run: training.Run) -> nn.Module | None:
+    """The frozen networks of the losses and of validation, downloaded where they are missing.
+
+    Returns CLIP's image encoder if the discriminator needs it.
+    """
+    vision = None
+    on_clip = cfg.lambda_gan and cfg.gan_disc_type == "vagan_clip"
     device = str(run.device)
     load = partial(training.load_or_explain, metrics.load_metric_network)
     with run.first_process_first():
         if cfg.lambda_lpips or cfg.lambda_gram:
             flags = "--lambda_lpips 0 --lambda_gram 0"
             nets.lpips = load("lpips", device, without=flags).network.to(run.dtype)
-        if cfg.lambda_clipsim or needs_clip_discriminator(cfg):
+        if cfg.lambda_clipsim or on_clip:
             found = load("clip", device, without="--lambda_clipsim 0 --gan_disc_type patch")
-            nets.clip = found.network.to(run.dtype)
-            nets.clip_tokenizer = found.tokenizer
+            clip = found.network.to(run.dtype)
+            if cfg.lambda_clipsim:
+                nets.clip, nets.clip_tokenizer = clip, found.tokenizer
+            if on_clip:
+                vision = clip.image
         if cfg.track_val_fid:
             nets.inception = load("inception", device, without="leave --track_val_fid out").network
+    return vision
 
 
-def needs_clip_discriminator(cfg: Config) -> bool:
-    return cfg.lambda_gan > 0 and cfg.gan_disc_type == "vagan_clip"
-
-
-def build_discriminator(cfg: Config, run: training.Run, clip: CLIP | None) -> nn.Module:
+def build_discriminator(cfg: Config, run: training.Run, vision: nn.Module | None) -> nn.Module:
     torch.manual_seed(cfg.seed)  # its first weights depend on nothing that came before
-    if needs_clip_discriminator(cfg):
-        D = VisionAidedDiscriminator(clip.image)
+    if vision is not None:
+        D = VisionAidedDiscriminator(vision)
     else:
         D = PatchDiscriminator(cfg.disc_width)
     return D.to(run.device, run.dtype)
@@ -553,6 +553,13 @@ def embed_captions(nets: Networks, captions: list[str], device: torch.device) ->
     return nets.clip.embed_captions(nets.clip_tokenizer(captions).to(device))
 
 
+def choose_preview(test_set: Dataset) -> list[dict]:
+    """Up to 16 test items. A grid has pictures of one size."""
+    items = [test_set[i] for i in range(min(16, len(test_set)))]
+    size = items[0]["target"].shape
+    return [item for item in items if item["target"].shape == size]
+
+
 def preview(
     nets: Networks, run: training.Run, items: list[dict], step: int
 ) -> dict[str, float]:
@@ -621,10 +628,7 @@ def main() -> None:
         save_weights(nets, run, "model.safetensors")
         run.save_state(step, nets.frozen_fingerprint, state)
 
-    shown = [test_set[i] for i in range(min(16, len(test_set)))]
-    # A grid has pictures of one size.
-    shown = [item for item in shown if item["target"].shape == shown[0]["target"].shape]
-
+    preview_items = choose_preview(test_set)
     run.start(nets, state, "pairs")
     train_batches = batches(
         train_set,
@@ -675,7 +679,7 @@ def main() -> None:
             if run.due("validation", step):
                 losses |= validate_and_keep_best(nets, run, test_set)
             if run.due("preview", step, also=step == 0):
-                losses |= preview(nets, run, shown, step)
+                losses |= preview(nets, run, preview_items, step)
         run.log(step, losses)
         if run.due("save", step, also=stopping):
             save(step)

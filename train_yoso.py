@@ -91,7 +91,7 @@ class Config:
     dataloader_num_workers: int = 0  # processes that load pictures
     # model
     base: str = "tiny-sd"  # folder, Hub id, or tiny-sd, tiny (random), pixels, sd15, pixart512
-    disc_base: str = "sd15"  # for PixArt: whose U-Net judges, in D and the perceptual distance
+    disc_base: str = "sd15"  # for PixArt: the base whose U-Net D and the perceptual distance take
     disc_random: bool = False  # the discriminator starts from random weights, not from a U-Net's
     stage: Literal["yoso", "adapt_v", "adapt_zsnr"] = "yoso"  # the adaption stages come first
     train: Literal["lora", "all"] = "lora"  # LoRA, or every weight of the denoiser
@@ -103,7 +103,7 @@ class Config:
     lambda_gan: float = 1.0  # weight of the adversarial loss; 0 trains no discriminator
     lambda_kl: float = 0.5  # weight of the KL term, the distance to the data
     lambda_con: float = 2.0  # weight of the consistency term
-    lambda_mismatch: float = 0.0  # of real pictures with wrong captions, times lambda_gan
+    lambda_mismatch: float = 0.0  # real pictures with wrong captions as fakes, times lambda_gan
     adversarial: Literal["coop", "data", "noisy"] = "coop"  # real: G(x_{t-k}), data, noised data
     consistency: Literal["perceptual", "mse"] = "perceptual"  # in U-Net features, or latents
     snr_gamma: float = 5.0  # largest weight of a noise level in the KL and consistency terms
@@ -119,7 +119,7 @@ class Config:
     disc_lr_ratio: float = 1.0  # the discriminator's learning rate over the generator's
     lr_scheduler: training.Scheduler = "constant"  # linear and cosine fall to 0
     lr_warmup_steps: int = 500  # linear warm-up; "constant" has none
-    adam_beta1: float = 0.9  # decay of the generator's AdamW momentum
+    adam_beta1: float = 0.9  # decay of the generator's AdamW mean
     disc_adam_beta1: float = 0.0  # the same for the discriminator
     adam_beta2: float = 0.999  # decay of AdamW's mean square
     adam_weight_decay: float = 1e-2  # weight decay
@@ -148,7 +148,7 @@ class Config:
     checkpointing_steps: int = 500  # steps between saves
     plan: bool = False  # run three steps, write nothing: print memory, time, what flags would save
     plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
-    report_to: str = "none"  # none, tensorboard, wandb
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where else to log
     tracker_project_name: str = "train_yoso"  # W&B project
 
 
@@ -237,7 +237,11 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 
 
 def other_captions(context: Tensor) -> tuple[Tensor, Tensor]:
-    """Captions [B, N, C] -> those of the neighbours in the batch, and whether they differ [B]."""
+    """Captions [B, N, C] -> those of the neighbours in the batch, and whether they differ [B].
+
+    Neighbours are those of a micro-batch. So this term, unlike all others, depends on how the
+    batch is split.
+    """
     others = context.roll(1, dims=0)
     return others, (others != context).flatten(1).any(1)
 
@@ -429,7 +433,7 @@ def adapt_losses(
 # ------------------------------------------------------------------------ what is refused
 
 def check_stage(cfg: Config, schedule: Schedule) -> None:
-    """ValueError for a stage that is done already or out of order, and for a run without losses."""
+    """ValueError for a stage out of order or done already, and for settings that do not fit."""
     predicts_v = schedule.prediction_type == "v_prediction"
     starts_from_noise = schedule.alpha[-1] == 0
     if cfg.stage == "adapt_v" and predicts_v:
@@ -452,14 +456,13 @@ def check_stage(cfg: Config, schedule: Schedule) -> None:
             f"--stage {cfg.stage} with --denoising_steps {cfg.denoising_steps}: expected them with"
             " --stage yoso alone; leave the flag out"
         )
-    if not (cfg.lambda_gan or cfg.lambda_kl or cfg.lambda_con):
+    if cfg.stage == "yoso" and not (cfg.lambda_gan or cfg.lambda_kl or cfg.lambda_con):
         raise ValueError(
             "--lambda_gan, --lambda_kl and --lambda_con are 0; expected a loss to learn from"
         )
     if cfg.lambda_mismatch:
         check_mismatch(cfg)
-    untrained = cfg.base == "pixels"
-    if untrained and (cfg.train == "lora" or cfg.consistency == "perceptual"):
+    if cfg.base == "pixels" and (cfg.train == "lora" or cfg.consistency == "perceptual"):
         raise ValueError(
             f"the base {cfg.base} has no trained U-Net; expected --train all --consistency mse"
         )
@@ -595,7 +598,7 @@ def build_networks(cfg: Config, run: training.Run, train_set: Dataset) -> Networ
     if cfg.stage == "yoso" and cfg.lambda_gan:
         nets.D = build_discriminator(cfg, run, nets, train_set)
     choose_trained(cfg, run, nets)
-    nets.frozen_fingerprint = fingerprint_frozen(nets)
+    nets.frozen_fingerprint = fingerprint_frozen(cfg, nets)
     if run.half:
         cast_all_frozen(nets, run.half)
     set_checkpointing(nets, cfg.gradient_checkpointing)
@@ -747,11 +750,15 @@ def other_networks(nets: Networks) -> nn.ModuleList:
     return nn.ModuleList(networks)
 
 
-def fingerprint_frozen(nets: Networks) -> str:
+def fingerprint_frozen(cfg: Config, nets: Networks) -> str:
     text = fingerprint(named_networks(nets), nets.trained)
     others = other_networks(nets)
     if len(others):
-        text += fingerprint(others, nets.trained)
+        text += fingerprint(others)
+    if cfg.train == "all":  # with LoRA these share the base's weights
+        for copied in (nets.frozen_denoiser, nets.feature_network):
+            if copied is not None:
+                text += fingerprint(copied)
     return text
 
 
@@ -1013,9 +1020,11 @@ def validate(
     count = min(run.cfg.validation_num_images, len(test_set))
     items = [test_set[i] for i in range(count)]
     real, fake = draw(nets, run, read, items, nets.base.vae)
-    spread_real = real.std(0, correction=0).mean()
-    spread_fake = fake.std(0, correction=0).mean()
-    values = {"val_spread": (spread_fake / spread_real).item()}
+    values = {}
+    if count > 1:  # one sample has no spread
+        spread_real = real.std(0, correction=0).mean()
+        spread_fake = fake.std(0, correction=0).mean()
+        values["val_spread"] = (spread_fake / spread_real).item()
     if nets.inception:
         real, fake = real.clamp(-1, 1), fake.clamp(-1, 1)
         values["val_fid"] = evaluate.fid(nets.inception, real, fake, run.device)
@@ -1033,11 +1042,12 @@ def validate_and_keep_best(
 
 
 def choose_preview(cfg: Config, test_set: Dataset) -> list[dict]:
-    """Up to 16 test items, with the captions of --validation_prompts."""
-    items = [test_set[i] for i in range(min(16, len(test_set)))]
-    if cfg.validation_prompts:
-        prompts = cfg.validation_prompts.split("|")
-        items = [item | {"caption": prompt} for item, prompt in zip(items, prompts)]
+    """Up to 16 test items, or one for each of --validation_prompts, up to 16, with its caption."""
+    if not cfg.validation_prompts:
+        return [test_set[i] for i in range(min(16, len(test_set)))]
+    items = []
+    for i, prompt in enumerate(cfg.validation_prompts.split("|")[:16]):
+        items.append(test_set[i % len(test_set)] | {"caption": prompt})
     return items
 
 
@@ -1122,7 +1132,7 @@ def main() -> None:
             save_weights(nets, run)
         run.save_state(step, nets.frozen_fingerprint, state, prior=nets.prior)
 
-    shown = choose_preview(cfg, test_set)
+    preview_items = choose_preview(cfg, test_set)
     run.start(nets, state, "items")
     train_batches = batches(
         train_set,
@@ -1146,14 +1156,14 @@ def main() -> None:
             t = timesteps[rows]
             eps = run.normal(step, "noise", rows, nets.shape)
             x0, context, disc_context = read(piece, run.normal(step, "latent", rows, nets.shape))
-            again = noise_again(nets, run, step, rows)
+            disc_noise = noise_again(nets, run, step, rows)
             with run.autocast:
                 terms, fake, real = losses_of_stage(
-                    cfg, nets, step, x0, context, disc_context, t, eps, again["fake"]
+                    cfg, nets, step, x0, context, disc_context, t, eps, disc_noise["fake"]
                 )
             run.backward(sum(terms.values()))
             run.record(losses, terms | {"spread": spread(fake, x0)})
-            pairs.append((real, fake, t, disc_context, again))
+            pairs.append((real, fake, t, disc_context, disc_noise))
         losses["grad_norm"] = run.update(optimizer_g, cfg.max_grad_norm)
         run.check_finite(losses, step, batch)
         # Warm-up of the EMA: a smaller decay at first.
@@ -1162,19 +1172,19 @@ def main() -> None:
         # The discriminator's turn: its real side against G(x_t).
         if D and step >= cfg.denoising_steps:
             training.set_trainable(D, True)
-            for real, fake, t, disc_context, again in pairs:
-                look = partial(logits_of, D, t=t, schedule=nets.schedule, cfg=cfg)
+            for real, fake, t, disc_context, disc_noise in pairs:
+                logits = partial(logits_of, D, t=t, schedule=nets.schedule, cfg=cfg)
                 with run.autocast:
-                    logits_real = look(x=real, context=disc_context, noise=again["real"])
-                    logits_fake = look(x=fake, context=disc_context, noise=again["fake"])
+                    logits_real = logits(x=real, context=disc_context, noise=disc_noise["real"])
+                    logits_fake = logits(x=fake, context=disc_context, noise=disc_noise["fake"])
                     loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
                 run.record(losses, {"disc": loss} | signals(logits_real, logits_fake))
                 if cfg.lambda_mismatch:
                     with run.autocast:
                         others, differs = other_captions(disc_context)
-                        logits = look(x=real, context=others, noise=again["real"])
+                        logits_wrong = logits(x=real, context=others, noise=disc_noise["real"])
                         weight = cfg.lambda_gan * cfg.lambda_mismatch
-                        mismatch = weight * mismatch_loss(logits, differs)
+                        mismatch = weight * mismatch_loss(logits_wrong, differs)
                     run.record(losses, {"mismatch": mismatch})
                     loss = loss + mismatch
                 run.backward(loss)
@@ -1189,7 +1199,7 @@ def main() -> None:
             if run.due("validation", step):
                 losses |= validate_and_keep_best(nets, run, read, test_set)
             if run.due("preview", step, also=step == 0):
-                losses |= preview(nets, run, read, shown, step)
+                losses |= preview(nets, run, read, preview_items, step)
         run.log(step, losses)
         if run.due("save", step, also=stopping):
             save(step)

@@ -95,9 +95,9 @@ def check(
     is `output`, by default FOLDER_check.png in the current folder. Returns the problems.
     ValueError if the folder holds no data set, or there is no such base.
     """
-    folder = Path(folder)
-    if str(folder).startswith("drawn:") or (str(folder) == "digits" and not folder.is_dir()):
+    if str(folder) == "digits" or str(folder).startswith("drawn:"):
         raise ValueError(f"{folder} is part of this code, and has no files to check")
+    folder = Path(folder)
     trainer = trainer or guess_trainer(folder)
     tokenizer = _load_tokenizer(base) if base else None
     print(f"{folder}: checked for {trainer}")

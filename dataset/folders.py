@@ -725,7 +725,7 @@ def open_captioned(
 
     `seed` and `size` are those of drawings, `column` names the captions in metadata.jsonl.
     """
-    if str(source) == "digits":
+    if source == "digits":  # a Path of that name is a folder
         # Imported here because dataset.digits itself imports this module.
         from dataset.digits import Digits
 

@@ -334,7 +334,7 @@ class PixelDiscriminator(nn.Module):
         What all captions have in common would drown what tells them apart: in the output of a
         random text encoder it is ten times as large.
         """
-        means = contexts.mean(1)  # [M, C]
+        means = contexts.mean(1).to(self.context_mean)  # [M, C]
         self.context_mean.copy_(means.mean(0))
         std = (means - self.context_mean).square().mean().sqrt()
         if std > 1e-6:  # else there is one caption alone

@@ -491,6 +491,17 @@ def test_check_of_what_has_no_files_says_so(run, data):
         assert f"{data} is part of this code" in err and err.count("\n") == 1
 
 
+def test_a_folder_named_like_data_of_this_code_is_checked_by_its_path(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    for i in range(12):
+        Image.new("L", (16, 16), i).save(tmp_path / "digits" / f"{i}.png")
+    status, out, err = run("check", "./digits", "--for", "yoso")
+    assert "pictures" in out and "Traceback" not in err
+    status, out, err = run("check", "digits")
+    assert (status, out) == (2, "") and "digits is part of this code" in err
+
+
 def test_check_of_the_real_folders_finds_no_problem(shared, run):
     status, out, _ = run("check", shared / "facades")
     assert status == 0

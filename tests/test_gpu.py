@@ -287,3 +287,9 @@ def test_a_trainer_runs_in_every_type_and_goes_on(trainer, how, tmp_path):
     run(trainer, "--resume", tmp_path, "--max_train_steps", "5")
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3, 4, 5]
     assert trained_weights(tmp_path).isfinite().all()
+
+
+def test_pictures_of_digits_are_learned_from_scratch(tmp_path):
+    flags = ["--base", "pixels", "--denoising_steps", "1", "--device", "cuda"]
+    run("train_yoso.py", *SHORT, *flags, "--output_dir", tmp_path)
+    assert trained_weights(tmp_path).isfinite().all()

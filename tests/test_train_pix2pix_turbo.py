@@ -659,7 +659,7 @@ BAD = {
     "unknown reporter": (
         ["--report_to", "printer"],
         None,
-        ["--report_to printer", "tensorboard"],
+        ["--report_to", "'printer'", "tensorboard"],
     ),
 }
 

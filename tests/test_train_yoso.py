@@ -545,7 +545,9 @@ def test_the_mismatch_loss_is_the_mean_over_captions_that_differ():
 
 
 @torch.no_grad()
-def test_a_step_shows_the_discriminator_wrong_captions_on_request(monkeypatch, tmp_path, pairs):
+def test_a_step_shows_the_discriminator_wrong_captions_on_request(
+    monkeypatch, capsys, tmp_path, pairs
+):
     """D sees its real side once more, with the neighbours' captions, and calls that fake."""
     seen, forward = [], trainer.LatentDiscriminator.forward
 
@@ -568,6 +570,10 @@ def test_a_step_shows_the_discriminator_wrong_captions_on_request(monkeypatch, t
     disc = 0.5 * (F.softplus(-right) + F.softplus(fake)).mean()
     assert log["mismatch"] == pytest.approx(mismatch.item(), rel=1e-9)
     assert log["disc"] == pytest.approx(disc.item(), rel=1e-9)
+    # Neighbours are those of a micro-batch, whose size then decides what is learned.
+    with pytest.raises(SystemExit):
+        train(monkeypatch, "--resume", tmp_path / "run", "--train_batch_size", 1)
+    assert "takes captions within such a batch" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -588,6 +594,22 @@ def test_captions_are_left_out_on_request(monkeypatch, tmp_path, pairs):
 
 
 @torch.no_grad()
+def test_every_validation_prompt_is_drawn_even_beside_few_test_pictures():
+    items = [dict(caption="a", target=0), dict(caption="b", target=1)]
+    cfg = trainer.Config(validation_prompts="fog|rain|snow")
+    chosen = [(item["caption"], item["target"]) for item in trainer.choose_preview(cfg, items)]
+    assert chosen == [("fog", 0), ("rain", 1), ("snow", 0)]
+    assert trainer.choose_preview(trainer.Config(), items) == items
+    assert len(trainer.choose_preview(trainer.Config(validation_prompts=20 * "a|"), items)) == 16
+
+
+def test_one_test_picture_has_no_spread(monkeypatch, tmp_path, pairs):
+    flags = ["--dataset_folder", pairs, *CENTRED, *SMALL_PICTURES, "--max_train_steps", 1]
+    flags += ["--validation_num_images", 1, "--validation_steps", 1, "--lambda_gan", 0]
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+    assert "val_spread" not in helpers.read_log(tmp_path / "run")[0]
+
+
 def test_the_grid_shows_the_validation_prompts(monkeypatch, tmp_path, pairs):
     grids = []
     monkeypatch.setattr(training, "save_grid", lambda path, columns: grids.append(columns))
@@ -1060,11 +1082,32 @@ def test_killed_and_resumed_ends_in_the_same_bits(monkeypatch, tmp_path, pairs):
     assert [line["step"] for line in helpers.read_log(cut)] == list(range(1, 11))
 
 
+@pytest.mark.parametrize("stage", ["adapt_zsnr", "yoso"])
+def test_resuming_with_all_weights_beside_another_base_is_refused(
+    monkeypatch, capsys, tmp_path, sd, pairs, stage
+):
+    """Its U-Net trains, but the first stage's target and the perceptual distance are copies of
+    it as it was."""
+    base = tmp_path / "other"
+    shutil.copytree(sd, base)
+    flags = ["--stage", stage, "--base", base, "--train", "all", "--dataset_folder", pairs]
+    flags += [*CENTRED, *TWO, "--resolution", 16, "--prior_pictures", 0, "--lambda_gan", 0]
+    train(monkeypatch, *flags, "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+
+    (path,) = (base / "unet").glob("*.safetensors")
+    tensors = load_file(path)
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, path, dict(format="pt"))
+    with pytest.raises(SystemExit):
+        train(monkeypatch, "--resume", tmp_path / "run", "--max_train_steps", 2)
+    assert "fingerprint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--base", "--teacher", "--disc_base"])
 def test_resuming_beside_other_frozen_weights_is_refused(
     monkeypatch, capsys, tmp_path, dit, sd, flag
 ):
-    """The base, the teacher and the critic."""
+    """The base, the teacher and the base of the discriminator."""
     folders = {"--base": dit, "--teacher": sd, "--disc_base": sd}
     shutil.copytree(folders[flag], tmp_path / "other")
     folders[flag] = tmp_path / "other"

@@ -17,6 +17,7 @@ import train_cyclegan_turbo
 import train_pix2pix_turbo
 import train_yoso
 import training
+from training import folders
 
 torch.set_num_threads(1)
 
@@ -142,6 +143,8 @@ class RunConfig:
     validation_steps: int = 3
     viz_freq: int = 1
     plan_steps: int | None = None
+    validation_num_images: int = 8
+    track_val_fid: bool = False
 
 
 def make_run(items: int = 100, **settings) -> training.Run:
@@ -444,11 +447,32 @@ def test_a_state_cut_anywhere_or_with_code_in_it_is_refused_in_one_line(tmp_path
         restore(tmp_path, "abc")
 
 
+def test_data_that_come_with_the_code_are_no_folder_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = folders.data_fingerprint("digits")
+    (tmp_path / "digits" / "train").mkdir(parents=True)
+    (tmp_path / "digits" / "train" / "0.png").touch()
+    assert folders.data_fingerprint("digits") == found
+    assert folders.data_fingerprint(str(tmp_path / "digits")) != found
+    folders.write_settings(tmp_path, RunConfig(dataset_folder="digits"))
+    assert json.loads((tmp_path / "config.json").read_text())["dataset_folder"] == "digits"
+
+
+def test_a_distance_to_one_picture_is_refused_before_the_first_step():
+    cfg = RunConfig(track_val_fid=True, validation_num_images=4)
+    with pytest.raises(ValueError, match="--track_val_fid with 1 test picture; expected 2 or more"):
+        training.Run(cfg, "kind").prepare(range(100), range(1))
+    training.Run(cfg, "kind").prepare(range(100), range(2))
+
+
 def test_a_run_is_never_overwritten(tmp_path):
     cfg = RunConfig(output_dir=str(tmp_path / "run"))
     folder = training.open_run(cfg, "kind", 0)
-    (folder / "log.jsonl").write_text("of a run that ended before its first save")
-    assert not (training.open_run(cfg, "kind", 0) / "log.jsonl").exists()
+    leftovers = ["log.jsonl", "best.safetensors", "samples/000100.png"]
+    for name in leftovers:
+        (folder / name).write_text("of a run that ended before its first save")
+    training.open_run(cfg, "kind", 0)
+    assert not any((folder / name).exists() for name in leftovers)
     (folder / "state.pt").touch()
     with pytest.raises(ValueError, match="holds a run already"):
         training.open_run(cfg, "kind", 0)

@@ -46,6 +46,14 @@ def test_a_finished_run_has_a_report_that_fits_into_an_issue(
             assert (folder / line.partition("(")[2].rstrip(")")).is_file(), line
 
 
+def test_names_that_are_not_utf_8_are_reported(monkeypatch, tmp_path, pairs):  # noqa: F811
+    odd = tmp_path / os.fsdecode(b"latin-\xe9")
+    odd.symlink_to(pairs)
+    flags = [*SMALL, "--dataset_folder", odd, "--output_dir", tmp_path / "run"]
+    helpers.train(monkeypatch, train_pix2pix_turbo, *flags)
+    assert "latin-\\udce9" in (tmp_path / "run" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     "trainer", [train_cyclegan_turbo, train_yoso], ids=["cyclegan_turbo", "yoso"]
 )

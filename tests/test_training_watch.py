@@ -146,6 +146,15 @@ def test_a_long_history_is_cut_and_still_checked():
     assert "has won" in watch.next_warning(found)
 
 
+def test_a_cut_history_is_not_taken_for_the_first_steps():
+    found = watch.History(1000, last_step=25_000)
+    for step in range(1, 2 * watch.KEPT + 30):
+        right = 0.8 if step < 5000 else 0.5
+        found.add(step, {"disc_right_on_real": right, "disc_right_on_fake": right})
+        if step > 2 * watch.KEPT - 10:
+            assert watch.next_warning(found) is None, step
+
+
 def test_the_log_brings_the_history_back_without_damaged_lines(tmp_path):
     log = tmp_path / "log.jsonl"
     lines = [json.dumps({"step": step, "preview_change": 0.01}) for step in range(1, 201)]

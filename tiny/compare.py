@@ -1,7 +1,7 @@
 """Compares what the discriminator may take for real, on digits, over thousands of steps.
 
     python -m tiny.compare                                    # every side, three seeds: hours
-    python -m tiny.compare --sides coop data --seeds 42 --steps 1400
+    python -m tiny.compare --sides coop data --seeds 42 --steps 1400 --output out
     python -m tiny.compare --page                             # only redraw the stored results
 
 Each run is `python train_yoso.py --base pixels` with another real side. It stops at each of MARKS,
@@ -223,7 +223,8 @@ def main() -> None:
         raise ValueError(f"found no results in {store}; expected those of a run without --page")
     page = draw_page(results)
     training.write_file(args.output / "digits.png", partial(page.save, format="PNG"))
-    print(table(results, (1700, MARKS[-1])))
+    last = max(mark for mark in MARKS if mark <= args.steps)
+    print(table(results, tuple(sorted({1700, last}))))
     print(args.output / "digits.png")
 
 

@@ -198,6 +198,12 @@ def resumed_settings(
     changed = {name: value for name, value in given.items() if value != saved.get(name)}
     for name in ("resume", "plan"):
         changed.pop(name, None)
+    if saved.get("lambda_mismatch") and "train_batch_size" in changed:
+        raise ValueError(
+            f"--train_batch_size {changed['train_batch_size']}: the run {folder} began with"
+            f" {saved['train_batch_size']}, and --lambda_mismatch takes captions within such a"
+            " batch: leave it out"
+        )
     for name, value in changed.items():
         # A base may have moved. Its frozen weights are compared later.
         has_moved = name == "base" and pathlib.Path(value).name == pathlib.Path(saved[name]).name

@@ -19,6 +19,8 @@ from training.exits import first_line
 PARTS = ("train", "test", "train_A", "train_B", "test_A", "test_B")
 # Settings that name a model, by its path or otherwise.
 MODELS = ("base", "init", "teacher", "disc_base", "preview_vae")
+# Data sets that come with this code. A folder of such a name is not meant.
+BUILT_IN = ("digits",)
 # Files that systems put beside pictures.
 CLUTTER = ("thumbs.db", "desktop.ini")
 
@@ -43,8 +45,11 @@ def open_run(config, kind: str, rank: int) -> pathlib.Path:
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed while writing
         leftover.unlink()
-    if not config.resume:  # the log of a run that ended before its first save
-        (folder / "log.jsonl").unlink(missing_ok=True)
+    if not config.resume:
+        # A run that ended before its first save may have left these.
+        leftovers = [folder / "log.jsonl", folder / "best.safetensors"]
+        for path in [*leftovers, *folder.glob("samples/*.png")]:
+            path.unlink(missing_ok=True)
         write_settings(folder, config)
     return folder
 
@@ -53,7 +58,7 @@ def write_settings(folder: pathlib.Path, config) -> None:
     """Writes config.json, in which paths hold from any working folder."""
     settings = asdict(config)
     source = settings.get("dataset_folder")
-    if source and os.path.exists(source):
+    if source and source not in BUILT_IN and os.path.exists(source):
         settings["dataset_folder"] = os.path.abspath(source)
     for name in MODELS:
         model = settings.get(name)
@@ -71,9 +76,9 @@ def data_fingerprint(source: str) -> str:
     """
     path = pathlib.Path(source)
     facts = [source]
-    if path.is_file():
+    if source not in BUILT_IN and path.is_file():
         facts = [f"{path.suffix} {path.stat().st_size}"]
-    elif path.is_dir():
+    elif source not in BUILT_IN and path.is_dir():
         folders = [path, *[path / part for part in PARTS]]
         facts = [fact for folder in folders for fact in names_and_sizes(folder, path)]
     return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()[:16]

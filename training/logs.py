@@ -36,10 +36,10 @@ def append_log(path: pathlib.Path, step: int, values: dict) -> None:
 
 
 def open_reporter(
-    report_to: str | None, folder: pathlib.Path, project: str
+    report_to: str, folder: pathlib.Path, project: str
 ) -> Callable[[int, dict], None]:
     """A function of (step, values) that logs to TensorBoard, W&B or nowhere."""
-    if report_to not in (None, "none", "tensorboard", "wandb"):
+    if report_to not in ("none", "tensorboard", "wandb"):
         raise ValueError(f"--report_to {report_to}: expected tensorboard, wandb or none")
     try:
         if report_to == "tensorboard":

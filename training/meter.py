@@ -87,14 +87,14 @@ def count_weights(nets) -> dict[str, int]:
     """
     everything = {id(p): p.numel() for network in networks_of(nets) for p in network.parameters()}
     trained = {id(p): p.numel() for p in nets.trained.values()}
-    judging = {}
+    of_discriminator = {}
     if nets.D is not None:
-        judging = {id(p): p.numel() for p in nets.D.parameters() if p.requires_grad}
-    moving = trained | judging
-    frozen = {key: count for key, count in everything.items() if key not in moving}
+        of_discriminator = {id(p): p.numel() for p in nets.D.parameters() if p.requires_grad}
+    changing = trained | of_discriminator
+    frozen = {key: count for key, count in everything.items() if key not in changing}
     return dict(
         trained=sum(trained.values()),
-        discriminator=sum(judging.values()),
+        discriminator=sum(of_discriminator.values()),
         frozen=sum(frozen.values()),
     )
 

@@ -24,7 +24,7 @@ PATIENCE = 600.0  # seconds after which no further variant is begun
 # What would take long and says little about a step.
 SHORT = dict(validation_num_images=2, prior_pictures=8)
 # Settings that the measured processes do not get.
-LEFT_OUT = ("plan", "plan_steps", "resume", "output_dir")
+LEFT_OUT = ("plan", "resume", "output_dir")
 # Pictures of a preview, at most.
 PREVIEW_ITEMS = 16
 
@@ -94,7 +94,7 @@ def variants(cfg) -> dict[str, dict]:
 
 
 def as_flags(settings: dict) -> list[str]:
-    """Settings as flags; None and what is not to be passed on have none."""
+    """Settings as flags; one that is None has no flag."""
     flags = []
     for name, value in settings.items():
         if isinstance(value, bool):
@@ -130,7 +130,7 @@ def command(script: str, cfg, changes: dict) -> list[str]:
         if settings.get(name):
             settings[name] = min(settings[name], value)
     settings |= changes | {"plan_steps": STEPS}
-    left_out = set(LEFT_OUT) - {"plan_steps"}
+    left_out = set(LEFT_OUT)
     if cfg.resume:  # what a run began with says nothing about going on with it
         left_out.add("init")
     flags = as_flags({name: settings[name] for name in settings if name not in left_out})

@@ -35,7 +35,9 @@ def write_report(run, end: str) -> None:
         if path.is_file():
             lines += ["", f"![{path.stem}]({path.relative_to(folder).as_posix()})"]
     text = "\n".join(lines) + "\n"
-    write_file(folder / "report.md", lambda path: path.write_text(text))
+    # Names of files may hold half a character, which UTF-8 cannot say.
+    encoded = text.encode(errors="backslashreplace")
+    write_file(folder / "report.md", lambda path: path.write_bytes(encoded))
 
 
 def facts_of(run, end: str) -> dict[str, str]:

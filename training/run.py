@@ -69,6 +69,12 @@ class Run:
         """Sets the global batch, this process's rows of it and the last step, for a data set."""
         cfg = self.cfg
         self.items, self.test_items = items, test_items
+        compared = min(cfg.validation_num_images, len(test_items))
+        if cfg.track_val_fid and compared < 2:
+            raise ValueError(
+                f"--track_val_fid with {compared} test picture; expected 2 or more: add test"
+                " pictures, raise --validation_num_images, or leave the flag out"
+            )
         slices = cfg.gradient_accumulation_steps
         self.global_batch = self.world * cfg.train_batch_size * slices
         self.micro_batches = my_rows(self.rank, self.world, cfg.train_batch_size, slices)
@@ -94,7 +100,11 @@ class Run:
             dist.barrier()
 
     def next_batch(self, batches: Iterator, save: Callable[[int], None], step: int) -> dict:
-        """The step's batch. If it cannot be read, the steps before it are saved first."""
+        """The step's batch. If it cannot be read, the steps before it are saved first.
+
+        Of several processes only the first saves, as the others do not know the best validation. So
+        nothing is saved if one of the others cannot read its part.
+        """
         try:
             return next(batches)
         except Exception:

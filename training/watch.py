@@ -38,8 +38,9 @@ SHORT = 50
 
 # Previews in a row that must be out of range.
 PREVIEWS = 3
-# The shortest and the longest window in steps, and how many values of a signal are kept in memory.
-WINDOW, LONGEST, KEPT = 100, 2500, 5000
+# The shortest and the longest window in steps, and how many values of a signal are kept in memory:
+# more than two windows, so that a series that was cut is not taken for the first two.
+WINDOW, LONGEST, KEPT = 100, 2500, 6000
 
 Series = dict[str, list[tuple[int, float]]]
 
