@@ -63,9 +63,12 @@ SIDES: dict[str, dict[str, Side | None]] = {
     "growth": {"ours": ours.translation},
     "train": {"ours": ours.training_steps, "official-style": peers.official_training},
     "lora": {"ours": ours.training_steps, "as a weight": peers.training_of_weights},
-    "memory": {"ours": ours.training_steps, "official-style": peers.joint_training},
+    "memory": {"ours": ours.training_steps, "one graph": peers.joint_training},
     "load": {"ours": None, "diffusers": None},  # whole processes, see measure_load
 }
+# The sides that --fast and --compile change, and what is then computed in more than one type.
+OUR_SIDES = ("ours", "vae", "as a weight")
+MIXED = ("translate", "text", "taesd", "growth")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Task = str | tuple[int, int]  # in words, or (size, batch)
 
@@ -84,10 +87,8 @@ def compare(job: Job, sides: dict[str, Side], tasks: list[Task], runs: int) -> l
         for task in tasks:
             new = measure_task(job, workers, task, runs, peaks)
             for row in new:
-                print(
-                    f"{task} {row['side']}: {row['seconds']:.3g} s, {row['peak_gb']:.3g} GB",
-                    file=sys.stderr,
-                )
+                memory = f", {row['peak_gb']:.3g} GB" if "peak_gb" in row else ""
+                print(f"{task} {row['side']}: {row['seconds']:.3g} s{memory}", file=sys.stderr)
             rows += new
     finally:
         for worker in workers.values():
@@ -118,9 +119,13 @@ def measure_task(
 
     rows = summary(task, timed)
     for row in rows:
-        dtype = job.our_dtype if row["side"] == "ours" else job.dtype
         row["tflop"] = inspected[row["side"]]["tflop"]
-        row["of_peak"] = row["tflop"] / row["seconds"] / peaks[dtype]
+        is_ours = row["side"] in OUR_SIDES
+        if not (is_ours and job.fast and job.what in MIXED):
+            dtype = job.our_dtype if is_ours else job.dtype
+            row["of_peak"] = row["tflop"] / row["seconds"] / peaks[dtype]
+        if job.what == "modules":
+            del row["peak_gb"]  # of all networks together
     if len(rows) == 2:
         mine, theirs = (answer["result"] for answer in inspected.values())
         if mine is not None and theirs is not None:
@@ -151,7 +156,8 @@ def summary(task: Task, timed: dict[str, list[dict]]) -> list[dict]:
 
 
 def matrix_peak(dtype: torch.dtype, job: Job) -> float:
-    """TFLOP per second of large matrix products, the best of five times four."""
+    """TFLOP per second of large matrix products, the best of five runs of four products each."""
+    torch.backends.cuda.matmul.allow_tf32 = True  # as in the workers
     n = 8192 if job.device == "cuda" else 2048
     if job.tiny:
         n = 128
@@ -171,7 +177,7 @@ def matrix_peak(dtype: torch.dtype, job: Job) -> float:
 
 def measure_load(job: Job, runs: int, scratch: pathlib.Path) -> list[dict]:
     """A cold start to the first picture: whole processes, one after the other."""
-    our_dtype = name_of(job.our_dtype)
+    our_dtype = "auto" if job.fast else name_of(job.dtype)
     their_dtype = name_of(job.dtype)
     size = str(job.size)
     our_command = [
@@ -184,6 +190,8 @@ def measure_load(job: Job, runs: int, scratch: pathlib.Path) -> list[dict]:
         *("--device", job.device),
         *("--output", str(scratch / "ours.png")),
     ]
+    if job.compiled:
+        our_command.append("--compile")
     their_command = [
         sys.executable,
         "-c",
@@ -300,6 +308,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.against is not None and args.against not in peers_of_it:
         known = " or ".join(peers_of_it) or "nothing"
         parser.error(f"--what {args.what} is measured against {known}")
+    if args.what == "load" and args.runs == 0:
+        parser.error("--what load needs --runs of 1 or more")
+    if args.what == "memory" and args.device == "cpu" and args.dtype != "float32":
+        parser.error("--what memory on a CPU is of float32; leave --dtype out")
     if args.batches is None:
         args.batches = [1, 2, 4] if args.what == "growth" else [args.batch]
     return args
@@ -360,8 +372,9 @@ def measure(args: argparse.Namespace, scratch: pathlib.Path) -> list[dict]:
     if args.what == "load":
         return measure_load(job, args.runs, scratch)
 
-    if args.what in ("translate", "growth", "train", "lora"):
+    if args.what in ("translate", "growth", "train"):
         write_checkpoint(pathlib.Path(job.checkpoint), job.base)
+    if args.what in ("train", "lora"):
         write_data(pathlib.Path(job.data), job.size, job.batch)
     sides = {"ours": SIDES[args.what]["ours"]}
     if args.against:
@@ -376,11 +389,14 @@ def title_of(args: argparse.Namespace) -> str:
     title = f"{args.what}: {networks}"
     if args.what in ("load", "modules"):
         title += f", {args.size} px, batch {args.batch}"
+    if args.gan:
+        title += ", with a patch discriminator"
     title += f", {name_of(DTYPES[args.dtype])}"
+    whose = "both sides" if args.against in OUR_SIDES else "ours"
     if args.fast:
-        title += " (ours fast)"
+        title += f" ({whose} fast)"
     if args.compile:
-        title += " (ours compiled)"
+        title += f" ({whose} compiled)"
     return f"{title}, {args.device.upper()}"
 
 

@@ -289,7 +289,10 @@ def cross_entropy(levels: list[Tensor], label: float) -> Tensor:
 
 
 def joint_training(job: Job, requests: Requests) -> None:
-    """Unpaired, on our networks: two complete VAEs, and all losses in one graph."""
+    """Unpaired, on our networks: two complete VAEs, and the generator's losses in one graph.
+
+    Not the released script, which takes three generator steps of fewer translations each.
+    """
     base = bases.load_base(job.base)
     config = CycleGANTurboConfig()
     generator = CycleGANTurbo(base.vae, base.unet, base.schedule, config)

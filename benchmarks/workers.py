@@ -114,12 +114,12 @@ class Requests:
         if self.device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.started
-        answer = dict(seconds=seconds, peak_gb=peak_gb(self.device) - self.idle_gb)
+        report = dict(seconds=seconds, peak_gb=peak_gb(self.device) - self.idle_gb)
         self.inspection.close()
         if self.counter:
-            answer["tflop"] = self.counter.get_total_flops() / 1e12
-            answer["result"] = None if result is None else result.float().cpu().numpy()
-        self.pipe.send(answer)
+            report["tflop"] = self.counter.get_total_flops() / 1e12
+            report["result"] = None if result is None else result.float().cpu().numpy()
+        self.pipe.send(report)
 
 
 def answer(requests: Requests, work: Callable[[object], Tensor | None]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 # Mean and standard deviation of ImageNet, per channel, in [0, 1].
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+SHORT = 224  # pixels of the short side
 
 
 @dataclass
@@ -174,7 +175,7 @@ def pillow_weights(n_in: int, n_out: int) -> Tensor:
     return (weights / weights.sum(1, keepdim=True) * 2**22 + 0.5).floor()
 
 
-def prepare(x: Tensor, short: int = 224) -> Tensor:
+def prepare(x: Tensor) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1] -> normalised pixels whose short side is 224.
 
     Equals torchvision's `Resize(224), ToTensor(), Normalize(...)` of the 8-bit Pillow picture, to
@@ -184,8 +185,8 @@ def prepare(x: Tensor, short: int = 224) -> Tensor:
     differs by one level there. The released figures come from older versions.
     """
     H, W = x.shape[2:]
-    h = short * H // min(H, W)
-    w = short * W // min(H, W)
+    h = SHORT * H // min(H, W)
+    w = SHORT * W // min(H, W)
     # On the CPU, because not every device has float64.
     levels = ((x.detach().cpu().double().clamp(-1, 1) + 1) * 127.5).round()
     levels = _resize_levels(levels, w, dim=3)

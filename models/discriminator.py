@@ -116,9 +116,9 @@ class PatchDiscriminator(nn.Module):
     Conditional Adversarial Networks", with spectral norms in place of batch norms.
     """
 
-    def __init__(self, width: int = 64, in_channels: int = 3):
+    def __init__(self, width: int = 64):
         super().__init__()
-        widths = [in_channels, width, 2 * width, 4 * width, 8 * width]
+        widths = [3, width, 2 * width, 4 * width, 8 * width]
         strides = [2, 2, 2, 1]
         self.layers = nn.ModuleList()
         for i, stride in enumerate(strides):

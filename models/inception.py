@@ -32,7 +32,7 @@ class Norm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU. Stride 1 keeps the size; stride 2 has no padding."""
+    """Convolution, batch norm, ReLU. By default stride 1 keeps the size; stride 2 pads nothing."""
 
     def __init__(
         self,

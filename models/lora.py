@@ -42,16 +42,17 @@ def merged_weight(
     return W.to(weight.dtype)
 
 
-def plain_conv(layer: nn.Conv2d) -> nn.Conv2d:
-    """A plain convolution with the sizes of `layer` and no memory yet: it is on the meta device."""
-    return nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        bias=layer.bias is not None,
-        device="meta",
+def plain_settings(layer: nn.Linear | nn.Conv2d) -> dict:
+    """The arguments of a plain layer of the same sizes that takes no memory: it is on meta."""
+    settings = dict(bias=layer.bias is not None, device="meta")
+    if isinstance(layer, nn.Linear):
+        return settings | dict(in_features=layer.in_features, out_features=layer.out_features)
+    return settings | dict(
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
+        kernel_size=layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
     )
 
 
@@ -59,10 +60,7 @@ class LoRALinear(nn.Linear):
     """A linear layer with a LoRA. A is [rank, in], B is [out, rank]."""
 
     def __init__(self, layer: nn.Linear, rank: int, alpha: float):
-        # nn.Linear's own __init__ would draw a new weight.
-        nn.Module.__init__(self)
-        self.in_features = layer.in_features
-        self.out_features = layer.out_features
+        super().__init__(**plain_settings(layer))
         self.weight = layer.weight
         self.bias = layer.bias
         self.lora_A = nn.Linear(self.in_features, rank, bias=False)
@@ -77,12 +75,7 @@ class LoRALinear(nn.Linear):
 
     def merged(self) -> nn.Linear:
         """A plain layer of the same function, frozen, at the present scale."""
-        layer = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device="meta",
-        )
+        layer = nn.Linear(**plain_settings(self))
         W = merged_weight(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale)
         layer.weight = nn.Parameter(W, requires_grad=False)
         layer.bias = self.bias
@@ -93,15 +86,7 @@ class LoRAConv2d(nn.Conv2d):
     """A convolution with a LoRA. A has the kernel, stride and padding of the layer, B is 1x1."""
 
     def __init__(self, layer: nn.Conv2d, rank: int, alpha: float):
-        super().__init__(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            bias=layer.bias is not None,
-            device="meta",
-        )
+        super().__init__(**plain_settings(layer))
         self.weight = layer.weight
         self.bias = layer.bias
         self.lora_A = nn.Conv2d(
@@ -123,7 +108,7 @@ class LoRAConv2d(nn.Conv2d):
 
     def merged(self) -> nn.Conv2d:
         """A plain layer of the same function, frozen, at the present scale."""
-        layer = plain_conv(self)
+        layer = nn.Conv2d(**plain_settings(self))
         W = merged_weight(self.weight, self.lora_A.weight, self.lora_B.weight, self.scale)
         layer.weight = nn.Parameter(W, requires_grad=False)
         layer.bias = self.bias
@@ -138,15 +123,7 @@ class TwinConv2d(nn.Conv2d):
     """
 
     def __init__(self, layer: nn.Conv2d):
-        super().__init__(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            bias=layer.bias is not None,
-            device="meta",
-        )
+        super().__init__(**plain_settings(layer))
         self.weight = layer.weight
         self.bias = layer.bias
         self.register_buffer("weight0", layer.weight.detach().clone(), persistent=False)
@@ -167,7 +144,7 @@ class TwinConv2d(nn.Conv2d):
 
     def merged(self) -> nn.Conv2d:
         """A plain convolution of the same function, frozen, at the present scale."""
-        layer = plain_conv(self)
+        layer = nn.Conv2d(**plain_settings(self))
         W = self.weight.detach()
         b = self.bias.detach()
         W = torch.lerp(self.weight0.to(W.dtype), W, self.scale)

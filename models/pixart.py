@@ -274,10 +274,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(c, eps=eps, elementwise_affine=False)
         self.ff = FeedForward(c)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor, bias: Tensor | None) -> Tensor:
-        """time [B, 6, C] of AdaLayerNormSingle, context [B, M, C], bias [B, 1, 1, M]."""
-        modulation = (self.scale_shift_table + time).chunk(6, dim=1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # each [B, 1, C]
+    def forward(
+        self, x: Tensor, modulation: Tensor, context: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """modulation [B, 6, C] of AdaLayerNormSingle, context [B, M, C], bias [B, 1, 1, M]."""
+        parts = (self.scale_shift_table + modulation).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts  # each [B, 1, C]
         x = x + gate1 * self.attn1(self.norm1(x) * (1 + scale1) + shift1)
         x = x + self.attn2(x, context, bias)
         return x + gate2 * self.ff(self.norm2(x) * (1 + scale2) + shift2)
@@ -339,14 +341,15 @@ class PixArt(nn.Module):
             aspect_ratio = torch.tensor([h / w], device=x.device).expand(B, 1)
 
         x = self._embed_patches(x)  # [B, hw / p^2, C]
-        time, embedding = self.adaln_single(t, resolution, aspect_ratio)  # [B, 6, C], [B, C]
+        # [B, 6, C], [B, C]
+        modulation, embedding = self.adaln_single(t, resolution, aspect_ratio)
         context = self.caption_projection(context)  # [B, N, C]
         bias = None
         if mask is not None:
             bias = (1 - mask[:, None, None].to(x.dtype)) * -10000.0  # [B, 1, 1, N]
 
         for block in self.transformer_blocks:
-            x = self._run(block, x, time, context, bias)
+            x = self._run(block, x, modulation, context, bias)
 
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
         x = self.proj_out(self.norm_out(x) * (1 + scale) + shift)  # [B, hw / p^2, p^2 * c_out]

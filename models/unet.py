@@ -321,8 +321,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        # To the size of the next skip rather than twice as large: a side that is not a multiple
-        # of 8 was rounded up on the way down.
+        # To the size of the next skip rather than twice as large: an odd side was rounded up on
+        # the way down.
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 

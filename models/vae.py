@@ -372,8 +372,8 @@ def tile_starts(side: int, tile: int) -> tuple[list[int], int]:
 
 
 def fade(length: int, margin: int, like: Tensor) -> Tensor:
-    """Weights [length] along one side of a tile: they rise from 1 to `margin` at both ends, and
-    stay there in between. Type and device are those of `like`."""
+    """Weights [length] along one side of a tile. From either end they rise from 1, by 1 a place, to
+    at most `margin`. Type and device are those of `like`."""
     distance = torch.arange(1, length + 1, device=like.device, dtype=like.dtype)
     distance = torch.minimum(distance, distance.flip(0))
     return distance.clamp(max=margin)

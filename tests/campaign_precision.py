@@ -3,7 +3,7 @@
     python tests/campaign_precision.py --output out/precision     # hours: half an hour a run
 
 This is no test of pytest. Each run is the default run of train_cyclegan_turbo.py, day to night on
-the embedded base, with a validation every 50 steps. A run that is in --output is not trained again.
+the embedded base, with a validation every 50 steps. A run that was stopped goes on.
 
 Without instructions for bf16, PyTorch multiplies in it 60 times as slowly as in float32. On such a
 processor this script rounds what goes into a convolution, a linear layer or an attention to bf16,
@@ -63,12 +63,12 @@ def rounded(value: object) -> object:
 # ------------------------------------------------------------------------------------- runs
 
 def train(folder: Path, precision: str, seed: int) -> None:
-    """Runs the trainer in a process of its own, unless the run is there."""
-    if (folder / "model.safetensors").is_file():
-        return
-    flags = ["--mixed_precision", precision, "--seed", str(seed), "--validation_steps", "50"]
-    words = [sys.executable, __file__, "--train", *flags, "--output_dir", str(folder)]
-    subprocess.run(words, check=True)
+    """Runs the trainer in a process of its own. A run that is there goes on, or is at its end."""
+    flags = ["--resume", str(folder)]
+    if not (folder / "state.pt").is_file():
+        flags = ["--mixed_precision", precision, "--seed", str(seed)]
+        flags += ["--validation_steps", "50", "--output_dir", str(folder)]
+    subprocess.run([sys.executable, __file__, "--train", *flags], check=True)
 
 
 def run_trainer(flags: list[str]) -> None:

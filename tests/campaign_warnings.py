@@ -118,9 +118,9 @@ def save(path: Path, picture: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------------- runs
 
 def train(run: Run, folder: Path, data: Path, seed: int, small: bool) -> None:
-    """Trains, unless the run is there and complete. A run that ends with an error may do so: NaN
+    """Trains, or goes on with a run that was stopped. A run that ends with an error may do so: NaN
     ends it in one line."""
-    if (folder / "state.pt").is_file() or (folder / "ended").is_file():
+    if (folder / "ended").is_file():
         return
     settings = dict(validation_num_images=8, seed=seed)
     if small:
@@ -131,7 +131,10 @@ def train(run: Run, folder: Path, data: Path, seed: int, small: bool) -> None:
     flags = []
     for name, value in settings.items():
         flags += [f"--{name}", str(value).replace("DATA", str(data))]
-    words = [sys.executable, str(ROOT / f"{run.trainer}.py"), *flags, "--output_dir", str(folder)]
+    flags += ["--output_dir", str(folder)]
+    if (folder / "state.pt").is_file():
+        flags = ["--resume", str(folder)]
+    words = [sys.executable, str(ROOT / f"{run.trainer}.py"), *flags]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         message = done.stderr.strip().splitlines()[-1]
@@ -175,9 +178,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder for the runs")
     parser.add_argument("--small", action="store_true", help="24 px and 240 steps")
     parser.add_argument("--seeds", type=int, default=3, help="of healthy runs; sick ones have one")
-    parser.add_argument("--only", nargs="*", default=[*HEALTHY, *SICK], help="names of runs [all]")
+    names = [*HEALTHY, *SICK]
+    help_only = "names of runs [all]"
+    parser.add_argument("--only", nargs="*", choices=names, default=names, help=help_only)
     args = parser.parse_args()
-    data = args.output.resolve() / "data"
+    output = args.output.resolve() / ("small" if args.small else "full")
+    data = output / "data"
     if not data.is_dir():
         make_data(data, size=24 if args.small else 64)
 
@@ -188,13 +194,17 @@ def main() -> None:
         if name not in args.only or (args.small and name in NOT_SMALL):
             continue
         for seed in range(args.seeds if name in HEALTHY else 1):
-            folder = args.output / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+            folder = output / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
             train(run, folder, data, seed, args.small)
             if not (folder / "log.jsonl").is_file():
+                print(f"{name:32} {seed:4}  no log: FAILED", flush=True)
+                wrong += 1
                 continue
             steps, found = warnings_of(folder)
             seen |= found.keys()
             said = verdict(run, found)
+            if name in HEALTHY and (folder / "ended").is_file():
+                said = "FAILED"
             wrong += bool(said)
             listed = ", ".join(f"{kind} {step}" for kind, step in found.items()) or "none"
             print(f"{name:32} {seed:4} {steps:5}  {listed}  {said}", flush=True)

@@ -106,13 +106,17 @@ def test_the_page_has_the_figures_that_were_measured():
 
 def test_a_table_has_mean_and_range_of_each_side():
     results = {
-        "unpaired": {"0": dict(edges=0.5, psnr=20.0, minutes=3.0), "1": dict(edges=0.7, psnr=20.0)},
+        "unpaired": {
+            "0": dict(edges=0.5, psnr=20.0, minutes=3.0),
+            "1": dict(edges=0.7, psnr=20.0),
+            "2": dict(edges=0.9, psnr=30.0),  # a seed that the other run has not
+        },
         "no-skips": {"0": dict(edges=0.25, psnr=9.0), "1": dict(edges=0.25, psnr=10.0, minutes=5)},
     }
     assert plates.table(plates.IDEAS["skips"], results).splitlines() == [
         "| | with | without |",
         "| --- | --- | --- |",
-        "| edges kept | 0.6 (0.5 to 0.7) | 0.25 |",
+        "| F-score of edges | 0.6 (0.5 to 0.7) | 0.25 |",
         "| PSNR, dB | 20.0 | 9.5 (9 to 10.0) |",
         "",
         "Seeds: 2. Minutes per seed: 8.",
@@ -166,7 +170,7 @@ def test_what_was_measured_is_not_run_again(monkeypatch, tmp_path, capsys):
         "1": dict(edges=3.5, psnr=20.0, minutes=2.0),
     }
     figures = plates.figures_of(plates.IDEAS["skips"], results, "with")
-    assert figures == {"edges kept": "2.5 (1.5 to 3.5)", "PSNR, dB": "20.0"}
+    assert figures == {"F-score of edges": "2.5 (1.5 to 3.5)", "PSNR, dB": "20.0"}
     assert "Seeds: 2. Minutes per seed: 4." in plates.table(plates.IDEAS["skips"], results)
     plate = tmp_path / "out" / "skips.png"
     assert plate.stat().st_size <= 150_000

@@ -2,8 +2,8 @@
 
 The score is read off the pictures by a small classifier, trained on drawings alone
 (`python -m tiny.recipe classifier`). It recognises a scene's attributes: ground, time, weather,
-and which of the 32 kinds of object ("red house") are there. Its accuracy on real drawings is
-printed beside its accuracy on generated pictures.
+and which of 32 objects, each a colour and a kind ("red house"), are there. Its accuracy on real
+drawings is printed beside its accuracy on generated pictures.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import sample
 import training
 from dataset.pictures import canny, to_picture, to_tensor
 from files import bases, checkpoints
+from files.autoencoders import load_autoencoder
 from tiny import scenes
 from tiny.typed import TYPED
 
@@ -45,8 +46,9 @@ class AttributeClassifier(nn.Module):
     each for a sigmoid.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (24, 32, 48, 64, 64)):
+    def __init__(self):
         super().__init__()
+        widths = (24, 32, 48, 64, 64)
         inputs = (3, *widths)
         self.convs = nn.ModuleList(
             [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(inputs, widths)]
@@ -147,7 +149,7 @@ def gradient_energy(y: Tensor, x: Tensor) -> float:
     return energies[0] / energies[1]
 
 
-def statistics(values: Tensor) -> dict[str, float]:
+def mean_and_std(values: Tensor) -> dict[str, float]:
     return dict(mean=values.mean().item(), std=values.std().item())
 
 
@@ -188,7 +190,7 @@ def measure_vae(classifier: AttributeClassifier) -> dict:
     vae = bases.load_base("tiny-turbo", ("vae",), torch.float32).vae
     decoded = torch.cat([vae.decode(vae.encode(x)[0]) for x in truth.split(50)])
     return dict(
-        psnr=statistics(psnr(decoded, truth)),
+        psnr=mean_and_std(psnr(decoded, truth)),
         energy=gradient_energy(decoded.clamp(-1, 1), truth),
         attributes=attribute_accuracy(classifier, decoded.clamp(-1, 1), described),
         real=attribute_accuracy(classifier, truth, described),
@@ -202,13 +204,13 @@ def measure_text(
     guidance: float,
     seed: int,
     n: int = N,
+    vae: str | None = None,
 ) -> dict:
     """Attributes of n held-out captions, drawn one at a time, picture i from seed + i."""
     described, truth = held_out(n)
     base = bases.load_base(name, dtype=torch.float32)
-    sampler = "ddim"
-    if base.schedule.config["_class_name"] == "LCMScheduler":
-        sampler = "lcm"
+    if vae:
+        base.vae = load_autoencoder(vae, base, torch.float32)
 
     start = time.monotonic()
     drawn = []
@@ -219,7 +221,6 @@ def measure_text(
             [seed + i],
             (SIZE, SIZE),
             steps=steps,
-            sampler=sampler,
             guidance=guidance,
         )
         drawn.append(picture)
@@ -241,22 +242,27 @@ def measure_turbo(classifier: AttributeClassifier) -> list[dict]:
     return [measure_text(classifier, "tiny-turbo", 1, 1.0, seed) for seed in (0, 1000, 2000)]
 
 
+def measure_taesd(classifier: AttributeClassifier) -> dict:
+    """tiny-turbo in one step, decoded by tiny-turbo-taesd."""
+    return measure_text(classifier, "tiny-turbo", 1, 1.0, 0, vae="tiny-turbo-taesd")
+
+
 def measure_sd(classifier: AttributeClassifier) -> list[dict]:
     """tiny-sd in 25 steps, without and with guidance."""
     return [measure_text(classifier, "tiny-sd", 25, guidance, 0) for guidance in (1.0, 3.0)]
 
 
-def measure_typed(classifier: AttributeClassifier, name: str = "tiny-turbo") -> dict:
+def measure_typed(classifier: AttributeClassifier) -> dict:
     """Captions as people type them, in one step: the shares of what they ask for that is drawn.
 
     Beside the shares of each kind of attribute, the captions of which something is missing.
     """
-    base = bases.load_base(name, dtype=torch.float32)
+    base = bases.load_base("tiny-turbo", dtype=torch.float32)
     right = {}
     missing = {}
     for text, asked in TYPED.items():
-        picture = sample.text_to_image(base, text, [0], (SIZE, SIZE), steps=1, sampler="lcm")
-        there = shown(classifier, picture)
+        picture = sample.text_to_image(base, text, [0], (SIZE, SIZE))
+        there = words_for(classifier, picture)
         for word in filter(None, asked.split(", ")):
             right.setdefault(kind_of(word), []).append(word in there)
             if word not in there:
@@ -266,7 +272,7 @@ def measure_typed(classifier: AttributeClassifier, name: str = "tiny-turbo") -> 
     return dict(attributes=shares, missing=missing)
 
 
-def shown(classifier: AttributeClassifier, picture: Tensor) -> set[str]:
+def words_for(classifier: AttributeClassifier, picture: Tensor) -> set[str]:
     """What a picture [1, 3, 64, 64] shows, in words: "night", "red house", and "house"."""
     *fields, things = predict(classifier, picture.clamp(-1, 1))
     words = {FIELDS[name][row[0].argmax()] for name, row in zip(FIELDS, fields)}
@@ -322,13 +328,12 @@ def translate(
     return torch.cat(translated)
 
 
-def measure_unpaired(task: str, checkpoint: str | None = None, n: int = N) -> dict:
+def measure_unpaired(task: str, n: int = N) -> dict:
     """How close a translator comes to the true translation, in both directions.
 
     Beside the adapter: the unchanged input, the untrained adapter (strength 0: the base with the
     right caption), and the adapter without skip connections.
     """
-    checkpoint = checkpoint or task
     world = scenes.Unpaired(task, "test")
     results = {}
     for direction in ("a2b", "b2a"):
@@ -338,25 +343,21 @@ def measure_unpaired(task: str, checkpoint: str | None = None, n: int = N) -> di
         captions = [prompt] * n
         outputs = {
             "unchanged input": x,
-            "untrained adapter": translate(checkpoint, x, captions, direction, strength=0.0),
-            "adapter": translate(checkpoint, x, captions, direction),
-            "without skips": translate(checkpoint, x, captions, direction, skip_scale=0.0),
+            "untrained adapter": translate(task, x, captions, direction, strength=0.0),
+            "adapter": translate(task, x, captions, direction),
+            "without skips": translate(task, x, captions, direction, skip_scale=0.0),
         }
         results[direction] = {}
         for name, output in outputs.items():
             results[direction][name] = dict(
-                psnr=statistics(psnr(output, truth)),
+                psnr=mean_and_std(psnr(output, truth)),
                 ssim=evaluate.ssim(output, truth).mean().item(),
                 edges=edge_f(edges(output), edges(truth)).mean().item(),
             )
     return results
 
 
-def measure_edges(
-    classifier: AttributeClassifier,
-    checkpoint: str = "edges2scene",
-    seeds: int = 4,
-) -> dict:
+def measure_edges(classifier: AttributeClassifier) -> dict:
     """Outlines to scenes, by r: distance to the truth, attributes, difference between seeds."""
     described, truth = held_out()
     captions = [scenes.caption(scene) for scene in described]
@@ -366,10 +367,10 @@ def measure_edges(
 
     results = {}
     for r in (1.0, 0.7, 0.4, 0.0):
-        outputs = [translate(checkpoint, x, captions, seed=seed, r=r) for seed in range(seeds)]
+        outputs = [translate("edges2scene", x, captions, seed=seed, r=r) for seed in range(4)]
         first = outputs[0]
         results[f"r {r}"] = dict(
-            psnr=statistics(psnr(first, truth)),
+            psnr=mean_and_std(psnr(first, truth)),
             edges=edge_f(edges(first), wanted).mean().item(),
             attributes=attribute_accuracy(classifier, first, described),
             difference=mean_difference(outputs),
@@ -388,6 +389,7 @@ def measure_clear2rain(classifier: AttributeClassifier) -> dict:
 MEASUREMENTS: dict[str, Callable[[AttributeClassifier], object]] = {
     "vae": measure_vae,
     "turbo": measure_turbo,
+    "taesd": measure_taesd,
     "typed": measure_typed,
     "sd": measure_sd,
     "sd one step": measure_sd_one_step,

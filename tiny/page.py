@@ -53,7 +53,7 @@ def drawing(size: tuple[int, int]) -> tuple[Image.Image, str]:
 
 
 def example(adapter: str, direction: str, index: int, size: tuple[int, int]) -> Image.Image:
-    """The index-th scene to translate in this direction; with an unknown adapter, by day."""
+    """The index-th scene to translate in this direction. An unknown adapter counts as day2night."""
     lights = dict(zip("ab", scenes.TASKS.get(adapter, scenes.TASKS["day2night"])))
     time, weather = lights[direction[0]]
     scene = scenes.nth_scene("test", 1, index, time=time, weather=weather)

@@ -39,7 +39,7 @@ from files.tensors import read_tensors
 from models import diffusion
 from tiny import gaussians, measure, recipe, scenes
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "IDEAS.md"
 PLATES = ROOT / "assets" / "plates"
 FOLDER = ROOT / "runs" / "plates"
@@ -149,11 +149,11 @@ class Idea:
 IDEAS = {
     "skips": Idea(
         runs={"with": "unpaired", "without": "no-skips"},
-        figures={"edges": "edges kept", "psnr": "PSNR, dB"},
+        figures={"edges": "F-score of edges", "psnr": "PSNR, dB"},
     ),
     "base": Idea(
         runs={"with": "unpaired", "without": "random-base"},
-        figures={"psnr": "PSNR, dB", "edges": "edges kept"},
+        figures={"psnr": "PSNR, dB", "edges": "F-score of edges"},
     ),
     "lora": Idea(
         runs={"LoRA": "paired", "all weights": "all-weights"},
@@ -182,15 +182,15 @@ IDEAS = {
     ),
     "paired_skips": Idea(
         runs={"with": "paired", "without": "paired-no-skips"},
-        figures={"psnr": "PSNR, dB", "edges": "edges kept"},
+        figures={"psnr": "PSNR, dB", "edges": "F-score of edges"},
     ),
     "timestep": Idea(
         runs={"999": "paired", "199": "timestep-199"},
-        figures={"psnr": "PSNR, dB", "edges": "edges kept"},
+        figures={"psnr": "PSNR, dB", "edges": "F-score of edges"},
     ),
     "cycle": Idea(
         runs={"with": "unpaired", "without": "no-cycle"},
-        figures={"edges": "edges kept", "psnr": "PSNR, dB"},
+        figures={"edges": "F-score of edges", "psnr": "PSNR, dB"},
     ),
     "identity": Idea(
         runs={"with": "unpaired", "without": "no-identity"},
@@ -325,8 +325,6 @@ def draw_captions(base: bases.Base, prior: tuple[Tensor, Tensor] | None = None) 
             scenes.caption(scene),
             [i],
             (measure.SIZE, measure.SIZE),
-            steps=1,
-            sampler="lcm",
             prior=prior,
         )
         drawn.append(picture)
@@ -519,12 +517,19 @@ def mean_and_range(values: list[float]) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+def common_seeds(idea: Idea, results: dict) -> list[str]:
+    """The seeds of which every run of an idea has results. Runs are shared between ideas."""
+    seeds = [set(results.get(run, {})) for run in idea.runs.values()]
+    return sorted(set.intersection(*seeds))
+
+
 def figures_of(idea: Idea, results: dict, label: str) -> dict[str, str]:
-    """What was measured of one side of an idea: a figure's name -> its mean and range."""
-    seeds = results.get(idea.runs[label], {})
+    """What was measured of one run of an idea: a figure's name -> its mean and range."""
+    of_seeds = results.get(idea.runs[label], {})
+    measured = [of_seeds[seed] for seed in common_seeds(idea, results)]
     figures = {}
     for key, name in idea.figures.items():
-        values = [measured[key] for measured in seeds.values() if key in measured]
+        values = [one[key] for one in measured if key in one]
         if values:
             figures[name] = mean_and_range(values)
     return figures
@@ -544,7 +549,7 @@ def minutes_of(idea: Idea, results: dict) -> float | None:
 
 def table(idea: Idea, results: dict) -> str:
     """The figures of an idea in Markdown, a column per side, and how they were obtained."""
-    seeds = min(len(results.get(run, {})) for run in idea.runs.values())
+    seeds = len(common_seeds(idea, results))
     if seeds == 0:
         return "Not measured yet.\n"
     sides = {label: figures_of(idea, results, label) for label in idea.runs}
@@ -699,7 +704,7 @@ def main() -> None:
         if page:
             write_plate(args.output / f"{name}.png", page)
             print(args.output / f"{name}.png")
-    if args.output == PLATES:
+    if args.output.resolve() == PLATES:
         text = update_page(PAGE.read_text(), results)
         training.write_file(PAGE, lambda path: path.write_text(text))
 
@@ -709,7 +714,7 @@ def check(args: argparse.Namespace, names: list[str]) -> None:
     for name in names:
         if name not in IDEAS:
             raise ValueError(f"there is no idea called {name}; expected {', '.join(IDEAS)}")
-    if args.steps and args.output == PLATES:
+    if args.steps and args.output.resolve() == PLATES:
         raise ValueError(
             "--steps is for trials: choose another --output, so that no trial passes for a result"
         )

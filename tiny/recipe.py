@@ -187,9 +187,8 @@ def train(
     validate: Callable[[int], dict],
     steps: int,
     rate: float,
-    validate_every: int = 500,
 ) -> None:
-    """AdamW with warm-up over 200 steps and cosine decay to 0. `network` ends with its EMA.
+    """AdamW with warm-up over 200 steps and cosine decay to 0. At the end `network` holds its EMA.
 
     `loss` takes a step. `validate` takes the number of steps done, measures with the EMA and
     returns values for the log. The state is saved after each validation.
@@ -219,7 +218,7 @@ def train(
 
         done = step + 1
         values = {"loss": value.item(), "grad_norm": norm.item()}
-        if done % validate_every == 0 or done == steps:
+        if done % 500 == 0 or done == steps:
             current = {name: p.detach().clone() for name, p in trained.items()}
             network.load_state_dict(ema, strict=False)
             values |= validate(done)
@@ -300,6 +299,7 @@ def train_vae(device: torch.device, steps: int = 6000, batch: int = 16) -> None:
         return {"psnr": measure.psnr(decoded, held_out).mean().item()}
 
     train("vae", network, loss, validate, steps, rate=2e-3)
+    (RUNS / "latents.npy").unlink(missing_ok=True)  # those of the autoencoder before
 
     # The scaling factor gives latents a standard deviation of 1.
     means = []
@@ -529,13 +529,14 @@ def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
     def draw_timesteps(rng: torch.Generator) -> Tensor:
         return torch.randint(1000, (batch,), generator=rng)
 
-    train_diffusion("sd", base, device, steps, 1e-3, draw_timesteps, loose_share=0)
+    train_diffusion("sd", base, device, steps, draw_timesteps, loose_share=0)
 
 
 def continue_sd(device: torch.device, steps: int = 3200, batch: int = 64) -> None:
     """Goes on from the committed tiny-sd, where captions decide: half of the batch is very noisy.
 
-    Some captions are loose ones, so that it understands people who do not know scenes.caption.
+    Some captions are loose ones, so that it understands people who do not know scenes.caption. The
+    committed weights had this stage twice: remove runs/recipe/sd_more before the second time.
     """
     base = bases.load_base("tiny-sd", dtype=torch.float32, device=str(device))
 
@@ -544,7 +545,7 @@ def continue_sd(device: torch.device, steps: int = 3200, batch: int = 64) -> Non
         uniform[::2] = uniform[::2].sqrt()
         return (1000 * uniform).long()
 
-    train_diffusion("sd_more", base, device, steps, 1e-3, draw_timesteps, loose_share=0.15)
+    train_diffusion("sd_more", base, device, steps, draw_timesteps, loose_share=0.15)
 
 
 def train_diffusion(
@@ -552,7 +553,6 @@ def train_diffusion(
     base: bases.Base,
     device: torch.device,
     steps: int,
-    rate: float,
     draw_timesteps: Callable[[torch.Generator], Tensor],
     loose_share: float,
 ) -> None:
@@ -589,7 +589,7 @@ def train_diffusion(
 
     validate = partial(validate_diffusion, stage, base, measure.load_classifier())
     both = nn.ModuleDict(dict(unet=base.unet, text_encoder=base.text_encoder))
-    train(stage, both, loss, validate, steps, rate, validate_every=500)
+    train(stage, both, loss, validate, steps, rate=1e-3)
 
     shared = bases.Base(
         "tiny-turbo",
@@ -604,7 +604,7 @@ def train_diffusion(
 def validate_diffusion(
     stage: str, base: bases.Base, classifier: nn.Module, step: int
 ) -> dict[str, float]:
-    """Attributes right of 48 held-out captions in 25 steps; "guided": all of them with guidance."""
+    """Shares of attributes right of 48 held-out captions in 25 steps, "guided" with guidance 3."""
     held_out = [scenes.nth_scene("test", SEED, i) for i in range(48)]
     captions = [scenes.caption(scene) for scene in held_out]
     plain = preview(base, captions, 1.0)
