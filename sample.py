@@ -720,6 +720,7 @@ def translate(options: Options, device: torch.device) -> None:
     caption = choose_caption(options, model, direction)
     context = encode_caption(model, caption)
     warn_of_cut_texts(model.tokenizer, caption)
+    model.text_encoder = None  # SD-Turbo's takes 1.4 GB
 
     if options.export:
         translator = Translator(model, context, model.r, options.skip_scale, direction)
@@ -1028,7 +1029,8 @@ def draw_page(options: Options, device: torch.device) -> None:
             direction="a2b",
         )
         cells.append((to_tensor(picture) * 2 - 1, f"{name}: from"))
-        cells.append((pictures[0], f"to: {caption}"))
+        # With --compile on a GPU, the next translator overwrites what this one returned.
+        cells.append((pictures[0].cpu(), f"to: {caption}"))
 
     found = facts_of_base(loaded) | dict(prompt="twelve captions and four translations")
     facts = png_facts(options, "page", found)
@@ -1079,6 +1081,8 @@ def main() -> None:
     use = choose_use(options)
     check(options, use)
     device = training.pick_device(options.device)
+    if DTYPES.get(options.dtype) == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False  # whose ten bits are float16's
     if use == "draw":
         draw(options, device)
     elif use == "translate":

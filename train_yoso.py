@@ -602,6 +602,8 @@ def build_networks(cfg: Config, run: training.Run, train_set: Dataset) -> Networ
     if run.half:
         cast_all_frozen(nets, run.half)
     set_checkpointing(nets, cfg.gradient_checkpointing)
+    if nets.disc_base and nets.disc_base is not base:
+        nets.disc_base.unet = None  # D and the perceptual distance have the half that they need
     return nets
 
 

@@ -38,7 +38,8 @@ def main() -> None:
             dtype=args.dtype,
         )
     else:
-        estimate_prior(args.folder, args.base, args.size, args.output)
+        device = str(training.pick_device(args.device))
+        estimate_prior(args.folder, args.base, args.size, args.output, device)
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
@@ -114,6 +115,7 @@ def _add_prior(commands: argparse._SubParsersAction) -> None:
     add("--base", default="sd-turbo", help="model whose VAE encodes the pictures [sd-turbo]")
     add("--size", type=int, default=512, help="side of the pictures to sample, in pixels [512]")
     add("--output", default="prior.safetensors", help="file of the prior [prior.safetensors]")
+    add("--device", default="auto", help="auto, cpu, cuda or mps [auto]")
 
 
 if __name__ == "__main__":

@@ -316,7 +316,9 @@ def _encode_batch(base: "Base", items: list[dict], device: str) -> dict[str, tor
 
 # -------------------- priors
 
-def estimate_prior(folder: str | Path, base: str, size: int, output: str | Path) -> None:
+def estimate_prior(
+    folder: str | Path, base: str, size: int, output: str | Path, device: str = "cpu"
+) -> None:
     """Writes mean and standard deviation [4, h, w] of the scaled latents of a folder's pictures.
 
     The pictures are cropped to size x size. ValueError if `size` does not suit the VAE.
@@ -328,7 +330,7 @@ def estimate_prior(folder: str | Path, base: str, size: int, output: str | Path)
     output = Path(output)
     names = pictures_in(folder)
     output.parent.mkdir(parents=True, exist_ok=True)
-    vae = load_base(base, ("vae",), torch.float32).vae
+    vae = load_base(base, ("vae",), torch.float32, device).vae
     if size < 1 or size % vae.factor:
         raise ValueError(f"--size {size}: expected a multiple of {vae.factor}")
     crop = prepare(f"resized_crop_{size}")
@@ -342,10 +344,10 @@ def estimate_prior(folder: str | Path, base: str, size: int, output: str | Path)
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            x = 2 * to_tensor(picture)[None] - 1                        # [1, 3, H, W]
+            x = 2 * to_tensor(picture)[None] - 1  # [1, 3, H, W]
             with torch.inference_mode():
-                mean, _, _ = vae.encode(x)
-                latent = mean[0] * vae.config.scaling_factor            # [4, h, w]
+                mean, _, _ = vae.encode(x.to(device))
+                latent = mean[0] * vae.config.scaling_factor  # [4, h, w]
             yield latent
         if len(problems) == len(names):
             raise ValueError(f"no picture can be used: {'; '.join(problems)}")

@@ -201,8 +201,10 @@ class VisionAidedDiscriminator(nn.Module):
         if draws is not None:
             x = diff_augment(x, draws)
         side = vision.config.image_size
-        pixels = clip.normalise(F.interpolate(x, (side, side), mode="area"))
-        pixels = pixels.to(vision.visual_projection.weight.dtype)
+        # MPS has no area pooling to a size that does not divide the picture's.
+        device = "cpu" if x.device.type == "mps" else x.device
+        small = F.interpolate(x.to(device), (side, side), mode="area").to(x.device)
+        pixels = clip.normalise(small).to(vision.visual_projection.weight.dtype)
         *maps, embedding = vision.levels(pixels, self.after)
 
         logits = []

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import evaluate
 from dataset import folders
+from dataset.cache import estimate_prior
 from dataset.pictures import to_picture, to_tensor
 from files.hub import ROOT
 from models import clip, controlnet, dino, discriminator, inception, lpips, pixart, t5, unet, vae
@@ -293,3 +294,37 @@ def test_pictures_of_digits_are_learned_from_scratch(tmp_path):
     flags = ["--base", "pixels", "--denoising_steps", "1", "--device", "cuda"]
     run("train_yoso.py", *SHORT, *flags, "--output_dir", tmp_path)
     assert trained_weights(tmp_path).isfinite().all()
+
+
+@pytest.mark.parametrize("how", [
+    ["--adversarial", "noisy"],
+    ["--lambda_mismatch", "1"],
+    ["--gradient_accumulation_steps", "2"],
+    ["--preview_vae", "tiny-turbo-taesd"],
+    ["--stage", "adapt_v"],
+    ["--stage", "adapt_v", "--train", "all"],
+], ids=" ".join)
+def test_yoso_runs_with(how, tmp_path):
+    run("train_yoso.py", *SHORT, *how, "--device", "cuda", "--output_dir", tmp_path)
+    assert trained_weights(tmp_path).isfinite().all()
+
+
+def test_the_page_is_drawn_by_compiled_networks(tmp_path):
+    run("sample.py", "--device", "cuda", "--compile", "--output", tmp_path / "page.png")
+    run("sample.py", "--device", "cpu", "--dtype", "float32", "--output", tmp_path / "cpu.png")
+    assert_near(tmp_path / "cpu.png", tmp_path / "page.png", 35, 2)
+
+
+def test_a_prior_is_that_of_the_cpu(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i, item in enumerate(folders.open_paired("drawn:scenes", "test", "no_resize")):
+        to_picture(item["target"]).save(tmp_path / "pictures" / f"{i}.png")
+        if i == 3:
+            break
+    priors = []
+    for device in ("cpu", "cuda"):
+        output = str(tmp_path / f"{device}.safetensors")
+        estimate_prior(tmp_path / "pictures", "tiny-turbo", 64, output, device)
+        priors.append(load_file(output))
+    for name, values in priors[0].items():
+        assert relative(priors[1][name], values) < 1e-3

@@ -45,7 +45,7 @@ def out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, on the CPU or on a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    words = ("allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = ("allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # CPU, MPS, cuBLAS
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

@@ -47,7 +47,9 @@ def start_ranks(device_name: str) -> tuple[int, int, torch.device]:
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         # The other processes wait while rank 0 validates.
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        wait = datetime.timedelta(hours=2)
+        own = device if backend == "nccl" else None  # else its barriers guess the GPU
+        dist.init_process_group(backend, timeout=wait, device_id=own)
     return rank, world, device
 
 

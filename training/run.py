@@ -59,6 +59,7 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.half == torch.float16)
         self.first_step = 0
+        self.noise_step, self.noise = -1, {}  # of one step, for the whole global batch
         self.best = math.inf
         self.score: float | None = None  # of this step's validation
         self.folder: pathlib.Path | None = None
@@ -128,10 +129,17 @@ class Run:
         return moved
 
     def normal(self, step: int, what: str, rows: list[int], shape: Iterable[int]) -> Tensor:
-        """Standard normal noise [len(rows), *shape] for these rows of the global batch."""
-        generator = rng(self.cfg.seed, step, what)
-        noise = torch.randn(self.global_batch, *shape, generator=generator)
-        return noise[rows].to(self.device, self.dtype)
+        """Standard normal noise [len(rows), *shape] for these rows of the global batch.
+
+        It is drawn once a step, whatever the number of micro-batches.
+        """
+        if step != self.noise_step:
+            self.noise_step, self.noise = step, {}
+        key = (what, *shape)
+        if key not in self.noise:
+            generator = rng(self.cfg.seed, step, what)
+            self.noise[key] = torch.randn(self.global_batch, *shape, generator=generator)
+        return self.noise[key][rows].to(self.device, self.dtype)
 
     def set_learning_rate(
         self, step: int, *optimizers: torch.optim.Optimizer | None, scale: float = 1.0
