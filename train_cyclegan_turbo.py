@@ -631,7 +631,7 @@ def main() -> None:
 
     preview_items = choose_preview(test_set)
 
-    run.start(nets, state, "pictures")
+    run.start(nets, state, "pictures", len(preview_items))
     train_batches = batches(
         train_set,
         run.global_batch,

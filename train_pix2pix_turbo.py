@@ -629,7 +629,7 @@ def main() -> None:
         run.save_state(step, nets.frozen_fingerprint, state)
 
     preview_items = choose_preview(test_set)
-    run.start(nets, state, "pairs")
+    run.start(nets, state, "pairs", len(preview_items))
     train_batches = batches(
         train_set,
         run.global_batch,

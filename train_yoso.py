@@ -1135,7 +1135,7 @@ def main() -> None:
         run.save_state(step, nets.frozen_fingerprint, state, prior=nets.prior)
 
     preview_items = choose_preview(cfg, test_set)
-    run.start(nets, state, "items")
+    run.start(nets, state, "items", len(preview_items))
     train_batches = batches(
         train_set,
         run.global_batch,

@@ -172,6 +172,7 @@ FACTS = dict(
     last_step=40,
     global_batch=8,
     test_items=20,
+    preview_items=16,
     first_step=4.0,
     step=2.0,
     validation=0.5,

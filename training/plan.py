@@ -25,8 +25,6 @@ PATIENCE = 600.0  # seconds after which no further variant is begun
 SHORT = dict(validation_num_images=2, prior_pictures=8)
 # Settings that the measured processes do not get.
 LEFT_OUT = ("plan", "resume", "output_dir")
-# Pictures of a preview, at most.
-PREVIEW_ITEMS = 16
 
 
 @dataclass
@@ -161,6 +159,7 @@ def run(words: list[str], limit: float | None, speak: bool) -> Done:
             problem = f"stopped after {duration(limit)}"
         finally:
             process.kill()  # also on Ctrl-C and SIGTERM
+            process.wait()
         stdout = process.stdout.read().decode()
         reader.join()
     if problem:
@@ -261,9 +260,9 @@ def seconds_to(row: Row, step: int) -> float:
 
 def periodic_seconds(cfg, row: Row) -> tuple[float, float]:
     """Seconds of one validation and of one preview."""
-    item, available = row.facts["validation"], row.facts["test_items"]
-    validation = item * min(cfg.validation_num_images, available)
-    return validation, item * min(PREVIEW_ITEMS, available)
+    facts = row.facts
+    validation = facts["validation"] * min(cfg.validation_num_images, facts["test_items"])
+    return validation, facts["validation"] * facts["preview_items"]
 
 
 def whole_run(cfg, row: Row) -> float:

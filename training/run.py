@@ -265,13 +265,14 @@ class Run:
 
     # ------------------------------------------------------------ logs
 
-    def start(self, nets, state: dict, items_name: str) -> None:
+    def start(self, nets, state: dict, items_name: str, preview_items: int) -> None:
         """Says what is about to be trained, opens the log and the progress bar, and makes Ctrl-C a
         request to stop. `state` is what will be saved; `items_name` says what items are: "pairs".
+        A preview has `preview_items` of them.
         """
         self.stop_requested = catch_stop()
         if self.meter:
-            self.start_meter(nets, state)
+            self.start_meter(nets, state, preview_items)
             return
         if self.rank != 0:
             return
@@ -286,7 +287,7 @@ class Run:
         self.bar = tqdm(total=self.last_step, initial=self.first_step, unit="step")
         self.started = time.monotonic()
 
-    def start_meter(self, nets, state: dict) -> None:
+    def start_meter(self, nets, state: dict, preview_items: int) -> None:
         """Says what is known before the first step, and makes the last one that of --plan_steps."""
         self.meter.start(
             nets,
@@ -295,6 +296,7 @@ class Run:
             last_step=self.last_step,
             global_batch=self.global_batch,
             test_items=len(self.test_items),
+            preview_items=preview_items,
         )
         self.last_step = self.cfg.plan_steps
 
