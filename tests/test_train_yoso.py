@@ -1082,6 +1082,14 @@ def test_killed_and_resumed_ends_in_the_same_bits(monkeypatch, tmp_path, pairs):
     assert [line["step"] for line in helpers.read_log(cut)] == list(range(1, 11))
 
 
+def change_a_weight(folder: Path) -> None:
+    """Changes the first tensor of a network's only file."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, path, dict(format="pt"))
+
+
 @pytest.mark.parametrize("stage", ["adapt_zsnr", "yoso"])
 def test_resuming_with_all_weights_beside_another_base_is_refused(
     monkeypatch, capsys, tmp_path, sd, pairs, stage
@@ -1094,10 +1102,7 @@ def test_resuming_with_all_weights_beside_another_base_is_refused(
     flags += [*CENTRED, *TWO, "--resolution", 16, "--prior_pictures", 0, "--lambda_gan", 0]
     train(monkeypatch, *flags, "--max_train_steps", 1, "--output_dir", tmp_path / "run")
 
-    (path,) = (base / "unet").glob("*.safetensors")
-    tensors = load_file(path)
-    next(iter(tensors.values())).add_(1)
-    save_file(tensors, path, dict(format="pt"))
+    change_a_weight(base / "unet")
     with pytest.raises(SystemExit):
         train(monkeypatch, "--resume", tmp_path / "run", "--max_train_steps", 2)
     assert "fingerprint" in capsys.readouterr().err
@@ -1117,11 +1122,7 @@ def test_resuming_beside_other_frozen_weights_is_refused(
     flags += [*TWO, "--resolution", 16, "--prior_pictures", 0, "--lambda_con", 0]
     train(monkeypatch, *flags, "--max_train_steps", 1, "--output_dir", tmp_path / "run")
 
-    part = "transformer" if flag == "--base" else "unet"
-    (path,) = (tmp_path / "other" / part).glob("*.safetensors")
-    tensors = load_file(path)
-    next(iter(tensors.values())).add_(1)
-    save_file(tensors, path, dict(format="pt"))
+    change_a_weight(tmp_path / "other" / ("transformer" if flag == "--base" else "unet"))
     with pytest.raises(SystemExit):
         train(monkeypatch, "--resume", tmp_path / "run", "--max_train_steps", 2)
     assert "fingerprint" in capsys.readouterr().err
