@@ -10,7 +10,7 @@
     $B --what train --size 256 [--gan]        # a paired training step, beside the official style
     $B --what lora --size 256                 # LoRA as a branch, beside LoRA as a weight
     $B --what load                            # cold start to the first picture, beside diffusers
-    $B --what memory --size 192 --batch 2     # a CycleGAN-Turbo step on the tiny base
+    $B --what memory --size 192 --batch 2     # an unpaired step, tiny base, beside the official one
     $B --what memory --device cuda --dtype bf16 --sizes 256,512,1024     # both trainers, full size
     $B --what growth --sizes 256,512,1024,2048 --batches 1,2,4,8,16      # this code, and a plot
 
@@ -63,7 +63,7 @@ SIDES: dict[str, dict[str, Side | None]] = {
     "growth": {"ours": ours.translation},
     "train": {"ours": ours.training_steps, "official-style": peers.official_training},
     "lora": {"ours": ours.training_steps, "as a weight": peers.training_of_weights},
-    "memory": {"ours": ours.training_steps, "one graph": peers.joint_training},
+    "memory": {"ours": ours.training_steps, "official-style": peers.released_unpaired_training},
     "load": {"ours": None, "diffusers": None},  # whole processes, see measure_load
 }
 # The sides that --fast and --compile change, and what is then computed in more than one type.

@@ -3,6 +3,7 @@
 "official-style" is how the img2img-turbo repository arranges `diffusers` and `peft`: adapters
 beside their layers, skips handed on as attributes of the VAE's halves, a scheduler object for the
 one step, and the text encoder asked each time. Its methods are replaced at run time, as there.
+For unpaired training it is the order of the steps, on this code's networks.
 """
 
 import copy
@@ -288,31 +289,56 @@ def cross_entropy(levels: list[Tensor], label: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-def joint_training(job: Job, requests: Requests) -> None:
-    """Unpaired, on our networks: two complete VAEs, and the generator's losses in one graph.
+def released_unpaired_training(job: Job, requests: Requests) -> None:
+    """One iteration of the released script of CycleGAN-Turbo, on our networks, in float32.
 
-    Not the released script, which takes three generator steps of fewer translations each.
+    Two complete VAEs. The generator takes three steps (cycle, adversarial, identity), each with
+    translations of its own in both directions, and the discriminators two (on fakes, on real
+    pictures).
     """
     base = bases.load_base(job.base)
-    config = CycleGANTurboConfig()
-    generator = CycleGANTurbo(base.vae, base.unet, base.schedule, config)
+    generator = CycleGANTurbo(base.vae, base.unet, base.schedule, CycleGANTurboConfig())
     generator.vae_b2a = copy.deepcopy(generator.vae_b2a)
-    discriminator = PatchDiscriminator(16)
+    judges = {"a2b": PatchDiscriminator(16), "b2a": PatchDiscriminator(16)}
+    discriminators = nn.ModuleDict(judges)
+    trained = [p for p in generator.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-6)
+    optimizer_d = torch.optim.AdamW(discriminators.parameters(), lr=5e-6)
     x = torch.stack([to_tensor(picture) for picture in pictures(job.size, job.batch)])
     x = 2 * x - 1
     context = base.text_encoder(base.tokenizer(PROMPT)).expand(job.batch, -1, -1)
     side = job.size // generator.vae.factor
 
+    def translate(pictures: Tensor, direction: str) -> Tensor:
+        noise = torch.randn(job.batch, generator.vae.config.latent_channels, side, side)
+        return generator(pictures, context, direction, latent_noise=noise)
+
+    def descend(optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> None:
+        """A step on the sum of both directions' losses, from one graph."""
+        sum(losses).backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 10.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
     def step(task: str) -> None:
-        total = 0
+        cycle = []
         for there, back in (("a2b", "b2a"), ("b2a", "a2b")):
-            noise = torch.randn(job.batch, 4, side, side)
-            fake = generator(x, context, there, latent_noise=noise)
-            returned = generator(fake, context, back, latent_noise=noise)
-            same = generator(x, context, back, latent_noise=noise)
-            total = total + F.l1_loss(returned, x) + F.l1_loss(same, x)
-            total = total + cross_entropy(discriminator(fake), 1.0)
-        total.backward()
+            cycle.append(F.l1_loss(translate(translate(x, there), back), x))
+        descend(optimizer, cycle)
+
+        discriminators.requires_grad_(False)
+        fakes = {direction: translate(x, direction) for direction in judges}
+        fooling = [cross_entropy(D(fakes[direction]), 1.0) for direction, D in judges.items()]
+        descend(optimizer, fooling)
+        descend(optimizer, [F.l1_loss(translate(x, direction), x) for direction in judges])
+
+        discriminators.requires_grad_(True)
+        spectral_step(discriminators)
+        on_fakes = []
+        for direction, D in judges.items():
+            on_fakes.append(0.5 * cross_entropy(D(fakes[direction].detach()), 0.0))
+        descend(optimizer_d, on_fakes)
+        descend(optimizer_d, [0.5 * cross_entropy(D(x), 1.0) for D in judges.values()])
 
     answer(requests, step)
 

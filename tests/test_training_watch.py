@@ -62,6 +62,13 @@ def after(start: int, value: float, before: float):
 
 
 BLIND = dict(disc_right_on_real=0.5, disc_right_on_fake=0.5)
+
+
+def wavering(mean: float):
+    """An accuracy that changes by 0.56 from step to step."""
+    return lambda step: mean + (0.28 if step % 2 else -0.28)
+
+
 SICK = {
     "copies": (dict(preview_change=0.04), "copying: outputs are almost their inputs, with 4% of"),
     "copies one way": (dict(preview_change_a2b=0.04), "(preview_change_a2b); the adversarial loss"),
@@ -75,6 +82,7 @@ SICK = {
     "wild": (dict(spread=4.0), "samples have 4 times the spread of the data over the last 100"),
     "has won": (dict(disc_right_on_real=0.995, disc_right_on_fake=0.99), "discriminator has won"),
     "blind": (BLIND | dict(steps=200), "the discriminator is blind: it has told"),
+    "blind, with luck": (BLIND | dict(steps=200, disc_right_on_real=wavering(0.51)), "is blind"),
     "one answer": (dict(disc_right_on_real=1.0, disc_right_on_fake=0.0, steps=210), "210 steps"),
     "off colour": (dict(preview_tint=0.5), "drift: the mean hue of outputs is 0.5 from that of"),
     "off colour in b": (dict(preview_tint_a2b=0.5), "(preview_tint_a2b)"),
@@ -98,6 +106,7 @@ def test_a_signal_that_leaves_its_range_is_warned_of_by_name_and_with_a_remedy(s
 
 HEALTHY = {
     "blind for a short time": BLIND | dict(steps=199),
+    "slow to see": BLIND | dict(steps=200, disc_right_on_real=wavering(0.53)),
     "has met its match": dict(
         steps=205, disc_right_on_real=after(90, 0.1, before=0.8), disc_right_on_fake=0.9
     ),
@@ -105,6 +114,7 @@ HEALTHY = {
     "one preview": dict(preview_variety=after(599, 0.02, before=0.8)),
     "outliers": dict(grad_norm=lambda step: 500 if step % 20 == 0 else 1),
     "a gradient that falls": dict(grad_norm=lambda step: 100 / step),
+    "a small gradient that grows": dict(disc_grad_norm=after(560, 0.4, before=0.03)),
     "a plateau": dict(val_score=lambda step: 1 + 0.01 * (step > 200)),
     "worse for a short time": dict(val_score=lambda step: 1 + abs(step - 500) / 100),
     "accurate about fakes alone": dict(disc_right_on_fake=1.0),

@@ -24,13 +24,15 @@ COLLAPSE = 0.15
 LEVEL = 0.3
 CONTRAST = (0.4, 2.5)
 # A discriminator's accuracy on real pictures plus that on fakes, minus 1: 0 is chance. It has won
-# above the first; it is blind if the mean is below so many standard errors.
+# above the first; it is blind if the mean is below the second, and below so many standard errors.
 WON = 0.95
-BLIND = 2.0
+BLIND, ERRORS = 0.02, 2.0
 # Distance of the mean hues of outputs and targets, of about 1 at most.
 TINT = 0.2
-# How often in the last 50 steps a gradient norm was so many times the median before them.
+# How often in the last 50 steps a gradient norm was so many times the median before them, and above
+# the usual --max_grad_norm: smaller ones grow when a network begins to learn.
 GRADIENT, OFTEN, LATEST = 10.0, 4, 50
+LARGE = 1.0
 # How much worse than the best a validation is, relative to the best.
 WORSE = 0.05
 # Training items in an epoch.
@@ -253,7 +255,7 @@ def discriminator_blind(history: History) -> str | None:
     fake = history.series["disc_right_on_fake"]
     known = [informedness([r], [f]) for (_, r), (_, f) in zip(real, fake)]
     error = statistics.pstdev(known) / math.sqrt(len(known))
-    if statistics.fmean(known) > BLIND * error:
+    if statistics.fmean(known) > min(BLIND, ERRORS * error):
         return None
     return (
         f"it has told outputs from real pictures no better than by chance in all {len(known)}"
@@ -285,7 +287,8 @@ def gradient(history: History) -> str | None:
         if not values:
             continue
         usual = statistics.median(values[:-LATEST])
-        high = [value for value in values[-LATEST:] if value > GRADIENT * usual > 0]
+        bound = max(GRADIENT * usual, LARGE)
+        high = [value for value in values[-LATEST:] if value > bound]
         if len(high) >= OFTEN:  # a single one is clipped and forgotten
             return (
                 f"{name} was over {GRADIENT:.0f} times its usual {usual:.2g} in {len(high)} of the"
