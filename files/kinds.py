@@ -111,8 +111,13 @@ def is_safetensors(path: Path) -> bool:
 
 
 def is_torch(path: Path) -> bool:
-    """Whether a file begins as those of torch.save: a zip with a pickle, or just a pickle."""
+    """Whether a file begins as those of torch.save: a zip with a pickle, or just a pickle.
+
+    A tar archive is torch's oldest format, from which no release reads weights alone.
+    """
     start = first_bytes(path)
+    if start[257:262] == b"ustar":
+        return False
     return start.startswith(b"\x80") or (start.startswith(b"PK\3\4") and b"/data.pkl" in start)
 
 # -------------------- names of tensors

@@ -258,16 +258,18 @@ def test_pixarts_sides_are_multiples_of_twice_the_factor(dit, command):  # noqa:
 def test_a_transformer_alone_is_a_base_with_pixarts_other_parts(
     dit, tmp_path, monkeypatch, command,  # noqa: F811
 ):
-    alone = tmp_path / "alone"
+    alone = tmp_path / "yoso_pixart512"
+    snapshot = tmp_path / "models--Luo-Yihong--yoso_pixart512" / "snapshots" / "1a2b"
     stage = tmp_path / "stage"
     shutil.copytree(dit["tuned"] / "transformer", alone)
+    shutil.copytree(alone, snapshot)
     monkeypatch.setitem(hub.BASES, "pixart512", str(dit["512"]))
     monkeypatch.setitem(hub.BASES, "yoso512", str(alone))
     bases.save_folder(stage, bases.load_base("yoso512", bases.PIXART), rest="yoso512")
 
     tuned = bases.load_base(str(dit["tuned"]), bases.PIXART)
     plain = bases.load_base(str(dit["512"]), bases.PIXART)
-    for name in ("yoso512", str(alone), str(stage)):
+    for name in ("yoso512", str(alone), str(snapshot), str(stage)):
         base = bases.load_base(name, bases.parts_of(name))
         assert base.schedule.prediction_type == "v_prediction"
         assert same_tensors(base.transformer, tuned.transformer)
@@ -275,6 +277,16 @@ def test_a_transformer_alone_is_a_base_with_pixarts_other_parts(
         assert same_tensors(base.text_encoder, plain.text_encoder)
     assert command(PROMPT, "--base", "yoso512")[0] == 0
     assert Image.open("out.png").text["sampler"] == "lcm"
+
+
+def test_another_transformer_alone_has_pixarts_schedule_and_says_so(
+    dit, tmp_path, monkeypatch, capsys,  # noqa: F811
+):
+    alone = tmp_path / "alone"
+    shutil.copytree(dit["tuned"] / "transformer", alone)
+    monkeypatch.setitem(hub.BASES, "pixart512", str(dit["512"]))
+    assert bases.load_base(str(alone), ("schedule",)).schedule.prediction_type == "epsilon"
+    assert f"{alone} has no scheduler and gets PixArt's" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -509,13 +521,16 @@ def one_file_tensors(base: bases.Base, is_sd2: bool) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["sd15", "sd21"])
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sd-turbo"])
 def test_a_one_file_model_is_the_folder_it_was_made_from(tmp_path, monkeypatch, family):
-    is_sd2 = family == "sd21"
+    is_sd2 = family != "sd15"
     save_family(tmp_path / family, is_sd2)
     monkeypatch.setitem(hub.BASES, family, str(tmp_path / family))
     folder = bases.load_base(family)
     tensors = one_file_tensors(folder, is_sd2)
+    if family == "sd-turbo":
+        stem = "conditioner.embedders.0."
+        tensors = {key.replace("cond_stage_model.", stem): t for key, t in tensors.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
 
@@ -532,6 +547,23 @@ def test_a_one_file_model_is_the_folder_it_was_made_from(tmp_path, monkeypatch, 
             made.append(sample.text_to_image(one, PROMPT, [1], (16, 16), 2, guidance=2.0))
         assert torch.equal(made[0], made[1])
         assert torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("spread, predicted", [(0.2, "v_prediction"), (0.05, "epsilon")])
+def test_a_bias_tells_what_a_one_file_model_of_sd2_predicts(
+    tmp_path, monkeypatch, capsys, spread, predicted
+):
+    save_family(tmp_path / "sd21", is_sd2=True)
+    monkeypatch.setitem(hub.BASES, "sd21", str(tmp_path / "sd21"))
+    tensors = one_file_tensors(bases.load_base("sd21"), is_sd2=True)
+    # The small network has not so many blocks.
+    name = next(key for key in tensors if key.endswith("transformer_blocks.0.norm1.bias"))
+    monkeypatch.setattr(bases, "SD2_BIAS", name)
+    tensors[name] = spread * torch.tensor([-1.0, 1.0]).repeat(len(tensors[name]) // 2)
+    path = str(tmp_path / "model.safetensors")
+    save_file(tensors, path)
+    assert bases.load_base(path).schedule.prediction_type == predicted
+    assert f"{path} is taken for a model that predicts {predicted}" in capsys.readouterr().err
 
 
 # -------------------- schedulers
@@ -882,6 +914,10 @@ REFUSED = {
     "a ControlNet that is a base": (
         ["--base", "B", "--controlnet", "B", "--control_image", "in.png"],
         ["config.json"],
+    ),
+    "a ControlNet in one file": (
+        ["--base", "B", "--controlnet", "lora.safetensors", "--control_image", "in.png"],
+        ["lora.safetensors is a file", "a ControlNet's folder"],
     ),
     "a ControlNet without picture": (
         ["--base", "B", "--controlnet", "control"],

@@ -91,8 +91,8 @@ class Hub:
         if body is None:
             status = self.status
             body = b"Entry not found"
-            if is_resolve and self.files and status == 404:
-                headers["X-Error-Code"] = "EntryNotFound"
+            if is_resolve and status == 404:
+                headers["X-Error-Code"] = "EntryNotFound" if self.files else "RepoNotFound"
         elif is_resolve and name in self.elsewhere:
             status = 302
             headers["Location"] = f"http://localhost:{self.port}/large/{name}"
@@ -305,11 +305,18 @@ def test_a_download_that_breaks_off_once_is_taken_up_again(pipe, hub):
 
 def test_a_model_that_the_hub_does_not_have_and_one_that_needs_a_login(hub):
     hub.files = {}
-    assert "has no model_index.json" in refusal(lambda: load_base(ID))
+    message = refusal(lambda: load_base(ID), OSError)
+    assert "404" in message
+    assert "with another name if this one is wrong, or with HF_TOKEN set" in message
     hub.status = 401
     message = refusal(lambda: load_base(ID), OSError)
     assert "401" in message
     assert "HF_TOKEN" in message
+
+
+def test_a_model_without_an_index_on_the_hub(hub):
+    hub.files = {"README.md": b""}
+    assert "has no model_index.json" in refusal(lambda: load_base(ID))
 
 
 def test_no_network_is_one_line(hub):

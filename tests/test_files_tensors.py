@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pipelines import PARTS, edit, refusal, tiny_pipeline, weight_file
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from files import kinds
 from files.bases import load_base, save_folder
 from files.tensors import cast_frozen, fingerprint, read_tensors, save_tensors
 
@@ -169,3 +171,14 @@ def test_only_frozen_weights_are_stored_in_half_precision():
     cast_frozen(network, torch.bfloat16)
     dtypes = [p.dtype for p in network.parameters()]
     assert dtypes == [torch.bfloat16] * 4 + [torch.float32] * 4
+
+
+def test_torchs_oldest_format_is_refused_unread(tmp_path):
+    """A tar archive, even one that begins like a pickle: torch's safe reader does not cover it."""
+    path = tmp_path / "old.pt"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+        archive.addfile(tarfile.TarInfo("\x80pickle"))
+    assert path.read_bytes().startswith(b"\x80")
+    assert not kinds.is_torch(path)
+    with pytest.raises(ValueError, match="expected weights, from safetensors or torch.save"):
+        read_tensors(path)

@@ -126,6 +126,7 @@ RUNS = {
     "no-consistency": Run("yoso", dict(lambda_con=0), after="data-alone"),
     "mse": Run("yoso", dict(consistency="mse"), after="data-alone"),
     "random-discriminator": Run("yoso", dict(disc_random="on"), after="data-alone"),
+    "wrong-captions": Run("yoso", dict(lambda_mismatch=1), after="data-alone"),
     "adapted": Run("yoso", after="zero-snr"),
     "not-adapted": Run("yoso"),
     "prior": Run("yoso", YOSO_LORA | dict(prior_pictures=1000)),
@@ -236,6 +237,10 @@ IDEAS = {
             "sharp": "sharpness",
             "disc_right": "discriminator accuracy",
         },
+    ),
+    "mismatch": Idea(
+        runs={"with": "wrong-captions", "without": "yoso"},
+        figures={"all": "attributes right", "colour": "colours right", "sharp": "sharpness"},
     ),
     "prior": Idea(
         runs={"with": "prior", "without": "no-prior"},
