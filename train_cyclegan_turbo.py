@@ -310,6 +310,7 @@ def build_networks(cfg: Config, run: training.Run, prompts: tuple[str, str]) -> 
 
     Trained weights are in run.dtype, frozen ones may be stored in half precision.
     """
+    training.check_losses(cfg)
     # LoRA checkpoints must rebuild the same random base, so its seed is fixed.
     seed = cfg.seed if cfg.train == "all" else 0
     with run.first_process_first():
@@ -434,8 +435,8 @@ def translate_batch(
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1], translated. `noise` samples the VAE's latent.
 
-    Real pictures are never rounded to half precision, so the result must not be either: a
-    discriminator would tell them apart by that alone.
+    Autocast's pictures are in half precision. From here on they are computed with like real ones, so
+    that augmentation and losses do not round them alone.
     """
     context = nets.context(direction).expand(len(x), -1, -1)
     with run.autocast:

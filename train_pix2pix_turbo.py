@@ -257,8 +257,8 @@ def pix2pix_losses(
     Returns the weighted terms by name, and G's picture.
     """
     fake = G(x, context, r, noise, latent_noise=latent_noise)
-    # Targets are never rounded to half precision, so fakes must not be either: a discriminator
-    # would tell them apart by that alone.
+    # Autocast's fakes are in half precision. From here on they are computed with like targets, so
+    # that augmentation and losses do not round fakes alone.
     fake = fake.to(target.dtype)
     weight = 1.0 if r is None else r
 
@@ -322,6 +322,7 @@ def build_networks(
 
     Trained weights are in run.dtype, frozen ones may be stored in half precision.
     """
+    training.check_losses(cfg)
     # LoRA checkpoints must rebuild the same random base, so its seed is fixed.
     seed = cfg.seed if cfg.train == "all" else 0
     with run.first_process_first():

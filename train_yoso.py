@@ -621,6 +621,8 @@ def load_bases(cfg: Config, run: training.Run, train_set: Dataset) -> Networks:
             disc_base = bases.load_base(cfg.disc_base, ("unet", "text_encoder", "tokenizer"), **how)
         if cfg.teacher:
             teacher = bases.load_base(cfg.teacher, bases.parts_of(cfg.teacher), **how)
+            check_teacher(teacher, base)
+            teacher.vae = None  # it draws latents, which the base's VAE decodes
         if cfg.track_val_fid:
             inception = training.load_or_explain(
                 metrics.load_metric_network,
@@ -643,6 +645,21 @@ def load_bases(cfg: Config, run: training.Run, train_set: Dataset) -> Networks:
         inception=inception,
         preview_vae=preview_vae,
     )
+
+
+def check_teacher(teacher: bases.Base, base: bases.Base) -> None:
+    """ValueError for a teacher whose latents are not those of the base."""
+    if kind_of_latents(teacher) != kind_of_latents(base):
+        raise ValueError(
+            f"--teacher {teacher.name} makes latents of {kind_of_latents(teacher)}; expected"
+            f" {kind_of_latents(base)}, as those of {base.name}: choose a teacher with the same VAE"
+        )
+
+
+def kind_of_latents(base: bases.Base) -> str:
+    channels = base.denoiser.config.in_channels
+    scaling = base.vae.config.scaling_factor
+    return f"{channels} channels, factor {base.vae.factor} and scale {scaling:g}"
 
 
 def latent_shape(base: bases.Base, item: dict, resolution: int) -> tuple[int, ...]:

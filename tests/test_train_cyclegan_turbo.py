@@ -453,6 +453,11 @@ BAD = {
         ["squares", "drawn:day2night"],
     ),
     "a base without VAE": (None, ["--base", "pixels"], ["Identity", "AutoencoderKL"]),
+    "no loss": (
+        None,
+        ["--lambda_cycle", "0", "--lambda_idt", "0", "--lambda_gan", "0"],
+        ["--lambda_cycle", "--lambda_gan", "are 0; expected a loss"],
+    ),
     "the paired trainer's flag": (None, ["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
     "timestep of none": (None, ["--timestep", "1000"], ["timestep is 1000", "0 to 999"]),
     "init of another kind": (

@@ -576,6 +576,11 @@ CROP = ["--train_image_prep", "crop"]
 INIT = ["--train", "lora", "--init"]
 BAD = {
     "unknown flag": (["--lerning_rate", "1"], None, ["--lerning_rate", "--learning_rate"]),
+    "no loss": (
+        ["--lambda_l2", "0", "--lambda_gan", "0"],
+        None,
+        ["--lambda_l2", "--lambda_gan", "are 0; expected a loss"],
+    ),
     "not a number": (["--learning_rate", "fast"], None, ["--learning_rate", "fast"]),
     "unknown choice": (["--gan_disc_type", "vgg"], None, ["--gan_disc_type", "patch"]),
     "needless flag": (["--enable_xformers_memory_efficient_attention"], None, ["fused"]),

@@ -1263,6 +1263,16 @@ BAD = {
         ["captions.txt", "--teacher"],
     ),
     "a teacher and pictures": (["--teacher", "tiny"], ["leave --teacher out"]),
+    "a teacher of other latents": (
+        ["--dataset_folder", "{captions}", "--teacher", "pixels"],
+        ["--teacher pixels", "3 channels, factor 1", "4 channels, factor 4", "the same VAE"],
+    ),
+    "nothing left of the gradients": (["--max_grad_norm", "0"], ["--max_grad_norm 0", "1e9"]),
+    "a rank that no checkpoint has": (["--lora_rank", "1001"], ["--lora_rank 1001", "1000"]),
+    "double precision in half": (
+        ["--dtype", "float64", "--mixed_precision", "bf16"],
+        ["--dtype float64", "--mixed_precision bf16", "leave one"],
+    ),
     "not a zip": (["--dataset_folder", "{taken}/a.zip"], ["a.zip", "dataset.json"]),
     "a prior of -1 pictures": (["--prior_pictures", "-1"], ["--prior_pictures", "0 or more"]),
     "the paired trainer's flag": (["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),

@@ -157,6 +157,8 @@ class Settings:
     validation_num_images: int = 50
     viz_freq: int = 20
     prior_pictures: int = 100
+    denoising_steps: int = 0
+    lambda_mismatch: float = 0.0
     init: str | None = None
     resume: str | None = None
     output_dir: str | None = None
@@ -198,6 +200,8 @@ def test_variants_are_the_flags_that_are_not_set_yet():
     assert list(plan.variants(saving)) == ["--resolution 32"]
     saving.train_image_prep = "resize_64"  # which --resolution does not change
     assert plan.variants(saving) == {}
+    # With it, the micro-batch is part of the mathematics.
+    assert not any("batch" in name for name in plan.variants(Settings(lambda_mismatch=1.0)))
 
 
 def test_a_measured_process_gets_all_settings_but_where_to_write():
@@ -209,6 +213,11 @@ def test_a_measured_process_gets_all_settings_but_where_to_write():
     expected = dict(resolution="32", plan_steps="3", gradient_checkpointing="off", init="w")
     expected |= dict(validation_num_images="2", prior_pictures="4")
     assert expected.items() <= given.items()
+    assert given["denoising_steps"] == "0"
+    cfg.denoising_steps = 600  # which are cheaper than the steps that follow
+    assert "--denoising_steps=0" in plan.command("train.py", cfg, {})
+    said = plan.summary(cfg, "train.py", plan.Row("as asked", FACTS, seconds=30.0))[-1]
+    assert said == "faster than said  the first 600 steps (--denoising_steps)"
     cfg.resume = "runs/x"
     assert not any("--init" in word for word in plan.command("train.py", cfg, {}))
 

@@ -28,6 +28,7 @@ from training.flags import (
     Precision,
     Scheduler,
     build_parser,
+    check_losses,
     field_comments,
     given_values,
     kind_of,

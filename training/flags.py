@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import typing
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 from training.exits import first_line
 
@@ -44,6 +44,8 @@ AT_LEAST = {
     "denoising_steps": 0,
     "prior_pictures": 0,
 }
+# Ranks above this are in no checkpoint that can be read.
+MOST_RANK = 1000
 # Flags of other trainers that have no meaning here, and why.
 REFUSED = {
     "--enable_xformers_memory_efficient_attention":
@@ -143,7 +145,19 @@ def given_values(parser: argparse.ArgumentParser, argv: list[str] | None) -> dic
     for name, value in given.items():
         if type(value) is float and value < 0:
             raise ValueError(f"--{name} {value}: expected 0 or more")
+    if given.get("max_grad_norm") == 0:
+        raise ValueError(
+            "--max_grad_norm 0 would clip all gradients to 0; expected more, as 1e9 for no clipping"
+        )
     return given
+
+
+def check_losses(cfg) -> None:
+    """ValueError if the weights of all losses are 0."""
+    weights = {name: value for name, value in asdict(cfg).items() if name.startswith("lambda_")}
+    if not any(weights.values()):
+        names = ", ".join(f"--{name}" for name in weights)
+        raise ValueError(f"{names} are 0; expected a loss to learn from")
 
 
 def parse_args(
@@ -185,6 +199,8 @@ def check_number(name: str, value: object) -> None:
         least = AT_LEAST.get(name, 1)
         if not least <= value < 2**63:
             raise ValueError(f"--{name} {value}: expected {least} or more, below 2^63")
+        if name.startswith("lora_rank") and value > MOST_RANK:
+            raise ValueError(f"--{name} {value}: expected {MOST_RANK} at most")
     if type(value) is float and not math.isfinite(value):
         raise ValueError(f"--{name} {value}: expected a finite number")
 

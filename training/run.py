@@ -49,6 +49,11 @@ class Run:
     """
 
     def __init__(self, cfg, kind: str):
+        if cfg.dtype == "float64" and cfg.mixed_precision != "no":
+            raise ValueError(
+                f"--dtype float64 with --mixed_precision {cfg.mixed_precision}: autocast leaves"
+                " float64 as it is; leave one of the two out"
+            )
         self.cfg = cfg
         self.kind = kind
         self.rank, self.world, self.device = start_ranks(cfg.device)
