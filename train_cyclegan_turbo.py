@@ -435,8 +435,8 @@ def translate_batch(
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1], translated. `noise` samples the VAE's latent.
 
-    Autocast's pictures are in half precision. From here on they are computed with like real ones, so
-    that augmentation and losses do not round them alone.
+    Autocast's pictures are in half precision. From here on they are computed with like real ones,
+    so that augmentation and losses do not round them alone.
     """
     context = nets.context(direction).expand(len(x), -1, -1)
     with run.autocast:
