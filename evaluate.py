@@ -519,7 +519,10 @@ def read_captions(path: Path, fake: list[Path]) -> list[str]:
             f'{path} does not exist; expected a JSON file {{"file name": "caption"}}'
         )
     stems = {Path(name).stem: caption for name, caption in prompts.items()}
-    captions = [prompts.get(picture.name, stems.get(picture.stem)) for picture in fake]
+    captions = []
+    for picture in fake:
+        by_stem = stems.get(folders.composed(picture.stem))
+        captions.append(prompts.get(folders.composed(picture.name), by_stem))
     if None in captions:
         first = fake[captions.index(None)]
         raise ValueError(

@@ -48,6 +48,7 @@ from models import clip, controlnet, diffusion, t5, vae
 from sampling.pace import Pace, at_a_time, parse_tile, timed
 from sampling.pictures import (
     Batches,
+    check_folders,
     check_overwriting,
     is_png,
     plan_targets,
@@ -189,17 +190,18 @@ def choose_use(options: Options) -> str:
     if options.checkpoint:
         translator = checkpoints.checkpoint_kind(options.checkpoint) != "yoso"
 
-    nothing_to_translate = translator and not options.input
-    nothing_to_edit_by = options.input and not translator and options.prompt is None
-    if nothing_to_translate or nothing_to_edit_by:
-        raise ValueError(
-            "a translator (--checkpoint) and --input belong together; expected both, or a prompt to"
-            " edit the input by"
-        )
-
     if translator:
+        if not options.input:
+            raise ValueError(
+                f"{options.checkpoint} translates pictures; expected --input, a picture or a folder"
+            )
         return "translate"
     if options.input:
+        if options.prompt is None:
+            raise ValueError(
+                f"nothing to do with {options.input}: expected a translator (--checkpoint), or a"
+                " prompt to edit it by"
+            )
         return "edit"
     if changed_flags(options) <= PAGE_FLAGS:
         return "page"
@@ -370,6 +372,7 @@ def plan_drawings(options: Options) -> dict[int, Path]:
         )
     seeds = range(options.seed, options.seed + options.n)
     targets = {seed: output if one_file else output / f"{seed}.png" for seed in seeds}
+    check_folders(targets.values())
     if options.control_image:
         check_overwriting([options.control_image], targets.values())
     return targets
@@ -405,7 +408,10 @@ def prepare_base(options: Options, device: torch.device, strength: float = 1.0) 
             f"--controlnet steers a U-Net, but {base.name} is PixArt; expected a Stable Diffusion"
             " base"
         )
+    sampler = choose_sampler(options, base)
     if options.save:
+        if options.prompt is not None:  # gigabytes are written when nothing else is wrong
+            check_drawing(options, base)
         save_base(options.save, base, prior)
     if options.vae:
         base.vae = autoencoders.load_autoencoder(options.vae, base, dtype, str(device))
@@ -420,7 +426,14 @@ def prepare_base(options: Options, device: torch.device, strength: float = 1.0) 
         if name in ("encoder", "decoder"):
             graphs.append(part)
     speed_up([base.vae], base.denoiser, graphs, precision, device, options.compile)
-    return LoadedBase(base, choose_sampler(options, base), precision.name, prior)
+    return LoadedBase(base, sampler, precision.name, prior)
+
+
+def check_drawing(options: Options, base: bases.Base) -> None:
+    """ValueError for a --size or a --prior that does not suit the base."""
+    size = parse_size(options.size, base)
+    if options.prior:
+        bases.load_prior(options.prior, latent_shape(base, size))
 
 
 def save_base(folder: Path, base: bases.Base, prior: tuple[Tensor, Tensor] | None) -> None:
@@ -428,8 +441,10 @@ def save_base(folder: Path, base: bases.Base, prior: tuple[Tensor, Tensor] | Non
     bases.save_folder(folder, base)
     print(folder)
     if prior is not None and not ends_in_noise(base.schedule):
-        bases.save_prior(folder / "prior.safetensors", *prior)
-        print(folder / "prior.safetensors")
+        path = folder / "prior.safetensors"
+        bases.save_prior(path, *prior)
+        print(path)
+        print(f"to draw from it: --base {folder} --prior {path}", file=sys.stderr)
 
 
 def ends_in_noise(schedule: diffusion.Schedule) -> bool:
@@ -511,6 +526,11 @@ def choose_prior(
 ) -> tuple[Tensor, Tensor] | None:
     """Mean and std [4, h, w] of the latents that sampling starts from; None for noise alone."""
     shape = latent_shape(loaded.base, size)
+    if options.prior and ends_in_noise(loaded.base.schedule):
+        raise ValueError(
+            f"--prior has no meaning for {loaded.base.name}, which starts from pure noise; leave it"
+            " out"
+        )
     if options.prior:
         return bases.load_prior(options.prior, shape)
     if loaded.prior is None or ends_in_noise(loaded.base.schedule):
@@ -754,9 +774,11 @@ def translate(options: Options, device: torch.device) -> None:
 
 
 def check_export(options: Options, targets: dict[Path, Path]) -> None:
-    """ValueError if --export would write over an input or an output."""
+    """ValueError if --export is no FILE.pt2, or would write over an input or an output."""
     if options.export is None:
         return
+    if options.export.suffix != ".pt2":
+        raise ValueError(f"--export {options.export}: expected a name ending in .pt2")
     taken = {path.resolve() for pair in targets.items() for path in pair}
     if options.export.resolve() in taken:
         raise ValueError(
@@ -1035,6 +1057,7 @@ def draw_page(options: Options, device: torch.device) -> None:
     found = facts_of_base(loaded) | dict(prompt="twelve captions and four translations")
     facts = png_facts(options, "page", found)
     save(page.lay_out(cells), target, facts)
+    print(target)
 
 
 # ------------------------------------------------------------------------ the same for all uses

@@ -146,8 +146,9 @@ def write_cache(
     """Encodes a data set into the folder `output`; of captions alone, contexts alone.
 
     Shards are written one at a time, so memory holds `shard_items` items at most. Shards that are
-    there and undamaged are kept, so a stopped run continues. Crops and flips are drawn once, from
-    `seed`. ValueError if `output` holds anything else, or a cache of something else.
+    there, undamaged and of files and captions that have not changed are kept, so a stopped run
+    continues. Crops and flips are drawn once, from `seed`. ValueError if `output` holds anything
+    else, or a cache of something else.
     """
     from files.bases import load_base
     from files.tensors import fingerprint
@@ -162,7 +163,7 @@ def write_cache(
         size=size,
         column=column,
         seed=seed,
-        data=str(source),
+        data=str(Path(source).resolve()) if Path(source).exists() else str(source),
         vae=fingerprint(base.vae),
         text_encoder=fingerprint(base.text_encoder),
     )
@@ -177,19 +178,39 @@ def write_cache(
     for split, dataset in sets.items():
         starts = range(0, len(dataset), shard_items)
         for number, start in enumerate(tqdm(starts, split, unit=" shards")):
-            if _is_written(output, index["shards"][split], number):
-                continue
             indices = range(len(dataset))[start:start + shard_items]
+            made_of = _state_of(dataset, indices)
+            if _is_written(output, index["shards"][split], number, made_of):
+                continue
             items, broken = _read_items(dataset, indices, seed)
             problems += broken
             if problems:  # No shard may follow a missing one, but the rest is read all the same.
                 continue
             path = output / f"{split}-{number:05d}.safetensors"
-            shard = _write_shard(path, base, items, batch, device)
+            shard = _write_shard(path, base, items, batch, device) | dict(made_of=made_of)
             index["shards"][split][number:number + 1] = [shard]  # replaces or appends
             _write_index(output, index)
+        _remove_surplus(output, index, split, len(starts))
     _refuse(problems)
     print(output)
+
+
+def _state_of(dataset: Dataset, indices: range) -> str:
+    """A hash that changes when files or captions of these items do. Drawings and digits do not."""
+    state = getattr(dataset, "state", None)
+    if state is None:
+        return ""
+    return hashlib.sha256(repr([state(i) for i in indices]).encode()).hexdigest()
+
+
+def _remove_surplus(output: Path, index: dict, split: str, count: int) -> None:
+    """Removes what a larger data set left behind the first `count` shards of a split."""
+    surplus = index["shards"][split][count:]
+    if surplus:
+        del index["shards"][split][count:]
+        _write_index(output, index)
+    for shard in surplus:
+        (output / shard["file"]).unlink(missing_ok=True)
 
 
 def _read_items(dataset: Dataset, indices: range, seed: int) -> tuple[list[dict], list[str]]:
@@ -240,20 +261,23 @@ def _open_cache(output: Path, facts: dict, counts: dict[str, int]) -> dict:
     ValueError if the folder holds anything else, or a cache of something else.
     """
     output.mkdir(parents=True, exist_ok=True)
-    if (output / "index.json").exists():
-        index = read_cache_index(output)
-        found = index["facts"] | {"items": index["items"]}
-        wanted = facts | {"items": counts}
-        for name in found | wanted:
-            if found.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"{output} is a cache of something else: its {name} is {found.get(name)}, and"
-                    f" this one's would be {wanted.get(name)}: choose another --output"
-                )
-        return index
-    if any(output.iterdir()):
-        raise ValueError(f"{output} is neither empty nor a cache: choose another --output")
-    return dict(format=CACHE, facts=facts, items=counts, shards=dict(train=[], test=[]))
+    new = dict(format=CACHE, facts=facts, items=counts, shards=dict(train=[], test=[]))
+    if not (output / "index.json").exists():
+        if any(output.iterdir()):
+            raise ValueError(f"{output} is neither empty nor a cache: choose another --output")
+        return new
+
+    index = read_cache_index(output)
+    if not any(index["shards"].values()):  # of a run that failed before the first
+        return new
+    found = index["facts"]
+    for name in found | facts:
+        if found.get(name) != facts.get(name):
+            raise ValueError(
+                f"{output} is a cache of something else: its {name} is {found.get(name)}, and"
+                f" this one's would be {facts.get(name)}: choose another --output"
+            )
+    return index | dict(items=counts)
 
 
 def _write_index(output: Path, index: dict) -> None:
@@ -261,9 +285,9 @@ def _write_index(output: Path, index: dict) -> None:
     training.write_file(output / "index.json", lambda path: path.write_text(text))
 
 
-def _is_written(output: Path, shards: list[dict], number: int) -> bool:
-    """Whether shard `number` is in the index and its file is undamaged."""
-    if number >= len(shards):
+def _is_written(output: Path, shards: list[dict], number: int, made_of: str) -> bool:
+    """Whether shard `number` is in the index, of these items, and its file is undamaged."""
+    if number >= len(shards) or shards[number].get("made_of") != made_of:
         return False
     try:
         check_shard(output, shards[number])
@@ -328,6 +352,7 @@ def estimate_prior(
 
     folder = Path(folder)
     output = Path(output)
+    _check_prior_output(output)
     names = pictures_in(folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     vae = load_base(base, ("vae",), torch.float32, device).vae
@@ -359,3 +384,15 @@ def estimate_prior(
         raise ValueError(
             f"{len(problems)} of {len(names)} pictures are not in the prior: {'; '.join(problems)}"
         )
+
+
+def _check_prior_output(output: Path) -> None:
+    """ValueError if a prior would be written over anything but a prior, or has another ending."""
+    from files.tensors import read_tensors
+
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output {output}: expected a name ending in .safetensors")
+    if output.exists():
+        tensors, _ = read_tensors(output, "a prior, or a new name")
+        if tensors.keys() != {"mean", "std"}:
+            raise ValueError(f"--output {output} is there and is no prior; expected a new name")

@@ -16,11 +16,13 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import training
 from dataset.cache import Cached, check_shard
 from dataset.folders import (
     Captioned,
     PairedFolder,
     UnpairedFolder,
+    composed,
     find_caption,
     list_folder,
     match_partners,
@@ -99,6 +101,8 @@ def check(
         raise ValueError(f"{folder} is part of this code, and has no files to check")
     folder = Path(folder)
     trainer = trainer or guess_trainer(folder)
+    sheet = Path(output) if output else _sheet_path(folder)
+    _check_output(sheet, folder)
     tokenizer = _load_tokenizer(base) if base else None
     print(f"{folder}: checked for {trainer}")
 
@@ -119,10 +123,19 @@ def check(
     if not problems:
         print("no problems")
     if tiles:
-        path = Path(output) if output else _sheet_path(folder)
-        _contact_sheet(tiles).save(path)
-        print(path)
+        kind = "PNG" if sheet.suffix.lower() == ".png" else "JPEG"
+        picture = _contact_sheet(tiles)
+        training.write_file(sheet, lambda path: picture.save(path, format=kind))
+        print(sheet)
     return problems
+
+
+def _check_output(sheet: Path, folder: Path) -> None:
+    """ValueError for a contact sheet that would be no picture, or among those of the data set."""
+    if sheet.suffix.lower() not in (".png", ".jpg", ".jpeg") or sheet.is_dir():
+        raise ValueError(f"--output {sheet}: expected a name ending in .png or .jpg")
+    if folder.is_dir() and sheet.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--output {sheet} is inside the data set; expected a name elsewhere")
 
 
 def _sheet_path(folder: Path) -> Path:
@@ -473,7 +486,8 @@ def _check_pairs(
             problems.append(f"{b / name} has no partner in {a.name}")
 
     _check_captions(a, captions, prompts, problems)
-    unused = [name for name in prompts or {} if name not in facts_a and name not in facts_b]
+    known = {composed(name) for name in (*facts_a, *facts_b)}
+    unused = [name for name in prompts or {} if name not in known]
     if unused:
         problems.append(
             f"{prompts_path} has {len(unused)} entries without a picture, the first '{unused[0]}'"

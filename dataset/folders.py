@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -220,7 +221,13 @@ def read_prompts(path: Path) -> dict[str, str] | None:
                 raise ValueError(f"the caption of '{name}' is {_type_name(caption)}, not text")
     if repeated:
         report_left_out(path, {"repeated caption, of which the last counts": repeated})
-    return prompts
+    return {composed(name): caption for name, caption in prompts.items()}
+
+
+def composed(name: str) -> str:
+    """A file name in one of its Unicode forms. Disks and archives differ in whether é is one
+    character or two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def find_caption(a: Path, b: Path, prompts: dict[str, str] | None) -> str | None:
@@ -229,7 +236,7 @@ def find_caption(a: Path, b: Path, prompts: dict[str, str] | None) -> str | None
     It is looked up in `prompts`, under either name; if that is None, in a .txt beside a or b.
     """
     if prompts is not None:
-        return prompts.get(a.name, prompts.get(b.name))
+        return prompts.get(composed(a.name), prompts.get(composed(b.name)))
     for path in (a.with_suffix(".txt"), b.with_suffix(".txt")):
         if path.exists():
             return " ".join(read_text(path).split())
@@ -252,21 +259,28 @@ def match_partners(a: list[str], b: list[str]) -> dict[str, str | None]:
     The partner has the same name, or else the same stem. A stem that several files of B share, or
     that an earlier file of A has claimed, gives no partner.
     """
-    same = set(a) & set(b)
+    same = {composed(name): name for name in b}
+    claimed = {composed(name) for name in a}
     by_stem = {}
-    for name in sorted(set(b) - same):
-        by_stem.setdefault(Path(name).stem, []).append(name)
+    for name in sorted(set(b)):
+        if composed(name) not in claimed:
+            by_stem.setdefault(composed(Path(name).stem), []).append(name)
 
     partners = {}
     for name in a:
-        partners[name] = None
-        if name in same:
-            partners[name] = name
+        partners[name] = same.get(composed(name))
+        if partners[name]:
             continue
-        candidates = by_stem.pop(Path(name).stem, [])
+        candidates = by_stem.pop(composed(Path(name).stem), [])
         if len(candidates) == 1:
             partners[name] = candidates[0]
     return partners
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """Size and time of the last change: what shows that a file is another one now."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def split_item(item: Item) -> tuple[int, np.random.Generator | None]:
@@ -332,7 +346,7 @@ class PairedFolder(Dataset):
         # A prompts.json must be complete. Without one, captions are optional.
         if prompts is not None:
             check_captions(captions, path)
-            known = {*inputs, *targets}
+            known = {composed(name) for name in (*inputs, *targets)}
             unused = [name for name in prompts if name not in known]
             if unused:
                 report_left_out(path, {"caption without a picture": unused})
@@ -341,6 +355,11 @@ class PairedFolder(Dataset):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def state(self, index: int) -> tuple:
+        """Changes when the target or the caption of an item does."""
+        name, partner = self.pairs[index]
+        return name, self.captions[index], *file_state(self.b / partner)
 
     def __getitem__(self, item: Item) -> dict:
         index, rng = split_item(item)
@@ -490,6 +509,9 @@ class _PictureZip:
                 left_out.setdefault(kind, []).append(name)
         return names, left_out
 
+    def has(self, name: str) -> bool:
+        return name in self._open().namelist()
+
     def read(self, name: str) -> bytes:
         expected = f"{MAX_UNZIPPED} bytes at most, whole: make the zip again"
         with reading(f"{name} in {self.path}", expected):
@@ -527,6 +549,8 @@ def _captions_of_zip(archive: _PictureZip) -> tuple[list[tuple[str, str]], LeftO
     expected = "a zip of pictures with a dataset.json, as EDM's dataset_tool.py writes it"
     with reading(archive.path, expected):
         names, left_out = archive.contents()
+        if not archive.has("dataset.json"):
+            raise ValueError("it has no dataset.json at its top")
         labels = json.loads(archive.read("dataset.json"))["labels"] or []
         classes = {name: f"class {_whole_number(label)}" for name, label in labels}
     known = set(names)
@@ -703,6 +727,13 @@ class Captioned(Dataset):
 
         (picture,) = self.prepare([self.read_picture(index)], rng)
         return dict(target=_to_signed_tensor(picture), caption=caption, name=name)
+
+    def state(self, index: int) -> tuple:
+        """Changes when the picture or the caption of an item does; of a zip, when the zip does."""
+        name, caption = self.items[index]
+        if self.kind == ".txt":
+            return name, caption
+        return name, caption, *file_state(self.source if self.archive else self.folder / name)
 
     def read_picture(self, index: int) -> Image.Image:
         """The picture of an item, unprepared. ValueError if it cannot be read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def find_checkpoint(name: str, files: Iterable[str] = ("model.safetensors",)) ->
     ValueError if there is none.
     """
     known = known_names()
-    expected = f"a checkpoint, model.safetensors of a trainer here, or one of {', '.join(known)}"
+    expected = f"a checkpoint (model.safetensors of a trainer here), or one of {', '.join(known)}"
     if name not in known or Path(name).exists():
         return locate(name, [*files], expected)
     if name not in CHECKPOINTS:
@@ -198,14 +199,18 @@ def known_names() -> list[str]:
 def checkpoint_kind(checkpoint: str) -> str | None:
     """The kind of a checkpoint, "pix2pix_turbo", "cyclegan_turbo" or "yoso".
 
-    None for a file that no trainer here wrote.
+    None for an official `.pkl`. ValueError for any other file that no trainer here wrote.
     """
     if checkpoint in CHECKPOINTS and not Path(checkpoint).exists():
         return None
     path = find_checkpoint(checkpoint)
-    if path.suffix != ".safetensors":
+    if path.suffix == ".pkl":
         return None
-    _, metadata = read_tensors(path)
+    expected = "a checkpoint: a trainer's model.safetensors, or img2img-turbo's .pkl"
+    tensors, metadata = read_tensors(path, expected)
+    if metadata.get("format") != FORMAT:
+        what = _what_it_is(tensors, metadata)
+        raise ValueError(f"--checkpoint {path}: it is {what}; expected {expected}")
     return metadata.get("kind")
 
 # -------------------- loading
@@ -231,6 +236,7 @@ def load_yoso(
         if metadata.get("kind") != "yoso":
             raise ValueError(f"it is {_what_it_is(tensors, metadata)}")
         name = base or metadata["base"]
+        _warn_of_other_base(path, metadata["base"], name)
         config = json.loads(metadata["config"])
         if name == "gaussians":
             raise ValueError("it draws points in the plane, not pictures")
@@ -348,6 +354,7 @@ def _read_translator(path: Path, base: str | None, strength: float) -> SavedTran
         if metadata.get("format") != FORMAT or kind not in KINDS:
             raise ValueError(f"it is {_what_it_is(tensors, metadata)}")
         base_name = base or metadata["base"]
+        _warn_of_other_base(path, metadata["base"], base_name)
         configs = json.loads(metadata["config"])
         prompts = [str(prompt) for prompt in json.loads(metadata["prompts"])]
         config = from_json(KINDS[kind].config, configs["generator"])
@@ -519,10 +526,24 @@ def start_yoso_from(
     return f"starting from {path}"
 
 
-def _check_same_base(saved: str, base: str, path: Path) -> None:
-    """ValueError unless both names end alike, as those of copies in two folders do."""
+def _same_base(saved: str, base: str) -> bool:
+    """Whether both names end alike, as those of copies in two folders do."""
     names = [Path(BASES.get(name, name)).expanduser().name for name in (saved, base)]
-    if names[0] != names[1]:
+    return names[0] == names[1]
+
+
+def _warn_of_other_base(path: Path, saved: str, base: str) -> None:
+    """Says on stderr that a checkpoint is used with a base that it was not trained on."""
+    if not _same_base(saved, base):
+        print(
+            f"{path} was trained on the base {saved}; on {base} it may mean nothing",
+            file=sys.stderr,
+        )
+
+
+def _check_same_base(saved: str, base: str, path: Path) -> None:
+    """ValueError unless a new run has the base that the checkpoint was trained on."""
+    if not _same_base(saved, base):
         raise ValueError(
             f"{path} was trained on the base {saved}; expected {base}, that of this run:"
             f" give --base {saved}"

@@ -4,6 +4,7 @@ One batch is read and one written while one is computed. If one picture of sever
 others are still made, and all that failed are named at the end.
 """
 
+import os
 import sys
 import traceback
 from collections import Counter
@@ -51,6 +52,17 @@ def check_overwriting(inputs: Iterable[Path], targets: Iterable[Path]) -> None:
             )
 
 
+def check_folders(targets: Iterable[Path]) -> None:
+    """ValueError if a result's folder is there and cannot be written to, or cannot be made."""
+    for folder in {target.parent for target in targets}:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise ValueError(f"--output: {folder} is a file; expected the name of a folder")
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--output: {folder} cannot be written to; expected another folder")
+
+
 def plan_targets(
     source: Path,
     output: Path | None,
@@ -68,6 +80,7 @@ def plan_targets(
         target = output if is_png(output) else output / f"{source.stem}.png"
         targets = {source: target}
     check_overwriting([*targets, *also_read], targets.values())
+    check_folders(targets.values())
     return targets
 
 
@@ -76,6 +89,8 @@ def plan_folder(folder: Path, output: Path) -> dict[Path, Path]:
         raise ValueError(
             f"--output {output} is one file for a folder of pictures; expected a folder"
         )
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"--output {output} is the folder of the input; expected another folder")
     paths = [folder / name for name in pictures_in(folder)]
     names = output_names(paths)
     return {path: output / f"{name}.png" for path, name in zip(paths, names)}
@@ -212,10 +227,7 @@ def explain_failure(path: Path, error: Exception) -> str:
 
 
 def save(picture: Tensor, path: Path, facts: dict[str, object]) -> None:
-    """Writes [3, H, W] in [-1, 1] as an 8-bit PNG with its facts, and prints the path.
-
-    ValueError for NaN.
-    """
+    """Writes [3, H, W] in [-1, 1] as an 8-bit PNG with its facts. ValueError for NaN."""
     if picture.isnan().any():
         advice = "try --dtype float32"
         if DTYPES.get(facts["dtype"]) in (torch.float32, torch.float64):
@@ -234,11 +246,10 @@ def save(picture: Tensor, path: Path, facts: dict[str, object]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     training.write_file(path, write)
-    print(path)
 
 
 def save_all(batches: Batches, total: int, problems: list[str]) -> None:
-    """Writes each batch while the next one is computed.
+    """Writes each batch while the next one is computed, and prints the paths.
 
     `problems` grows while `batches` is read. ValueError in the end, with all of them.
     """
@@ -247,9 +258,11 @@ def save_all(batches: Batches, total: int, problems: list[str]) -> None:
             for path, picture, picture_facts in zip(paths, pictures, facts):
                 try:
                     save(picture, path, picture_facts)
-                    progress.update()
                 except Exception as error:
                     problems.append(explain_failure(path, error))
+                    continue
+                progress.update()
+                print(path)
 
     if problems and total == 1:
         raise ValueError(problems[0])

@@ -128,3 +128,47 @@ def test_a_cache_of_something_else_is_not_continued(tmp_path):
 
     (tmp_path / "cache" / "index.json").write_text("[]")
     refused(open_captioned, tmp_path / "cache", "train", "", match="index.json cannot be used")
+
+
+def test_what_has_changed_since_is_encoded_again_and_what_is_gone_is_dropped(tmp_path):
+    make_pictures(tmp_path, 20)
+    arguments = settings(tmp_path, shard_items=5)
+    write_cache(**arguments)
+    before = open_captioned(tmp_path / "cache", "train", "")
+    old = [before[i] for i in range(len(before))]
+
+    noise(12, 12, 99).save(tmp_path / "07.png")
+    (tmp_path / "03.txt").write_text("a new caption")
+    write_cache(**arguments)
+    new = open_captioned(tmp_path / "cache", "train", "")
+    changed = [i for i in range(18) if not torch.equal(new[i]["mean"], old[i]["mean"])]
+    assert changed == [7]
+    assert new[3]["caption"] == "a new caption"
+
+    for number in range(10, 20):
+        (tmp_path / f"{number}.png").unlink()
+    write_cache(**arguments)
+    left = open_captioned(tmp_path / "cache", "train", "")
+    assert [left[i]["name"] for i in range(len(left))] == [f"{i:02d}.png" for i in range(9)]
+    shards = sorted(path.name for path in (tmp_path / "cache").glob("train-*"))
+    assert shards == ["train-00000.safetensors", "train-00001.safetensors"]
+
+
+def test_a_cache_that_failed_before_its_first_shard_is_begun_again(tmp_path):
+    make_pictures(tmp_path, 10)
+    refused(write_cache, **settings(tmp_path, prep="resized_crop_10", size=10), match="multiples")
+    write_cache(**settings(tmp_path))
+    assert len(open_captioned(tmp_path / "cache", "train", "")) == 9
+
+
+def test_a_prior_is_written_over_nothing_but_a_prior(tmp_path):
+    make_pictures(tmp_path, 2)
+    picture = tmp_path / "00.png"
+    refused(estimate_prior, tmp_path, "tiny", 8, picture, match="name ending in .safetensors")
+    other = tmp_path / "weights.safetensors"
+    save_tensors(other, {"a": torch.ones(1)}, {})
+    content = other.read_bytes()
+    refused(estimate_prior, tmp_path, "tiny", 8, other, match="is there and is no prior")
+    assert other.read_bytes() == content
+    for _ in range(2):
+        estimate_prior(tmp_path, "tiny", 8, tmp_path / "prior.safetensors")

@@ -310,6 +310,15 @@ def test_what_yoso_refuses_to_open_is_a_problem(tmp_path, run, spoiled, reason):
     assert reason in "".join(problems_in(out))
 
 
+@pytest.mark.parametrize("output", ["pictures/00.png", "sheet.xyz", "."])
+def test_a_contact_sheet_is_written_over_no_picture_of_the_data_set(tmp_path, run, output):
+    pictures = captioned(tmp_path / "pictures")
+    before = {path: path.read_bytes() for path in pictures.iterdir()}
+    status, _, err = run("check", pictures, "--output", tmp_path / output)
+    assert status == 2 and "--output" in err and "expected a name" in err
+    assert {path: path.read_bytes() for path in pictures.iterdir()} == before
+
+
 def test_a_damaged_shard_of_a_cache_is_a_problem(tmp_path, run):
     pictures = captioned(tmp_path / "pictures")
     write_cache(**cache_settings(pictures, tmp_path / "cache", shard_items=6))

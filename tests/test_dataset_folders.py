@@ -213,6 +213,17 @@ def test_a_stem_with_two_candidates_or_two_claims_is_no_match():
     assert match_partners(["a.jpg", "a.png"], ["a.png"]) == {"a.jpg": None, "a.png": "a.png"}
 
 
+def test_names_in_two_unicode_forms_belong_together(tmp_path):
+    one, two = "caf\u00e9.png", "cafe\u0301.png"  # an accent of its own, as macOS writes it
+    assert match_partners([one], [two]) == {one: two}
+    assert match_partners([one], ["cafe\u0301.jpg"]) == {one: "cafe\u0301.jpg"}
+    for side, name in (("A", one), ("B", two)):
+        (tmp_path / f"test_{side}").mkdir()
+        noise(8, 8, 0).save(tmp_path / f"test_{side}" / name)
+    (tmp_path / "test_prompts.json").write_text(json.dumps({two: "a bar"}))
+    assert PairedFolder(tmp_path, "test", "no_resize").captions == ["a bar"]
+
+
 def test_captions_come_from_text_files_without_the_json(tmp_path):
     make_pairs(tmp_path, 4)
     (tmp_path / "train_prompts.json").unlink()

@@ -21,7 +21,8 @@ from trainer_helpers import pairs, train  # noqa: F401  (pairs is a fixture)
 import train_yoso
 from files import checkpoints
 from files.bases import load_base
-from files.checkpoints import load_generator
+from files.checkpoints import checkpoint_kind, load_generator
+from files.hub import BASES
 from models.lora import add_lora
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 
@@ -389,3 +390,21 @@ def test_a_new_run_of_the_one_step_trainer_starts_from_another(
     with pytest.raises(SystemExit):
         train(monkeypatch, train_yoso, *flags, "--train", "all", "--init", old)
     assert "--base runs/NAME/base" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_checkpoint_is_named_as_what_it_is(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    names = [f"unet.down_blocks.0.attentions.0.proj_in.lora_{side}.weight" for side in "AB"]
+    save_file({name: torch.ones(1, 1) for name in names}, path)
+    message = refusal(lambda: checkpoint_kind(str(path)))
+    assert "it is a LoRA (for --lora); expected a checkpoint" in message
+    path = tmp_path / "notes.txt"
+    path.write_text("words")
+    assert "expected a checkpoint" in refusal(lambda: checkpoint_kind(str(path)))
+
+
+def test_another_base_than_that_of_training_is_reported(capsys):
+    load_generator("day2night", base=BASES["tiny-turbo"])
+    assert "trained on" not in capsys.readouterr().err
+    load_generator("day2night", base="tiny-sd")
+    assert "was trained on the base tiny-turbo; on tiny-sd" in capsys.readouterr().err

@@ -1046,8 +1046,8 @@ REFUSED = {
         "--checkpoint M --input P",
         ["names no caption", "expected"],
     ),
-    "no input": ("--checkpoint C", ["a translator (--checkpoint) and --input belong together"]),
-    "no checkpoint": ("--input P", ["a translator (--checkpoint) and --input belong together"]),
+    "no input": ("--checkpoint C", ["translates pictures; expected --input"]),
+    "no checkpoint": ("--input P", ["expected a translator (--checkpoint), or a prompt"]),
     "missing input": ("--checkpoint C --input none.png", ["none.png"]),
     "input that is no picture": (
         "--checkpoint C --input notes.txt",
@@ -1121,6 +1121,12 @@ REFUSED = {
         "T --base B --save D",
         ["--save", "expected a new or an empty folder"],
     ),
+    "saving what cannot be drawn then": ("T --base B --save new --size 7", ["--size 7"]),
+    "prior of a base that starts from noise": (
+        "T --base tiny-turbo --prior notes.txt",
+        ["--prior has no meaning for tiny-turbo"],
+    ),
+    "output below a picture": ("--checkpoint C --input P --output notes.txt/new", ["is a file"]),
     "strength that is no number": (
         "--checkpoint C --input P --strength nan",
         ["--strength nan", "finite"],
@@ -1149,11 +1155,11 @@ REFUSED = {
     ),
     "program over the output": (
         "--checkpoint C --input P --export a.png --output a.png",
-        ["--export a.png", "another name"],
+        ["--export a.png", "a name ending in .pt2"],
     ),
     "program over the input": (
         "--checkpoint C --input P --export P",
-        ["--export", "another name"],
+        ["--export", "a name ending in .pt2"],
     ),
     "LoRA on a translator": (
         "--checkpoint C --input P --lora x",
@@ -1206,7 +1212,7 @@ REFUSED = {
     ),
     "output into the input folder": (
         "--checkpoint C --input D --output D",
-        ["in.png", "folder"],
+        ["is the folder of the input", "another folder"],
     ),
     "output below a file": ("T --base B --output notes.txt/a.png", ["notes.txt"]),
     "unknown device": ("T --base B --device tpu9", ["--device tpu9", "cpu"]),

@@ -200,7 +200,8 @@ def test_every_broken_picture_is_named(script, tmp_path, command):
         cut(folder / name)
     flags = []
     if command != "check":
-        flags = ["--base", "tiny", "--size", 8, "--output", tmp_path / "result"]
+        name = "result.safetensors" if command == "prior" else "result"
+        flags = ["--base", "tiny", "--size", 8, "--output", tmp_path / name]
     status, out, err = script(dataset_main, command, folder, *flags)
     assert status == 2
     assert "03.png" in out + err

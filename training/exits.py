@@ -37,7 +37,9 @@ def run_script(main: Callable[[], None]) -> None:
 
 def fail(message: str) -> typing.NoReturn:
     """Prints one line without breaking a progress bar, and exits with status 2."""
-    tqdm.write(f"{pathlib.Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    script = pathlib.Path(sys.argv[0])
+    name = script.parent.name if script.name == "__main__.py" else script.name
+    tqdm.write(f"{name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
