@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -176,7 +177,7 @@ def find_checkpoint(name: str, files: Iterable[str] = ("model.safetensors",)) ->
     known = known_names()
     expected = f"a checkpoint (model.safetensors of a trainer here), or one of {', '.join(known)}"
     if name not in known or Path(name).exists():
-        return locate(name, [*files], expected)
+        return locate(name, [*files], expected + _hint(name, known))
     if name not in CHECKPOINTS:
         return ADAPTERS / f"{name}.safetensors"
 
@@ -188,6 +189,14 @@ def find_checkpoint(name: str, files: Iterable[str] = ("model.safetensors",)) ->
             f" expected {expected}"
         )
     return path
+
+
+def _hint(name: str, known: list[str]) -> str:
+    """What may be meant by a name that leads to no checkpoint, as an addition to a message."""
+    if name in known:
+        return f" ({name} in the current folder hides the checkpoint of that name)"
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def known_names() -> list[str]:

@@ -108,7 +108,7 @@ def locate(name: str, names: list[str], expected: str) -> Path:
     if not is_path and is_hub_id(name):
         return find(name, names, expected)
     if not path.is_file():
-        raise ValueError(f"there is no {name}; expected {expected}: a file, a folder or a Hub id")
+        raise ValueError(f"there is no {name} (file, folder or Hub id); expected {expected}")
     return path
 
 

@@ -408,3 +408,10 @@ def test_another_base_than_that_of_training_is_reported(capsys):
     assert "trained on" not in capsys.readouterr().err
     load_generator("day2night", base="tiny-sd")
     assert "was trained on the base tiny-turbo; on tiny-sd" in capsys.readouterr().err
+
+
+def test_a_name_that_is_nearly_that_of_an_adapter_is_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "(did you mean day2night?)" in refusal(lambda: load_generator("day2nite"))
+    (tmp_path / "day2night").mkdir()
+    assert "hides the checkpoint of that name" in refusal(lambda: load_generator("day2night"))
