@@ -243,6 +243,12 @@ def find_caption(a: Path, b: Path, prompts: dict[str, str] | None) -> str | None
     return None
 
 
+def texts_beside(folder: Path, names: list[str]) -> list[str]:
+    """The names of the .txt files beside pictures of a folder."""
+    texts = [Path(name).with_suffix(".txt").name for name in names]
+    return [text for text in dict.fromkeys(texts) if (folder / text).is_file()]
+
+
 def check_captions(captions: dict[str, str | None], source: Path) -> None:
     """ValueError if a picture has no caption; `source` is the file that should hold it."""
     missing = [name for name, caption in captions.items() if caption is None]
@@ -350,6 +356,11 @@ class PairedFolder(Dataset):
             unused = [name for name in prompts if name not in known]
             if unused:
                 report_left_out(path, {"caption without a picture": unused})
+            for side, names in ((self.a, inputs), (self.b, targets)):
+                texts = texts_beside(side, names)
+                if texts:
+                    kind = f"caption file, as {path.name} takes its place"
+                    report_left_out(side, {kind: texts})
         report_empty(self.a, captions)
         self.captions = [caption or "" for caption in captions.values()]
 
@@ -579,8 +590,7 @@ def _captions_of_folder(
             left_out["caption without a picture"] = unused
         if repeated:
             left_out["repeated caption, of which the last counts"] = repeated
-        texts = [Path(name).with_suffix(".txt").name for name in names]
-        beside = [text for text in dict.fromkeys(texts) if (folder / text).is_file()]
+        beside = texts_beside(folder, names)
         if beside:
             left_out["caption file, as metadata.jsonl takes its place"] = beside
         return list(captions.items()), left_out
