@@ -603,7 +603,7 @@ BAD = {
         None,
         ["17x17", "multiples of"],
     ),
-    "init from nothing": ([*INIT, "/nowhere"], None, ["/nowhere", "day2night", "a file"]),
+    "init from nothing": ([*INIT, "/nowhere"], None, ["/nowhere", "day2night", "(file, folder"]),
     "init of another kind": (
         [*INIT, "day2night"],
         None,
