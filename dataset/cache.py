@@ -8,7 +8,8 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -175,24 +176,40 @@ def write_cache(
     # With an index the folder is a cache, so a run that is stopped from here on can continue.
     _write_index(output, index)
     problems = []
+    write = partial(_write_shard, base=base, batch=batch, device=device)
     for split, dataset in sets.items():
-        starts = range(0, len(dataset), shard_items)
-        for number, start in enumerate(tqdm(starts, split, unit=" shards")):
-            indices = range(len(dataset))[start:start + shard_items]
-            made_of = _state_of(dataset, indices)
-            if _is_written(output, index["shards"][split], number, made_of):
-                continue
-            items, broken = _read_items(dataset, indices, seed)
-            problems += broken
-            if problems:  # No shard may follow a missing one, but the rest is read all the same.
-                continue
-            path = output / f"{split}-{number:05d}.safetensors"
-            shard = _write_shard(path, base, items, batch, device) | dict(made_of=made_of)
-            index["shards"][split][number:number + 1] = [shard]  # replaces or appends
-            _write_index(output, index)
-        _remove_surplus(output, index, split, len(starts))
+        problems += _write_split(output, index, split, dataset, seed, shard_items, write)
     _refuse(problems)
     print(output)
+
+
+def _write_split(
+    output: Path,
+    index: dict,
+    split: str,
+    dataset: Dataset,
+    seed: int,
+    shard_items: int,
+    write: Callable[[Path, list[dict]], dict],
+) -> list[str]:
+    """Writes the shards of a split that are not there yet. Returns what is wrong with its items."""
+    shards = index["shards"][split]
+    problems = []
+    starts = range(0, len(dataset), shard_items)
+    for number, start in enumerate(tqdm(starts, split, unit=" shards")):
+        indices = range(len(dataset))[start:start + shard_items]
+        made_of = _state_of(dataset, indices)
+        if _is_written(output, shards, number, made_of):
+            continue
+        items, broken = _read_items(dataset, indices, seed)
+        problems += broken
+        if problems:  # No shard may follow a missing one, but the rest is read all the same.
+            continue
+        path = output / f"{split}-{number:05d}.safetensors"
+        shards[number:number + 1] = [write(path, items) | dict(made_of=made_of)]
+        _write_index(output, index)
+    _remove_surplus(output, index, split, len(starts))
+    return problems
 
 
 def _state_of(dataset: Dataset, indices: range) -> str:
@@ -296,7 +313,7 @@ def _is_written(output: Path, shards: list[dict], number: int, made_of: str) -> 
     return True
 
 
-def _write_shard(path: Path, base: "Base", items: list[dict], batch: int, device: str) -> dict:
+def _write_shard(path: Path, items: list[dict], base: "Base", batch: int, device: str) -> dict:
     """Encodes items, `batch` at a time, into one file. Returns its entry of the index."""
     from files.tensors import save_tensors
 

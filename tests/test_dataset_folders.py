@@ -216,6 +216,13 @@ def test_a_stem_with_two_candidates_or_two_claims_is_no_match():
     assert match_partners(["a.jpg", "a.png"], ["a.png"]) == {"a.jpg": None, "a.png": "a.png"}
 
 
+def test_a_zip_without_its_table_is_told_so(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("set/dataset.json", "{}")
+    refused(open_captioned, path, "train", "no_resize", match="no dataset.json at its top")
+
+
 def test_names_in_two_unicode_forms_belong_together(tmp_path):
     one, two = "caf\u00e9.png", "cafe\u0301.png"  # an accent of its own, as macOS writes it
     assert match_partners([one], [two]) == {one: two}
