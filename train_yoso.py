@@ -48,7 +48,7 @@ import evaluate
 import training
 from dataset.cache import Cached
 from dataset.check import captions_of, check_readable, report_cut
-from dataset.folders import open_captioned
+from dataset.folders import open_captioned, tell
 from dataset.loader import batches, collate
 from files import bases, checkpoints, metrics
 from files.autoencoders import load_autoencoder
@@ -636,6 +636,8 @@ def load_bases(cfg: Config, run: training.Run, train_set: Dataset) -> Networks:
         settings = base.schedule.config | {"prediction_type": cfg.prediction_type}
         base.schedule = Schedule.from_config(settings)
     shape = latent_shape(base, train_set[0], cfg.resolution)
+    if cached:
+        report_resolution(cfg, shape, base.vae.factor)
     return Networks(
         base,
         disc_base,
@@ -670,6 +672,16 @@ def latent_shape(base: bases.Base, item: dict, resolution: int) -> tuple[int, ..
     if "target" in item:
         sides = item["target"].shape[1:]
     return base.denoiser.config.in_channels, *latent_size(sides, base.vae.factor)
+
+
+def report_resolution(cfg: Config, shape: tuple[int, ...], factor: int) -> None:
+    """Says so where --resolution is not that of a cache, which holds pictures of one size."""
+    height, width = (side * factor for side in shape[1:])
+    if (height, width) != (cfg.resolution, cfg.resolution):
+        tell(
+            f"{cfg.dataset_folder} is a cache of pictures of {width} x {height}; these are trained"
+            f" on, and --resolution {cfg.resolution} has no effect"
+        )
 
 
 def adapted_schedule(old: Schedule, stage: str) -> Schedule:

@@ -821,6 +821,19 @@ def test_a_cache_is_not_cropped_again(monkeypatch, capsys, tmp_path, pairs, flag
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cache_keeps_its_size_whatever_the_resolution(capsys, monkeypatch, tmp_path, pairs):
+    make_cache(pairs, tmp_path / "cache")
+    run = [*SMALL_PICTURES, "--seed", 0, "--dataset_folder", tmp_path / "cache"]
+    run += ["--max_train_steps", 1]
+    train(monkeypatch, *run, "--resolution", 24, "--output_dir", tmp_path / "same")
+    assert "has no effect" not in capsys.readouterr().err
+    train(monkeypatch, *run, "--resolution", 48, "--output_dir", tmp_path / "other")
+    assert "of 24 x 24; these are trained on, and --resolution 48 has" in capsys.readouterr().err
+    same = load_file(tmp_path / "same" / "model.safetensors")
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in same.items())
+
+
 @torch.no_grad()
 def test_raw_pictures_and_classes_train_from_scratch_and_the_file_draws_alone(
     monkeypatch, tmp_path

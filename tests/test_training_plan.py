@@ -186,7 +186,7 @@ FACTS = dict(
 )
 
 
-def test_variants_are_the_flags_that_are_not_set_yet():
+def test_variants_are_the_flags_that_are_not_set_yet(tmp_path):
     found = plan.variants(Settings())
     assert list(found) == [
         "--gradient_checkpointing on",
@@ -199,6 +199,11 @@ def test_variants_are_the_flags_that_are_not_set_yet():
     saving = Settings(gradient_checkpointing=True, mixed_precision="bf16", train_batch_size=1)
     assert list(plan.variants(saving)) == ["--resolution 32"]
     saving.train_image_prep = "resize_64"  # which --resolution does not change
+    assert plan.variants(saving) == {}
+    saving.train_image_prep = None
+    saving.dataset_folder = str(tmp_path)
+    assert list(plan.variants(saving)) == ["--resolution 32"]
+    (tmp_path / "index.json").touch()  # a cache, whose pictures have their size
     assert plan.variants(saving) == {}
     # With it, the micro-batch is part of the mathematics.
     assert not any("batch" in name for name in plan.variants(Settings(lambda_mismatch=1.0)))

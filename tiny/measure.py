@@ -57,12 +57,15 @@ class AttributeClassifier(nn.Module):
         self.last = nn.Linear(2 * widths[-1], sum(LOGITS))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.last(self.features(x)).split(LOGITS, dim=1)
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, 128]."""
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             x = F.silu(norm(conv(x)))
             if i < len(self.convs) - 1:
                 x = F.max_pool2d(x, 2)
-        pooled = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)  # [B, 128]
-        return self.last(pooled).split(LOGITS, dim=1)
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
 
 
 def attributes(scene: scenes.Scene) -> tuple[list[int], list[float]]:

@@ -87,7 +87,8 @@ def variants(cfg) -> dict[str, dict]:
         together = {name: value for changes in found for name, value in changes.items()}
         rows["all of the above"] = together
     half = cfg.resolution // 16 * 8
-    if cfg.train_image_prep is None and half >= 16:
+    is_cache = (pathlib.Path(cfg.dataset_folder) / "index.json").is_file()  # its size is fixed
+    if cfg.train_image_prep is None and not is_cache and half >= 16:
         rows[f"--resolution {half}"] = dict(resolution=half)
     return rows
 
