@@ -57,7 +57,7 @@ from sampling.pictures import (
     transform_all,
     version,
 )
-from sampling.precision import DTYPES, choose_precision, speed_up
+from sampling.precision import DTYPES, amplifies_errors, choose_precision, speed_up
 
 # The timesteps that each sampler visits.
 SAMPLERS: dict[str, Callable[[diffusion.Schedule, int], list]] = {
@@ -85,7 +85,7 @@ class Options:
     control_scale: float = 1.0  # how strongly the ControlNet steers
     vae: str | None = None  # autoencoder in place of the base's: taesd, a folder, file or Hub id
     prior: Path | None = None  # start from noised latents of these statistics (dataset prior)
-    save: Path | None = None  # also write the base, with LoRA and prior, as a diffusers folder
+    save: Path | None = None  # also write the base, with LoRA and embeddings, as a diffusers folder
     checkpoint: str | None = None  # a trainer's model.safetensors or run folder, a .pkl, or a name
     # pictures
     input: Path | None = None  # picture or folder, to translate or, without a translator, to edit
@@ -101,7 +101,7 @@ class Options:
     # translating and editing
     direction: str | None = None  # between two domains [the released file's own, or a2b]
     r: float | None = None  # of stochastic translators: 1 follows the input, 0 the noise [0.4]
-    strength: float | None = None  # share of the trained change [1]; of an edit, of the noise [0.6]
+    strength: float | None = None  # of the trained change [1]; editing: of the noise [0.6]
     skip_scale: float = 1.0  # gamma, the strength of the skip connections
     preprocess: str | None = None  # what is done to an input or control picture first
     low_threshold: float = 100  # of canny
@@ -128,6 +128,10 @@ CHOICES = {
 PROMPT_FLAGS = (
     "n", "steps", "sampler", "prediction_type", "guidance", "negative", "size", "prior",
     "merge", "save", "lora", "embedding", "controlnet", "control_image", "control_scale", "vae",
+)
+DRAWING_FLAGS = (
+    "n", "steps", "sampler", "guidance", "negative", "size", "prior", "vae", "controlnet",
+    "control_image", "control_scale", "output", "seed", "batch", "tile", "compile",
 )
 TRANSLATOR_FLAGS = ("direction", "r", "skip_scale")
 CANNY_FLAGS = ("low_threshold", "high_threshold")
@@ -212,6 +216,15 @@ def choose_use(options: Options) -> str:
     return "draw"
 
 
+def check_empty(options: Options) -> None:
+    """ValueError for a flag with an empty text, as an unset variable of the shell leaves it."""
+    for field in fields(Options):
+        value = getattr(options, field.name)
+        texts = value if isinstance(value, list) else [value]
+        if "" in texts and field.name not in ("prompt", "negative"):
+            raise ValueError(f"--{field.name} is empty; expected a value, or leave it out")
+
+
 def check(options: Options, use: str) -> None:
     """ValueError for flags that do not go together, or for a value out of its range."""
     if (options.controlnet is None) != (options.control_image is None):
@@ -220,6 +233,9 @@ def check(options: Options, use: str) -> None:
         raise ValueError(
             f"--save {options.save}: something is there already; expected a new or an empty folder"
         )
+    for name, path in (("save", options.save), ("export", options.export)):
+        if path is not None:
+            check_folders([path], name)
     if options.base and options.merge:
         raise ValueError("--merge names its bases; leave --base out")
 
@@ -229,6 +245,8 @@ def check(options: Options, use: str) -> None:
     strength = strength_of(options, use)
     if use == "edit" and not 0 < strength <= 1:
         raise ValueError(f"--strength {strength}: expected a number above 0, up to 1")
+    if not 0 <= strength <= 10:
+        raise ValueError(f"--strength {strength}: expected a number from 0 to 10")
     if options.r is not None and not 0 <= options.r <= 1:
         raise ValueError(f"--r {options.r}: expected a number from 0 to 1")
 
@@ -237,7 +255,7 @@ def check_unused(options: Options, use: str) -> None:
     """ValueError for a flag that was given but would have no effect."""
     translating = use == "translate"
     from_folder = options.input is not None and options.input.is_dir()
-    # When a row holds, its flags have no meaning.
+    # A condition, the same in words, and the flags that have no meaning under it.
     rules = [
         (translating, "with a translator, whose skips need the VAE of its base", ("vae",)),
         (translating, "with a translator", PROMPT_FLAGS),
@@ -254,6 +272,7 @@ def check_unused(options: Options, use: str) -> None:
         (options.controlnet is None, "without --controlnet", ("control_scale",)),
         (options.guidance <= 1, "without a --guidance above 1", ("negative",)),
         (options.input, "with --input", ("n", "size", "prior")),
+        (use == "draw" and options.prompt is None, "without a prompt", DRAWING_FLAGS),
         (
             not options.input and not options.checkpoint,
             "without --input or --checkpoint",
@@ -309,9 +328,7 @@ def draw(options: Options, device: torch.device) -> None:
         return
 
     base = loaded.base
-    size_flag = options.size
-    if options.checkpoint and not size_flag:
-        size_flag = trained_size(loaded)
+    size_flag = choose_size(options, loaded)
     size, crop = plan_size(size_flag, control_picture, base)
     control = load_control(options, base, control_picture, crop)
     prior = choose_prior(options, loaded, size)
@@ -356,7 +373,8 @@ def draw(options: Options, device: torch.device) -> None:
             pictures = paint(seeds, size, control, prior)
             paths = [targets[seed] for seed in seeds]
             pictures = pictures[:, :, :height, :width].cpu()
-            yield paths, pictures, [facts | dict(seed=seed) for seed in seeds]
+            how = facts | pace.facts(size)
+            yield paths, pictures, [how | dict(seed=seed) for seed in seeds]
 
     save_all(batches(), options.n, problems=[])
 
@@ -396,6 +414,12 @@ def prepare_base(options: Options, device: torch.device, strength: float = 1.0) 
         name = options.base or "tiny-turbo"
         base = bases.load_base(name, bases.parts_of(name), dtype, str(device))
 
+    if base.random and not (options.checkpoint or options.lora):
+        print(
+            f"{base.name}: its weights are random, so it draws noise; train it first, and then give"
+            " the --checkpoint",
+            file=sys.stderr,
+        )
     if options.prediction_type:
         config = base.schedule.config | {"prediction_type": options.prediction_type}
         base.schedule = diffusion.Schedule.from_config(config)
@@ -409,31 +433,32 @@ def prepare_base(options: Options, device: torch.device, strength: float = 1.0) 
             " base"
         )
     sampler = choose_sampler(options, base)
+    amplified = amplifies_errors(base.schedule.prediction_type, options.steps, options.guidance)
+    precision = choose_precision(options.dtype, device, amplified)
+    loaded = LoadedBase(base, sampler, precision.name, prior)
     if options.save:
         if options.prompt is not None:  # gigabytes are written when nothing else is wrong
-            check_drawing(options, base)
+            check_drawing(options, loaded)
         save_base(options.save, base, prior)
     if options.vae:
         base.vae = autoencoders.load_autoencoder(options.vae, base, dtype, str(device))
 
-    precision = choose_precision(
-        options.dtype,
-        device,
-        one_epsilon_step=options.steps == 1 and base.schedule.prediction_type == "epsilon",
-    )
     graphs = [base.denoiser]
     for name, part in base.vae.named_children():
         if name in ("encoder", "decoder"):
             graphs.append(part)
     speed_up([base.vae], base.denoiser, graphs, precision, device, options.compile)
-    return LoadedBase(base, sampler, precision.name, prior)
+    return loaded
 
 
-def check_drawing(options: Options, base: bases.Base) -> None:
-    """ValueError for a --size or a --prior that does not suit the base."""
-    size = parse_size(options.size, base)
-    if options.prior:
-        bases.load_prior(options.prior, latent_shape(base, size))
+def check_drawing(options: Options, loaded: LoadedBase) -> None:
+    """ValueError for a size, a prior or a ControlNet that does not suit the base."""
+    if options.controlnet:
+        load_controlnet(options, loaded.base)
+    if options.input is None:
+        control_picture = read_control_picture(options)
+        size, _ = plan_size(choose_size(options, loaded), control_picture, loaded.base)
+        choose_prior(options, loaded, size)
 
 
 def save_base(folder: Path, base: bases.Base, prior: tuple[Tensor, Tensor] | None) -> None:
@@ -461,9 +486,10 @@ def choose_sampler(options: Options, base: bases.Base) -> str:
     if options.prompt is None:  # nothing is drawn
         return sampler
     try:
-        diffusion.for_sampler(base.schedule, sampler, options.steps)
+        schedule = diffusion.for_sampler(base.schedule, sampler, options.steps)
+        SAMPLERS[sampler](schedule, options.steps)
     except ValueError as error:
-        raise ValueError(f"{base.name}: {error} (--sampler)") from error
+        raise ValueError(f"{base.name}: {error} (--steps, --sampler)") from error
     replaced = diffusion.replaced_scheduler(base.schedule)
     if replaced and not options.sampler:
         print(
@@ -486,6 +512,13 @@ def parse_size(text: str | None, base: bases.Base) -> tuple[int, int]:
             " 512x768"
         )
     return int(sides[0]), int(sides[-1])
+
+
+def choose_size(options: Options, loaded: LoadedBase) -> str | None:
+    """--size, or what a one-step generator was trained on; None for the base's own."""
+    if options.checkpoint and not options.size:
+        return trained_size(loaded)
+    return options.size
 
 
 def trained_size(loaded: LoadedBase) -> str:
@@ -513,10 +546,12 @@ def plan_size(
 
 
 def latent_shape(base: bases.Base, size: tuple[int, int]) -> tuple[int, int, int]:
-    """[C, h, w] of the latent of a picture of `size` (width, height)."""
+    """[C, h, w] of the latent of a picture of `size` (width, height).
+
+    ValueError if the sides are no multiples of the VAE's factor.
+    """
     width, height = size
-    factor = base.vae.factor
-    return base.denoiser.config.in_channels, height // factor, width // factor
+    return base.denoiser.config.in_channels, *vae.latent_size((height, width), base.vae.factor)
 
 
 def choose_prior(
@@ -562,7 +597,15 @@ def load_control(
 
 def load_controlnet(options: Options, base: bases.Base) -> controlnet.ControlNet:
     weight = next(base.unet.parameters())
-    return bases.load_controlnet(options.controlnet, base.unet, weight.dtype, str(weight.device))
+    device = str(weight.device)
+    network = bases.load_controlnet(options.controlnet, base.unet, weight.dtype, device)
+    wanted = network.config.condition_factor
+    if wanted != base.vae.factor:
+        raise ValueError(
+            f"{options.controlnet} is for a VAE of factor {wanted}, and that of {base.name} has"
+            f" factor {base.vae.factor}; choose a ControlNet that was made for it"
+        )
+    return network
 
 
 def make_condition(picture: Image.Image, size: tuple[int, int], base: bases.Base) -> Tensor:
@@ -837,8 +880,10 @@ class Translator(nn.Module):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         context = self.context.expand(len(x), -1, -1)
         if self.direction:
-            return self.generator(2 * x - 1, context, self.direction, self.skip_scale)
-        return self.generator(x, context, self.r, noise, self.skip_scale)
+            made = self.generator(2 * x - 1, context, self.direction, self.skip_scale)
+        else:
+            made = self.generator(x, context, self.r, noise, self.skip_scale)
+        return made.float()  # the networks may compute in bf16, which NumPy does not know
 
 
 @torch.inference_mode()
@@ -862,7 +907,7 @@ def translate_pictures(
     x = inputs[0]
     factor = model.generator.vae.factor
     size = vae.latent_size(x.shape[2:], factor)
-    tile_latents = (tile or max(x.shape)) // factor
+    tile_latents = (tile or max(x.shape[2:])) // factor
     translated = vae.tiled(translator, inputs, size, tile_latents)
     return translated[:, :, :height, :width]
 
@@ -908,8 +953,8 @@ def speed_up_translator(
 ) -> str:
     """Applies --dtype and --compile to a translator. Returns the precision in words."""
     generator = model.generator
-    one_epsilon_step = generator.config.prediction_type == "epsilon"
-    precision = choose_precision(options.dtype, device, one_epsilon_step)
+    amplified = amplifies_errors(generator.config.prediction_type)
+    precision = choose_precision(options.dtype, device, amplified)
     vaes = [part for name, part in generator.named_children() if name.startswith("vae")]
     speed_up(vaes, generator.unet, [generator], precision, device, options.compile)
     return precision.name
@@ -991,7 +1036,7 @@ def edit(options: Options, device: torch.device) -> None:
         size = (x.shape[3], x.shape[2])
         control = None
         if network is not None:
-            condition = make_condition(control_picture, size, base)
+            condition = make_condition(control_picture, (width, height), base)
             control = Control(network, condition, options.control_scale)
         edited = text_to_image(
             base,
@@ -1025,6 +1070,7 @@ def draw_page(options: Options, device: torch.device) -> None:
 
     output = options.output or Path("out.png")
     target = output if is_png(output) else output / "page.png"
+    check_folders([target])
     loaded = prepare_base(options, device)
     cells = []
     for i, caption in enumerate(page.captions()):
@@ -1101,6 +1147,7 @@ def png_facts(options: Options, use: str, found: dict[str, object]) -> dict[str,
 
 def main() -> None:
     options = parse()
+    check_empty(options)
     use = choose_use(options)
     check(options, use)
     device = training.pick_device(options.device)

@@ -51,7 +51,7 @@ def speed_up_as_sample(job: Job, vae: nn.Module, unet: nn.Module, graphs: list[n
     """With --fast, what sample.py does by default with a model of one epsilon step."""
     device = torch.device(job.device)
     requested = "auto" if job.fast else "float32"
-    chosen = precision.choose_precision(requested, device, one_epsilon_step=True)
+    chosen = precision.choose_precision(requested, device, amplified=True)
     precision.speed_up([vae], unet, graphs, chosen, device, job.compiled)
 
 

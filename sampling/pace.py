@@ -56,6 +56,13 @@ class Pace:
             return TILE * self.factor
         return None
 
+    def facts(self, size: tuple[int, int]) -> dict[str, int]:
+        """What the PNG of a picture of this size says of its tiles, if it has several."""
+        tile = self.tile_of(size)
+        if tile is None or max(size) <= tile:
+            return {}
+        return {"tile": tile}
+
     def latents(self, size: tuple[int, int]) -> float:
         width, height = size
         return width * height / self.factor**2

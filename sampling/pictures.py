@@ -52,15 +52,15 @@ def check_overwriting(inputs: Iterable[Path], targets: Iterable[Path]) -> None:
             )
 
 
-def check_folders(targets: Iterable[Path]) -> None:
+def check_folders(targets: Iterable[Path], flag: str = "output") -> None:
     """ValueError if a result's folder is there and cannot be written to, or cannot be made."""
     for folder in {target.parent for target in targets}:
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         if not folder.is_dir():
-            raise ValueError(f"--output: {folder} is a file; expected the name of a folder")
+            raise ValueError(f"--{flag}: {folder} is a file; expected the name of a folder")
         if not os.access(folder, os.W_OK):
-            raise ValueError(f"--output: {folder} cannot be written to; expected another folder")
+            raise ValueError(f"--{flag}: {folder} cannot be written to; expected another folder")
 
 
 def plan_targets(
@@ -173,8 +173,9 @@ def transform_all(
                 which += f" and {len(paths) - 1} more at a time"
             small = partial(transform_corner, transform, pictures[0])
             pace.warn(which, pictures[0].size, len(paths), small)
+            how = facts | pace.facts(pictures[0].size)
             for made, transformed in transform_group(paths, pictures, transform, problems):
-                yield [targets[path] for path in made], transformed, [facts] * len(made)
+                yield [targets[path] for path in made], transformed, [how] * len(made)
 
     save_all(batches(), len(targets), problems)
 

@@ -439,7 +439,7 @@ def test_a_controlnet_draws_what_its_pipeline_draws(tmp_path, with_lora):
 
 
 def test_lora_and_controlnet_are_flags_and_their_result_can_be_saved(
-    sd, tmp_path, command,  # noqa: F811
+    sd, tmp_path, command, monkeypatch,  # noqa: F811
 ):
     lora = lora_file(tmp_path / "lora.safetensors")
     ControlNetModel.from_config(CONTROL).save_pretrained(tmp_path / "control")
@@ -457,6 +457,25 @@ def test_lora_and_controlnet_are_flags_and_their_result_can_be_saved(
     with_lora = levels("lora.png")
     assert (with_lora - levels("twice.png")).abs().max() <= 1
     assert (with_lora - levels("plain.png")).abs().max() > 1
+
+    # Editing pads the input to the base's multiple; so the control picture is, and not stretched.
+    sizes = []
+    make_condition = sample.make_condition
+
+    def watch(picture, size, base):  # noqa: F811
+        sizes.append(size)
+        return make_condition(picture, size, base)
+
+    monkeypatch.setattr(sample, "make_condition", watch)
+    assert command(PROMPT, "--base", sd, *flags["control"], "--input", edges)[0] == 0
+    assert sizes == [(19, 13)]
+
+    of_sd15 = CONTROL | dict(conditioning_embedding_out_channels=(4, 8, 8, 8))
+    ControlNetModel.from_config(of_sd15).save_pretrained(tmp_path / "factor8")
+    other = ["--controlnet", tmp_path / "factor8", "--control_image", edges, "--save", "never"]
+    status, _, err = command(PROMPT, "--base", sd, *other)
+    assert status == 2 and "is for a VAE of factor 8" in err and "has factor 2" in err
+    assert not Path("never").exists()
 
     status, paths, _ = command("--base", sd, "--lora", lora, "--save", "saved")
     assert (status, paths) == (0, ["saved"])

@@ -810,6 +810,37 @@ def test_the_default_type_is_bf16_where_the_processor_computes_in_it(monkeypatch
     assert sampling.precision.DTYPES[loaded.precision] == dtype
 
 
+@pytest.mark.parametrize(
+    "flags, finer",
+    [
+        ("--base tiny-turbo", False),
+        ("--base tiny-turbo --steps 4", False),
+        ("--base tiny-turbo --guidance 3", False),
+        ("--base tiny-turbo --steps 4 --guidance 3", True),
+        ("--base tiny-sd", True),
+        ("--base tiny-sd --steps 25", True),
+    ],
+)
+def test_bf16_is_left_out_where_errors_of_the_denoiser_would_grow(monkeypatch, flags, finer):
+    monkeypatch.setattr(sampling.precision, "computes_in_bf16", lambda device: True)
+    loaded = sample.prepare_base(sample.parse(["a", *flags.split()]), torch.device("cpu"))
+    assert loaded.base.vae.decoder.conv_in.weight.dtype == torch.bfloat16
+    expected = torch.float32 if finer else torch.bfloat16
+    assert loaded.base.unet.conv_in.weight.dtype == expected
+
+
+@pytest.mark.parametrize("flag", ["checkpoint", "base", "lora", "vae", "size", "controlnet"])
+def test_an_unset_variable_of_the_shell_is_no_value(command, flag):
+    status, out, err = command(PROMPT, f"--{flag}", "")
+    assert (status, out) == (2, []) and f"--{flag} is empty" in err and err.count("\n") == 1
+
+
+def test_random_weights_are_told_and_an_empty_prompt_is_one(command):
+    status, _, err = command("", "--base", "tiny")
+    assert status == 0 and err.startswith("tiny: its weights are random")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("use", ["translate", "edit", "draw"])
 def test_a_picture_that_takes_long_says_so_and_keeps_its_bits(
     base, trained_files, command, tmp_path, monkeypatch, use
@@ -929,8 +960,9 @@ def test_a_cpu_computes_huge_pictures_in_tiles_unless_that_is_forbidden(
         ([*prompt, "--size", "72x40"], "a picture", 12),
     ]:
         seen.clear()
-        status, _, err = command(*flags)
+        status, (path,), err = command(*flags)
         assert status == 0 and max(seen) <= tile
+        assert Image.open(path).text["tile"] == str(tile)
         assert err == (
             f"{which} (72x40 pixels): about 1 min; computed in overlapping squares of {tile}"
             " pixels, whose colours may differ; --tile off computes it whole\n"
@@ -939,6 +971,7 @@ def test_a_cpu_computes_huge_pictures_in_tiles_unless_that_is_forbidden(
             seen.clear()
             status, _, err = command(*flags, "--tile", off)
             assert (status, err, max(seen)) == (0, "", 72)
+            assert "tile" not in Image.open(path).text
     on_a_gpu = sampling.pace.Pace(None, 8, translates=True, chooses=False, estimates=True)
     assert on_a_gpu.tile_of((9000, 9000)) is None
 
@@ -1122,11 +1155,28 @@ REFUSED = {
         ["--save", "expected a new or an empty folder"],
     ),
     "saving what cannot be drawn then": ("T --base B --save new --size 7", ["--size 7"]),
+    "saving before too many steps": ("T --base B --save new --steps 1001", ["1001 steps"]),
+    "saving before a prior without a meaning": (
+        "T --base tiny-turbo --save new --prior notes.txt",
+        ["--prior has no meaning for tiny-turbo"],
+    ),
+    "saving below a file": ("T --base B --save notes.txt/new", ["--save: notes.txt is a file"]),
+    "steps of nothing that is drawn": (
+        "--base B --save new --steps 4",
+        ["--steps has no meaning without a prompt"],
+    ),
+    "prior that is not there": ("T --base tiny-sd --prior none.st", ["none.st is no file"]),
     "prior of a base that starts from noise": (
         "T --base tiny-turbo --prior notes.txt",
         ["--prior has no meaning for tiny-turbo"],
     ),
     "output below a picture": ("--checkpoint C --input P --output notes.txt/new", ["is a file"]),
+    "strength below 0": ("--checkpoint C --input P --strength -1", ["--strength -1", "0 to 10"]),
+    "program below a file": (
+        "--checkpoint C --input P --export notes.txt/a.pt2",
+        ["--export: notes.txt is a file"],
+    ),
+    "page below a file": ("--output notes.txt/a.png", ["notes.txt is a file"]),
     "strength that is no number": (
         "--checkpoint C --input P --strength nan",
         ["--strength nan", "finite"],

@@ -311,7 +311,7 @@ def test_killed_half_way_and_resumed_ends_in_the_same_bits(monkeypatch, tmp_path
 
 
 def test_two_processes_and_accumulation_are_one_computation(monkeypatch, tmp_path, domains):
-    flags = ["--dataset_folder", domains, *SMALL, "--dtype", "float64", "--max_train_steps", 5]
+    flags = ["--dataset_folder", domains, *SMALL, "--dtype", "float64", "--max_train_steps", 3]
     folders = helpers.train_in_three_ways(monkeypatch, trainer, tmp_path, 2, *flags)
     assert helpers.largest_difference(folders["one"], folders["two"]) < 1e-10
     assert helpers.largest_difference(folders["one"], folders["slices"]) < 1e-10

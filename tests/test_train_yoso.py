@@ -1180,7 +1180,7 @@ def test_an_epoch_sees_every_item(monkeypatch, tmp_path, pairs):
 
 def test_two_processes_and_accumulation_are_one_computation(monkeypatch, tmp_path, pairs):
     flags = ["--train", "lora", "--dataset_folder", pairs, *SMALL, "--resolution", 24]
-    flags += ["--dtype", "float64", "--max_train_steps", 5]
+    flags += ["--dtype", "float64", "--max_train_steps", 3]
     folders = helpers.train_in_three_ways(monkeypatch, trainer, tmp_path, 4, *flags)
     one, two, slices = [helpers.read_state(folder) for folder in folders.values()]
     for part in ("trained", "ema", "discriminator", "prior"):
