@@ -695,13 +695,15 @@ def compute(
         value, deviation = mean_and_deviation(found)
         if value is None:
             equal = int(found.isinf().sum())
-            remarks.insert(0, f"infinite: {equal} of {len(found)} pairs are equal")
+            mean = found[~found.isinf()].mean().item()
+            others = f"; the others' mean is {mean:.5g}" if equal < len(found) else ""
+            remarks.insert(0, f"infinite: {equal} of {len(found)} pairs are equal{others}")
         results[name] = dict(
             value=value,
             deviation=deviation,
             better=metric.better,
             n=counts.get(name, dict(pairs=len(found))),
-            seed=options.seed,
+            seed=options.seed if name == "kid" else None,
             weights=networks[metric.network].hash if metric.network else None,
             network=metric.description,
             preparation=metric.preparation,
@@ -865,7 +867,8 @@ def table(results: dict[str, dict]) -> str:
         value = "inf" if result["value"] is None else f"{result['value']:.5g}"
         deviation = "-" if result["deviation"] is None else f"{result['deviation']:.3g}"
         count = ", ".join(f"{number} {of}" for of, number in result["n"].items())
-        cells = [name, value, deviation, result["better"], count, str(result["seed"])]
+        cells = [name, value, deviation, result["better"], count]
+        cells.append("-" if result["seed"] is None else str(result["seed"]))
         cells += [result["weights"] or "-", result["network"] or "-", result["preparation"]]
         rows.append(cells)
 

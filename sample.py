@@ -136,6 +136,8 @@ DRAWING_FLAGS = (
 TRANSLATOR_FLAGS = ("direction", "r", "skip_scale")
 CANNY_FLAGS = ("low_threshold", "high_threshold")
 
+LARGEST = 2**16  # pixels a side
+
 # Flags that leave `python sample.py` drawing its page.
 PAGE_FLAGS = {"output", "seed", "device", "dtype", "compile"}
 
@@ -505,11 +507,14 @@ def parse_size(text: str | None, base: bases.Base) -> tuple[int, int]:
     text = str(text or base.denoiser.config.sample_size * base.vae.factor)
     sides = text.lower().split("x")
     multiple = base.multiple
-    good = [side.isdecimal() and int(side) > 0 and int(side) % multiple == 0 for side in sides]
+    good = [
+        side.isdecimal() and 0 < int(side) <= LARGEST and int(side) % multiple == 0
+        for side in sides
+    ]
     if len(sides) > 2 or not all(good):
         raise ValueError(
-            f"--size {text}: expected N or WIDTHxHEIGHT, multiples of {multiple}, as in 512 or"
-            " 512x768"
+            f"--size {text}: expected N or WIDTHxHEIGHT, multiples of {multiple} up to {LARGEST},"
+            " as in 512 or 512x768"
         )
     return int(sides[0]), int(sides[-1])
 

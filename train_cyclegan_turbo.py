@@ -157,7 +157,7 @@ PRETRAINED = TINY | dict(
     max_train_steps=350,
     disc_width=32,
 )
-TABLES = {"tiny-": PRETRAINED, "tiny": TINY}
+TABLES = {"tiny-turbo": PRETRAINED, "tiny-sd": PRETRAINED, "tiny": TINY}
 ALIASES = dict(
     pretrained_model_name_or_path="base",
     resume_from_checkpoint="resume",

@@ -153,7 +153,7 @@ PRETRAINED = TINY | dict(
 )
 # Weights of VGG's five stages in the Gram loss. Source: `loss.py` of Difix3D.
 GRAM_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
-TABLES = {"tiny-": PRETRAINED, "tiny": TINY}
+TABLES = {"tiny-turbo": PRETRAINED, "tiny-sd": PRETRAINED, "tiny": TINY}
 ALIASES = dict(
     pretrained_model_name_or_path="base",
     resume_from_checkpoint="resume",

@@ -197,7 +197,12 @@ PIXELS = TINY | dict(
     viz_freq=200,
 )
 # By how the base's name begins; the first that matches counts.
-TABLES = {"tiny-": PRETRAINED, "tiny": TINY, "pixels": PIXELS}
+TABLES = {
+    "tiny-turbo": PRETRAINED,
+    "tiny-sd": PRETRAINED,
+    "tiny": TINY,
+    "pixels": PIXELS,
+}
 ALIASES = dict(
     pretrained_model_name_or_path="base",
     resume_from_checkpoint="resume",

@@ -308,6 +308,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.against is not None and args.against not in peers_of_it:
         known = " or ".join(peers_of_it) or "nothing"
         parser.error(f"--what {args.what} is measured against {known}")
+    if args.compile and args.what in ("train", "lora", "memory"):
+        parser.error(f"--what {args.what} compiles nothing; leave --compile out")
+    if args.gan and args.what != "train":
+        parser.error(f"--gan is of --what train, not of {args.what}; leave it out")
+    if args.runs < 0 or min(args.batch, *(args.batches or [1])) < 1:
+        parser.error("expected --runs of 0 or more, and --batch and --batches of 1 or more")
     if args.what == "load" and args.runs == 0:
         parser.error("--what load needs --runs of 1 or more")
     if args.what == "memory" and args.device == "cpu" and args.dtype != "float32":

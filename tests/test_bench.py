@@ -158,10 +158,20 @@ def test_lora_as_a_weight_is_the_same_step(measure):
     assert weight["tflop"] != branch["tflop"]  # its forward methods were replaced
 
 
-def test_what_has_no_such_peer_is_refused(measure, capsys):
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--what text --against official-style", "text is measured against diffusers"),
+        ("--what train --compile", "train compiles nothing"),
+        ("--what text --gan", "--gan is of --what train, not of text"),
+        ("--what text --runs -1", "expected --runs of 0 or more"),
+        ("--what growth --batches 1,0", "--batches of 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(measure, capsys, flags, says):
     with pytest.raises(SystemExit):
-        measure("--what text --against official-style")
-    assert "text is measured against diffusers" in capsys.readouterr().err
+        measure(flags)
+    assert says in capsys.readouterr().err
 
 
 def test_a_worker_that_ends_is_named(measure):

@@ -1223,6 +1223,7 @@ REFUSED = {
     "size in words": ("T --base B --size large", ["--size large", "WIDTHxHEIGHT"]),
     "size of three sides": ("T --base B --size 8x8x8", ["--size 8x8x8"]),
     "size in other digits": ("T --base B --size ²", ["--size ²", "WIDTHxHEIGHT"]),
+    "size beyond all memory": ("T --base B --size 8000000000", ["up to 65536"]),
     "size 0": ("T --base B --size 0", ["--size 0"]),
     "no steps": ("T --base B --steps 0", ["--steps 0", "1 or more"]),
     "too many steps": ("T --base B --steps 1001", ["1001 steps", "1 to 1000"]),

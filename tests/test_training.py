@@ -468,6 +468,7 @@ def test_a_distance_to_one_picture_is_refused_before_the_first_step():
 def test_a_run_is_never_overwritten(tmp_path):
     cfg = RunConfig(output_dir=str(tmp_path / "run"))
     folder = training.open_run(cfg, "kind", 0)
+    (folder / "config.json").write_text(json.dumps(dict(dataset_folder="pairs")))
     leftovers = ["log.jsonl", "best.safetensors", "samples/000100.png"]
     for name in leftovers:
         (folder / name).write_text("of a run that ended before its first save")
@@ -476,6 +477,16 @@ def test_a_run_is_never_overwritten(tmp_path):
     (folder / "state.pt").touch()
     with pytest.raises(ValueError, match="holds a run already"):
         training.open_run(cfg, "kind", 0)
+
+
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "samples/mine.png"])
+def test_files_that_no_run_wrote_are_never_replaced(tmp_path, name):
+    mine = tmp_path / "own" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"settings": "of something else"}')
+    with pytest.raises(ValueError, match=f"holds {mine.name}, which no run wrote"):
+        training.open_run(RunConfig(output_dir=str(tmp_path / "own")), "kind", 0)
+    assert mine.read_text() == '{"settings": "of something else"}'
 
 
 # --------------------------------------------------------------------------- logs and grids
@@ -548,13 +559,22 @@ def test_tiny_bases_have_other_defaults_which_flags_override(capsys):
     assert parse("--base", "tiny-turbo", "--seed", "1").seed == 1
 
 
-def test_a_base_by_its_path_has_the_defaults_of_its_name(monkeypatch, tmp_path):
-    (tmp_path / "tiny-denoiser" / "base").mkdir(parents=True)
+def test_a_base_by_its_path_has_the_defaults_of_its_name_or_of_what_it_is_made_of(
+    monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
-    # The last is the base of a run of that name.
-    for path in ("tiny", "./tiny", "/somewhere/tiny", "tiny-denoiser/base"):
+    for name, index in {
+        "copies/tiny": "{}",
+        "runs/v/base": '{"rest": "/somewhere/tiny"}',
+        "runs/w/base": '{"rest": "sd15"}',
+        "runs/tiny-run/base": "{",
+    }.items():
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model_index.json").write_text(index)
+    for path in ("tiny", "copies/tiny", "runs/v/base"):
         assert parse("--base", path).learning_rate == 1e-2
-    for path in (str(tmp_path), "runs/v/base"):
+    # A name on the Hub may end like one of ours.
+    for path in ("someone/tiny", "tiny-something", "runs/w/base", "runs/tiny-run/base"):
         assert parse("--base", path).learning_rate == Settings().learning_rate
 
 

@@ -126,6 +126,45 @@ def leave_as_it_is(data: Path) -> None:
     pass
 
 
+def test_a_run_goes_on_after_a_broken_picture_was_replaced(monkeypatch, tmp_path, data, capsys):
+    run = tmp_path / "run"
+    broken = sorted((data / "train_A").iterdir())[5]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-40])
+    flags = [*TRAINERS[train_pix2pix_turbo], "--lambda_gan", 0, "--dataset_folder", data]
+    flags += ["--train_batch_size", 1, "--max_train_steps", 6, "--output_dir", run]
+    with pytest.raises(SystemExit):
+        helpers.train(monkeypatch, train_pix2pix_turbo, *flags)
+    error = capsys.readouterr().err
+    assert f"{broken} is not a readable picture" in error
+    steps = helpers.read_state(run)["step"]
+    assert 0 < steps < 6 and f"saved the {steps} steps before that; --resume {run}" in error
+
+    broken.write_bytes(whole)
+    helpers.train(monkeypatch, train_pix2pix_turbo, "--resume", run)
+    assert "pictures of the same names and other sizes" in capsys.readouterr().err
+    assert helpers.read_state(run)["step"] == 6
+
+
+def test_models_may_lie_elsewhere_when_a_run_goes_on(monkeypatch, tmp_path, data):
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree("tiny/tiny-turbo", first / "mine")
+    second.mkdir()
+    run = tmp_path / "run"
+    flags = [*TRAINERS[train_pix2pix_turbo], "--base", "mine", "--train", "lora"]
+    flags += ["--lambda_gan", 0, "--lambda_lpips", 0, "--lambda_clipsim", 0]
+    flags += ["--dataset_folder", data, "--output_dir", run]
+    monkeypatch.chdir(first)
+    helpers.train(monkeypatch, train_pix2pix_turbo, *flags, "--max_train_steps", 1)
+    assert helpers.read_settings(run)["base"] == str(first / "mine")
+    monkeypatch.chdir(second)
+    helpers.train(monkeypatch, train_pix2pix_turbo, "--resume", run, "--max_train_steps", 2)
+    shutil.move(first / "mine", second / "mine")
+    flags = ["--resume", run, "--base", "mine", "--max_train_steps", 3]
+    helpers.train(monkeypatch, train_pix2pix_turbo, *flags)
+    assert helpers.read_state(run)["step"] == 3
+
+
 OTHER_FILES = ["a data set of other files"]
 REFUSED = {
     "another picture": (add_a_picture, [], OTHER_FILES),
@@ -196,8 +235,14 @@ def test_a_data_sets_fingerprint_is_of_names_and_sizes_below_its_folder(tmp_path
     assert data_fingerprint(str(moved)) == found
     (moved / "a.txt").write_text("xyz")
     assert data_fingerprint(str(moved)) == found
+    without_pictures = data_fingerprint(str(moved), with_pictures=False)
+    (moved / "train_A" / "a.png").write_text("123456")
+    assert data_fingerprint(str(moved)) != found
+    assert data_fingerprint(str(moved), with_pictures=False) == without_pictures
+    (moved / "train_A" / "a.png").write_text("12345")
     (moved / "a.txt").write_text("abcd")
     assert data_fingerprint(str(moved)) != found
+    assert data_fingerprint(str(moved), with_pictures=False) != without_pictures
 
 
 def test_a_single_file_counts_by_its_size_and_a_name_for_itself(tmp_path):

@@ -1,6 +1,7 @@
 """Flags: a settings dataclass is the command line, its comments are the help texts."""
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import json
@@ -14,9 +15,10 @@ import typing
 from dataclasses import asdict, fields
 
 from training.exits import first_line
+from training.folders import MODELS
 
 # Settings that a resumed run may change, since they do not change what is learned. The global
-# batch must stay what it was, and so must the names and sizes of the data set's files. (The number
+# batch must stay what it was, and so must the names of the data set's files. (The number
 # of steps or epochs also moves the end of a linear or cosine learning rate.)
 MAY_CHANGE = {
     "max_train_steps",
@@ -55,6 +57,9 @@ REFUSED = {
     "--set_grads_to_none": "gradients are always set to None",
     "--revision": "to choose a version, name a local folder",
     "--variant": "the files that exist are used, full precision first",
+    "--center_crop": "crops are chosen by --train_image_prep",
+    "--random_flip": "pictures are flipped by --train_image_prep resized_crop_N_hflip",
+    "--noise_offset": "YOSO's loss has no offset",
     "--local_rank": "torchrun passes it through the environment",
 }
 Scheduler = typing.Literal["constant", "constant_with_warmup", "linear", "cosine"]
@@ -70,7 +75,7 @@ def parse(
 ):
     """Fills a settings dataclass from the command line: one flag per field, its comment as help.
 
-    `tables` maps the beginning of a base's name to defaults for such bases, `aliases` other
+    `tables` maps the name of a base to its defaults, `aliases` other
     spellings of a flag to the field. A value comes from the flag, else from the table, else from
     the dataclass. With --resume FOLDER all values come from FOLDER/config.json, and only those
     in `MAY_CHANGE` may be overridden.
@@ -131,10 +136,17 @@ def on_or_off(text: str) -> bool:
 
 
 def defaults_of(base: str, tables: dict[str, dict]) -> dict:
-    """The first table whose key is a prefix of the base's name, or of its last path component."""
-    for prefix, table in tables.items():
-        if base.startswith(prefix) or pathlib.Path(base).name.startswith(prefix):
-            return table
+    """The table of a base: by its name, or as a folder by its own or by the base it is made of."""
+    names = [base]
+    folder = pathlib.Path(base)
+    if folder.is_dir():
+        names.append(folder.name)
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+            index = json.loads((folder / "model_index.json").read_text())
+            names.append(pathlib.Path(index.get("rest", "")).name)
+    for name in names:
+        if name in tables:
+            return tables[name]
     return {}
 
 
@@ -221,8 +233,10 @@ def resumed_settings(
             " batch: leave it out"
         )
     for name, value in changed.items():
-        # A base may have moved. Its frozen weights are compared later.
-        has_moved = name == "base" and pathlib.Path(value).name == pathlib.Path(saved[name]).name
+        # A model may have moved. Its frozen weights are compared later.
+        has_moved = False
+        if name in MODELS and name in saved:
+            has_moved = pathlib.Path(value).name == pathlib.Path(saved[name]).name
         if name not in MAY_CHANGE and not has_moved:
             raise ValueError(
                 f"--{name} {value} differs from the {saved.get(name)} that the run {folder}"

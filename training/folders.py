@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+from dataset.pictures import SUFFIXES
+from files.hub import BASES
 from training.exits import first_line
 
 # The folders of a data set in which trainers read pictures, besides the data set's own.
@@ -42,16 +45,35 @@ def open_run(config, kind: str, rank: int) -> pathlib.Path:
             f"{folder} holds a run already; continue it with --resume {folder}, or choose another"
             " --output_dir"
         )
+    leftovers = files_of_a_run(folder)
+    if not config.resume and leftovers and not is_run(folder):
+        raise ValueError(
+            f"{folder} holds {leftovers[0].name}, which no run wrote and this one would replace;"
+            " choose another --output_dir"
+        )
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.tmp"):  # of a process that was killed while writing
         leftover.unlink()
     if not config.resume:
-        # A run that ended before its first save may have left these.
-        leftovers = [folder / "log.jsonl", folder / "best.safetensors"]
-        for path in [*leftovers, *folder.glob("samples/*.png")]:
-            path.unlink(missing_ok=True)
+        for path in leftovers:  # of a run that ended before its first save
+            path.unlink()
         write_settings(folder, config)
     return folder
+
+
+def files_of_a_run(folder: pathlib.Path) -> list[pathlib.Path]:
+    """What is in a folder under the names of a run's files, besides what it trained."""
+    names = ("config.json", "log.jsonl", "best.safetensors")
+    found = [folder / name for name in names if (folder / name).exists()]
+    return found + sorted(folder.glob("samples/*.png"))
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether a folder's config.json holds the settings of a run."""
+    try:
+        return "dataset_folder" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def write_settings(folder: pathlib.Path, config) -> None:
@@ -62,17 +84,18 @@ def write_settings(folder: pathlib.Path, config) -> None:
         settings["dataset_folder"] = os.path.abspath(source)
     for name in MODELS:
         model = settings.get(name)
-        # Names such as tiny-turbo have no slash, and may be folders of the working folder too.
-        if model and os.sep in model and os.path.exists(model):
+        # A folder may have the name of a base that comes with this code, which is not meant then.
+        if model and model not in BASES and os.path.exists(model):
             settings[name] = os.path.abspath(model)
     text = json.dumps(settings, indent=1)
     write_file(folder / "config.json", lambda path: path.write_text(text))
 
 
-def data_fingerprint(source: str) -> str:
+def data_fingerprint(source: str, with_pictures: bool = True) -> str:
     """The hash of the names and sizes of a data set's files, wherever they are.
 
     A name that is no path (drawn:scenes) stands for itself, and of a single file the size counts.
+    Not `with_pictures`, the sizes of pictures do not count, as when a broken one was replaced.
     """
     path = pathlib.Path(source)
     facts = [source]
@@ -80,20 +103,25 @@ def data_fingerprint(source: str) -> str:
         facts = [f"{path.suffix} {path.stat().st_size}"]
     elif source not in BUILT_IN and path.is_dir():
         folders = [path, *[path / part for part in PARTS]]
-        facts = [fact for folder in folders for fact in names_and_sizes(folder, path)]
+        facts = []
+        for folder in folders:
+            for file in visible_files(folder):
+                is_picture = file.suffix.lower() in SUFFIXES
+                size = file.stat().st_size if with_pictures or not is_picture else ""
+                facts.append(f"{file.relative_to(path).as_posix()} {size}")
     return hashlib.sha256(os.fsencode("\n".join(facts))).hexdigest()[:16]
 
 
-def names_and_sizes(folder: pathlib.Path, root: pathlib.Path) -> list[str]:
-    """The visible files of a folder: path below `root` and bytes. None if there is no folder."""
+def visible_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a folder that are no clutter. None if there is no folder."""
     if not folder.is_dir():
         return []
-    facts = []
+    files = []
     for path in sorted(folder.iterdir()):
         hidden = path.name.startswith(".") or path.name.lower() in CLUTTER
         if path.is_file() and not hidden:
-            facts.append(f"{path.relative_to(root).as_posix()} {path.stat().st_size}")
-    return facts
+            files.append(path)
+    return files
 
 
 def write_file(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
@@ -142,13 +170,15 @@ def restore(
     *names: str,
     batch: int | None = None,
     data: str | None = None,
+    data_names: str | None = None,
 ) -> list:
     """Puts a saved state back into `parts` and returns the saved values of `names`.
 
     Parts are networks, optimizers, scalers, dictionaries of tensors, or None. Only tensors and
     plain values are read, never code. `base` is the fingerprint of the frozen weights, `batch`
-    the number of items in a step, over all processes, `data` the fingerprint of the data set.
-    ValueError where they differ.
+    the number of items in a step, over all processes, `data` the fingerprint of the data set,
+    `data_names` that without the sizes of pictures. ValueError where they differ; if only these
+    sizes do, stderr says so.
     """
     path = folder / "state.pt"
     state = read_state(path)
@@ -165,10 +195,18 @@ def restore(
             f" that their product is {before}"
         )
     if state.get("data", data) != data:
-        raise ValueError(
-            f"{path} was trained on a data set of other files: their names or sizes are not"
-            " those of before; restore them, or start a new run on these"
-        )
+        if state.get("data_names") != data_names:
+            raise ValueError(
+                f"{path} was trained on a data set of other files: their names or sizes are not"
+                " those of before; restore them, or start a new run on these (a translator's with"
+                f" --init {folder})"
+            )
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(
+                f"{path} was trained on pictures of the same names and other sizes; the run goes"
+                " on with these",
+                file=sys.stderr,
+            )
     try:
         if not isinstance(state["step"], int):
             raise TypeError(f"its step is {state['step']!r:.100}")

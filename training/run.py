@@ -116,6 +116,7 @@ class Run:
         except Exception:
             if self.rank == 0 and step > self.first_step:
                 save(step - 1)
+                self.say(f"saved the {step} steps before that; --resume {self.folder} goes on")
             raise
 
     def split(self, batch: dict) -> Iterator[tuple[list[int], dict]]:
@@ -208,6 +209,7 @@ class Run:
         if self.meter:
             return
         self.data = data_fingerprint(self.cfg.dataset_folder)
+        self.data_names = data_fingerprint(self.cfg.dataset_folder, with_pictures=False)
         self.folder = open_run(self.cfg, self.kind, self.rank)
 
     def restore(self, frozen_fingerprint: str, parts: dict, *names: str) -> list:
@@ -225,6 +227,7 @@ class Run:
             *names,
             batch=self.global_batch,
             data=self.data,
+            data_names=self.data_names,
         )
         self.first_step = step
         self.best = best
@@ -246,7 +249,7 @@ class Run:
         if self.meter:
             return
         state = dict(step=step + 1, best=self.best, base=frozen_fingerprint)
-        state |= dict(batch=self.global_batch, data=self.data)
+        state |= dict(batch=self.global_batch, data=self.data, data_names=self.data_names)
         save_state(self.folder / "state.pt", state | values | parts)
         log = self.folder / "log.jsonl"
         if log.is_file():  # there is none if the first step's validation failed
