@@ -46,7 +46,7 @@ from torch.utils.data import Dataset
 import evaluate
 import training
 from dataset.check import check_readable, report_cut
-from dataset.folders import UnpairedFolder, open_unpaired
+from dataset.folders import UnpairedFolder, check_preparation, open_unpaired
 from dataset.loader import batches
 from dataset.pictures import pad_to_multiple
 from files import bases, checkpoints, metrics
@@ -299,6 +299,7 @@ def open_data(cfg: Config) -> tuple[UnpairedFolder, UnpairedFolder]:
     n = cfg.resolution
     train_prep = cfg.train_image_prep or f"resize_{n * 286 // 256}_randomcrop_{n}x{n}_hflip"
     test_prep = cfg.test_image_prep or f"resize_{n}"
+    check_preparation(cfg.dataset_folder, cfg.train_image_prep, cfg.test_image_prep)
     train_set = open_unpaired(cfg.dataset_folder, "train", train_prep, cfg.seed, n)
     test_set = open_unpaired(cfg.dataset_folder, "test", test_prep, cfg.seed, n)
     check_readable(test_set, max(cfg.validation_num_images, 16))
@@ -349,6 +350,8 @@ def build_networks(cfg: Config, run: training.Run, prompts: tuple[str, str]) -> 
 
 def build_generator(cfg: Config, run: training.Run, base: bases.Base) -> CycleGANTurbo:
     """The generator on its base, with random adapters or the weights of --init."""
+    if cfg.train == "all" and not cfg.conv_in:
+        raise ValueError("--conv_in off has no meaning with --train all; leave it out")
     config = CycleGANTurboConfig(
         lora_rank_unet=cfg.lora_rank_unet,
         lora_rank_vae=cfg.lora_rank_vae,
@@ -631,6 +634,11 @@ def main() -> None:
         run.save_state(step, nets.frozen_fingerprint, state)
 
     preview_items = choose_preview(test_set)
+    if not preview_items:
+        run.say(
+            "the test pictures of A and B differ in size: there will be no sample grids and no"
+            " warnings from them; choose a --test_image_prep"
+        )
 
     run.start(nets, state, "pictures", len(preview_items))
     train_batches = batches(

@@ -43,7 +43,7 @@ from torch.utils.data import Dataset
 import evaluate
 import training
 from dataset.check import captions_of, check_readable, report_cut
-from dataset.folders import PairedFolder, open_paired
+from dataset.folders import PairedFolder, check_preparation, open_paired
 from dataset.loader import batches
 from dataset.pictures import pad_to_multiple
 from files import bases, checkpoints, metrics
@@ -309,6 +309,7 @@ def open_data(cfg: Config) -> tuple[PairedFolder, PairedFolder]:
     n = cfg.resolution
     train_prep = cfg.train_image_prep or f"resized_crop_{n}"
     test_prep = cfg.test_image_prep or f"resized_crop_{n}"
+    check_preparation(cfg.dataset_folder, cfg.train_image_prep, cfg.test_image_prep)
     train_set = open_paired(cfg.dataset_folder, "train", train_prep, cfg.seed, n)
     test_set = open_paired(cfg.dataset_folder, "test", test_prep, cfg.seed, n)
     check_readable(test_set, max(cfg.validation_num_images, 16))
@@ -361,6 +362,8 @@ def build_networks(
 
 def build_generator(cfg: Config, run: training.Run, base: bases.Base) -> Pix2PixTurbo:
     """The generator on its base, with random adapters or the weights of --init."""
+    if cfg.train == "all" and not cfg.conv_in:
+        raise ValueError("--conv_in off has no meaning with --train all; leave it out")
     config = Pix2PixTurboConfig(
         lora_rank_unet=cfg.lora_rank_unet,
         lora_rank_vae=cfg.lora_rank_vae,
@@ -373,7 +376,7 @@ def build_generator(cfg: Config, run: training.Run, base: bases.Base) -> Pix2Pix
     )
     lora_rng = training.rng(cfg.seed, 0, "lora")
     G = Pix2PixTurbo(base.vae, base.unet, base.schedule, config, lora_rng).train()
-    if cfg.init:
+    if cfg.init and (cfg.stochastic or not cfg.resume):
         # A resumed run finds the original half of a stochastic conv_in in its own checkpoint.
         checkpoint = cfg.resume or cfg.init
         with run.first_process_first():

@@ -48,7 +48,7 @@ import evaluate
 import training
 from dataset.cache import Cached
 from dataset.check import captions_of, check_readable, report_cut
-from dataset.folders import open_captioned, tell
+from dataset.folders import check_preparation, open_captioned, tell
 from dataset.loader import batches, collate
 from files import bases, checkpoints, metrics
 from files.autoencoders import load_autoencoder
@@ -108,11 +108,11 @@ class Config:
     consistency: Literal["perceptual", "mse"] = "perceptual"  # in U-Net features, or latents
     snr_gamma: float = 5.0  # largest weight of a noise level in the KL and consistency terms
     snr_floor: float = 0.0  # smallest weight of a noise level in the KL term
-    con_floor: float = 0.0  # the same in the consistency term
+    con_floor: float = 0.0  # smallest weight of a noise level in the consistency term
     coop_steps: int = 250  # k: D's real side is G(x_{t-k})
     con_steps: int = 25  # the consistency term compares with so many timesteps less noise
-    last_share: float = 0.0  # share of the batch at the last timestep, where sampling starts
-    high_share: float = 0.0  # share of the batch less than --coop_steps below the last timestep
+    last_share: float = 0.0  # share of items at the last timestep, where sampling starts
+    high_share: float = 0.0  # share of items less than --coop_steps below the last timestep
     denoising_steps: int = 0  # the first steps train the KL term alone; for random weights
     # optimisation
     learning_rate: float = 2e-5  # learning rate of the generator
@@ -488,7 +488,13 @@ def check_mismatch(cfg: Config) -> None:
 
 
 def check_shares(cfg: Config) -> None:
-    """ValueError for shares that are more than the whole batch."""
+    """ValueError for shares that are more than the whole batch, and floors above the ceiling."""
+    floor = max(cfg.snr_floor, cfg.con_floor)
+    if not floor <= cfg.snr_gamma or cfg.snr_gamma == 0:
+        raise ValueError(
+            f"--snr_gamma {cfg.snr_gamma} is the largest weight of a noise level; expected more"
+            f" than 0, and --snr_floor and --con_floor up to it (found {floor})"
+        )
     if cfg.last_share + cfg.high_share > 1:
         raise ValueError(
             f"--last_share {cfg.last_share} and --high_share {cfg.high_share}: expected shares of"
@@ -507,6 +513,13 @@ def check_data(items: Dataset, base: bases.Base, cfg: Config) -> None:
         )
     if has_pictures and cfg.teacher:
         raise ValueError(f"{folder} holds pictures; leave --teacher out")
+    if cfg.unconditional and cfg.validation_prompts:
+        raise ValueError("--validation_prompts has no meaning with --unconditional; leave it out")
+    if cfg.lambda_mismatch and len(set(captions_of(items))) == 1:
+        raise ValueError(
+            f"--lambda_mismatch shows a picture with a neighbour's caption, and {folder} has only"
+            " one; leave the flag out"
+        )
 
     facts = getattr(items, "facts", None)  # of a cache
     if facts is None:
@@ -570,6 +583,7 @@ def open_data(cfg: Config) -> tuple[Dataset, Dataset]:
     train_prep = cfg.train_image_prep or f"resized_randomcrop_{n}"
     test_prep = cfg.test_image_prep or cfg.train_image_prep or f"resized_crop_{n}"
     folder, column = cfg.dataset_folder, cfg.caption_column
+    check_preparation(folder, cfg.train_image_prep, cfg.test_image_prep)
     train_set = open_captioned(folder, "train", train_prep, cfg.seed, n, column)
     test_set = open_captioned(folder, "test", test_prep, cfg.seed, n, column)
     if isinstance(train_set, Cached) and (cfg.train_image_prep or cfg.test_image_prep):
@@ -1115,7 +1129,8 @@ def save_generator(nets: Networks, run: training.Run, name: str) -> None:
 def save_weights(nets: Networks, run: training.Run) -> None:
     """Writes what was trained, the prior, and a LoRA also in the formats of others."""
     save_generator(nets, run, "model.safetensors")
-    run.write("prior.safetensors", lambda path: bases.save_prior(path, *nets.prior))
+    if run.cfg.prior_pictures:
+        run.write("prior.safetensors", lambda path: bases.save_prior(path, *nets.prior))
     if run.cfg.train == "lora":
         save_lora(nets, run, "lora.safetensors", kohya=False)
         save_lora(nets, run, "lora_kohya.safetensors", kohya=True)

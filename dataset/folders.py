@@ -391,6 +391,15 @@ class PairedFolder(Dataset):
         )
 
 
+def check_preparation(folder: str | Path, *given: str | None) -> None:
+    """ValueError for a preparation that was given for drawings, which have the size asked for."""
+    if str(folder).startswith("drawn:") and any(given):
+        raise ValueError(
+            f"{folder} is drawn in the size of --resolution; leave --train_image_prep and"
+            " --test_image_prep out"
+        )
+
+
 def open_paired(
     folder: str | Path,
     split: str,
@@ -420,8 +429,8 @@ class UnpairedFolder(Dataset):
     """The pictures of two domains, A and B; the larger one gives the length.
 
     An item holds a and b, [3, H, W] in [-1, 1], name_a and name_b. Its index chooses the picture
-    of A. That of B is drawn from the key, or chosen by the index if there is none. `prompts` are
-    the two fixed captions, of A and of B.
+    of A, or where A has fewer, one of A is drawn from the key. That of B is always drawn from it.
+    Without a key, the index chooses both. `prompts` are the two fixed captions, of A and of B.
     """
 
     def __init__(self, folder: str | Path, split: str, prep: str):
@@ -446,6 +455,8 @@ class UnpairedFolder(Dataset):
         index_b = index_a
         if rng is not None:
             index_b = int(rng.integers(len(names_b)))
+            if index_a >= len(names_a):
+                index_a = int(rng.integers(len(names_a)))
         name_a = names_a[index_a % len(names_a)]
         name_b = names_b[index_b % len(names_b)]
 
@@ -563,12 +574,14 @@ def _captions_of_zip(archive: _PictureZip) -> tuple[list[tuple[str, str]], LeftO
         if not archive.has("dataset.json"):
             raise ValueError("it has no dataset.json at its top")
         labels = json.loads(archive.read("dataset.json"))["labels"] or []
-        classes = {name: f"class {_whole_number(label)}" for name, label in labels}
-    known = set(names)
+        classes = {}
+        for name, label in labels:
+            classes[composed(name)] = f"class {_whole_number(label)}"
+    known = {composed(name) for name in names}
     unused = [name for name in classes if name not in known]
     if unused:
         left_out["label without a picture"] = unused
-    return [(name, classes.get(name, "")) for name in names], left_out
+    return [(name, classes.get(composed(name), "")) for name in names], left_out
 
 
 def _captions_of_folder(
@@ -583,9 +596,10 @@ def _captions_of_folder(
     table = folder / "metadata.jsonl"
     if table.is_file():
         found, repeated = _read_metadata(table, column)
-        captions = {name: found.get(name) for name in names}
+        captions = {name: found.get(composed(name)) for name in names}
         check_captions(captions, table)
-        unused = [name for name in found if name not in captions]
+        known = {composed(name) for name in names}
+        unused = [name for name in found if name not in known]
         if unused:
             left_out["caption without a picture"] = unused
         if repeated:
@@ -603,9 +617,9 @@ def _captions_of_folder(
 
 
 def _read_metadata(table: Path, column: str) -> tuple[dict[str, Caption], list[str]]:
-    """{file name: caption or list of captions} of a metadata.jsonl, where lines may be empty.
+    """{file name, composed: caption or list of captions} of a metadata.jsonl.
 
-    And the file names that have more than one line.
+    And the file names that have more than one line. Lines may be empty.
     """
     captions = {}
     repeated = []
@@ -622,9 +636,9 @@ def _read_metadata(table: Path, column: str) -> tuple[dict[str, Caption], list[s
             if not isinstance(name, str):
                 raise ValueError(f"file_name is {_type_name(name)}, not text")
             caption = _checked_caption(row[column])
-        if name in captions:
+        if composed(name) in captions:
             repeated.append(name)
-        captions[name] = caption
+        captions[composed(name)] = caption
     return captions, repeated
 
 
@@ -666,7 +680,8 @@ def _beside_splits(folder: Path) -> LeftOut:
 
 def _captions_of_text(path: Path) -> list[tuple[str, str]]:
     """("caption I", caption) of all lines that are not empty."""
-    lines = [" ".join(line.split()) for line in read_text(path).splitlines()]
+    # Not splitlines(), which would also split at line separators inside a caption.
+    lines = [" ".join(line.split()) for line in read_text(path).split("\n")]
     lines = [line for line in lines if line]
     return [(f"caption {i}", line) for i, line in enumerate(lines)]
 

@@ -187,9 +187,9 @@ class Pix2PixTurbo(nn.Module):
         The condition goes into the encoder as it is, as in the official code. (CycleGANTurbo takes
         pictures in [-1, 1].) H and W are multiples of the VAE's factor. `skip_scale` is gamma.
 
-        Stochastic models take r in [0, 1] and noise [B, 4, h, w]: at r = 1 the picture follows the
-        condition, at r = 0 it is the base's own picture of the noise. The strength of the adapters
-        is not set here: call `lora.set_scale(self, r)` first.
+        Stochastic models take r in [0, 1] and noise [B, 4, h, w]. At r = 1 the picture follows the
+        condition. At r = 0, if adapters alone were trained, it is what the base makes of the noise.
+        Their strength is not set here: call `lora.set_scale(self, r)` first.
 
         With latent_noise [B, 4, h, w] the latent is a sample of the encoder's distribution,
         without it the mean.

@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,38 @@ def test_a_zip_of_macos_holds_only_its_pictures(tmp_path, capsys):
     ):
         assert part in left_out
     assert "set.zip: 2 of 10 captions are empty (pictures/8.png, pictures/9.png)" in empty
+
+
+@pytest.mark.parametrize("layout", ["zip", "folder"])
+def test_names_belong_together_in_either_form_of_unicode(tmp_path, capsys, layout):
+    names = [f"e\u0301{i}.png" for i in range(10)]  # e and an accent
+    composed = [f"\u00e9{i}.png" for i in range(10)]  # é
+    noise(6, 8).save(tmp_path / "one.png")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    source = folder
+    if layout == "zip":
+        source = tmp_path / "set.zip"
+        with zipfile.ZipFile(source, "w") as archive:
+            for name in names:
+                archive.write(tmp_path / "one.png", name)
+            labels = [[name, 3] for name in composed]
+            archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    else:
+        for name in names:
+            shutil.copy(tmp_path / "one.png", folder / name)
+        rows = [json.dumps(dict(file_name=name, text="class 3")) for name in composed]
+        write_metadata(folder, rows)
+    train = open_captioned(source, "train", "no_resize")
+    assert train.captions == ["class 3"] * 9
+    assert capsys.readouterr().err == ""
+
+
+def test_a_list_of_captions_has_one_a_line_whatever_else_separates_them(tmp_path):
+    source = tmp_path / "captions.txt"
+    source.write_text("".join(f"red\u2028and {i}\r\n" for i in range(10)), encoding="utf-8")
+    train = open_captioned(source, "train", "no_resize")
+    assert train.captions == [f"red and {i}" for i in range(9)]
 
 
 def write_metadata(folder, rows: list[str]) -> None:
@@ -348,6 +382,19 @@ def test_unpaired_items_come_from_both_domains_and_follow_their_key(domains):
     again = [pictures[(0, (7, step, 0))]["name_b"] for step in range(30)]
     assert set(drawn) == {"b0.png", "b1.png", "b2.png"}
     assert drawn == again
+
+
+def test_of_a_smaller_domain_all_pictures_are_seen_equally_often(domains):
+    for i in (3, 4):
+        (domains / "train_A" / f"a{i}.png").unlink()
+        (domains / "train_B" / f"b{i}.png").write_bytes(
+            (domains / "train_B" / "b0.png").read_bytes()
+        )
+    pictures = UnpairedFolder(domains, "train", "resize_16")
+    assert [len(names) for names in pictures.names] == [3, 5]
+    seen = Counter(pictures[(i, (7, epoch, i))]["name_a"] for epoch in range(60) for i in range(5))
+    # A picture comes up 60 times by its index and 40 times by chance, with a deviation of 5.
+    assert all(80 < count < 120 for count in seen.values()), seen
 
 
 def test_bad_unpaired_folders_are_refused_by_name(domains):

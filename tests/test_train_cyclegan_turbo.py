@@ -243,7 +243,7 @@ def test_half_precision_shows_the_discriminators_fake_and_real_pictures_alike(
     assert seen == [torch.float32] * 6
 
 
-def test_domains_may_be_of_different_sizes(monkeypatch, tmp_path, domains):
+def test_domains_may_be_of_different_sizes(monkeypatch, capsys, tmp_path, domains):
     folder = tmp_path / "data"
     shutil.copytree(domains, folder)
     for path in folder.glob("*/*.png"):
@@ -254,6 +254,7 @@ def test_domains_may_be_of_different_sizes(monkeypatch, tmp_path, domains):
     train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
     assert len(helpers.read_log(tmp_path / "run")) == 2
     # A grid has pictures of one size, so there is none.
+    assert "there will be no sample grids" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("samples/*.png"))
 
 
@@ -459,6 +460,16 @@ BAD = {
         ["--lambda_cycle", "--lambda_gan", "are 0; expected a loss"],
     ),
     "the paired trainer's flag": (None, ["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
+    "a frozen conv_in of all weights": (
+        None,
+        ["--train", "all", "--conv_in", "off"],
+        ["--conv_in off has no meaning with --train all"],
+    ),
+    "a preparation of drawings": (
+        None,
+        ["--dataset_folder", "drawn:day2night", "--train_image_prep", "resize_16"],
+        ["drawn:day2night is drawn in the size of --resolution"],
+    ),
     "timestep of none": (None, ["--timestep", "1000"], ["timestep is 1000", "0 to 999"]),
     "init of another kind": (
         None,

@@ -595,7 +595,7 @@ BAD = {
     "unknown preparation of drawings": (
         [*CROP, "--dataset_folder", "drawn:scenes"],
         None,
-        ["crop", "resized_crop_N"],
+        ["drawn:scenes is drawn in the size of --resolution", "leave --train_image_prep"],
     ),
     "resume from nothing": (["--resume", "/nowhere"], None, ["/nowhere", "config.json"]),
     "sizes without a latent": (
@@ -621,6 +621,11 @@ BAD = {
     ),
     "init without skips": ([*INIT, "{others}/skips.safetensors"], None, ["skips off", "on"]),
     "init of all weights": ([*INIT, "{others}/all.safetensors"], None, ["train all", "lora"]),
+    "a frozen conv_in of all weights": (
+        ["--train", "all", "--conv_in", "off"],
+        None,
+        ["--conv_in off has no meaning with --train all"],
+    ),
     "init and a frozen conv_in": (
         [*INIT, "{others}/good.safetensors", "--conv_in", "off"],
         None,

@@ -557,7 +557,12 @@ def test_a_step_shows_the_discriminator_wrong_captions_on_request(
         return logits
 
     monkeypatch.setattr(trainer.LatentDiscriminator, "forward", watched)
-    flags = ["--dataset_folder", pairs, *CENTRED, *SMALL_PICTURES, "--dtype", "float64"]
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    words = ["fog", "fog", "rain", "snow", "ice", "sun"]
+    captions = {f"{i}.png": word for i, word in enumerate(words)}
+    (data / "train_prompts.json").write_text(json.dumps(captions))
+    flags = ["--dataset_folder", data, *CENTRED, *SMALL_PICTURES, "--dtype", "float64"]
     flags += ["--lambda_gan", 0.5, "--lambda_mismatch", 2, "--max_train_steps", 1]
     with torch.enable_grad():
         train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
@@ -566,7 +571,8 @@ def test_a_step_shows_the_discriminator_wrong_captions_on_request(
     assert torch.equal(again, real) and torch.equal(others, context.roll(1, dims=0))
     log = helpers.read_log(tmp_path / "run")[0]
     differs = trainer.other_captions(context)[1]
-    mismatch = 0.5 * F.softplus(wrong[differs]).sum() / differs.sum().clamp(min=1)
+    assert differs.any()
+    mismatch = 0.5 * 2 * F.softplus(wrong[differs]).mean()
     disc = 0.5 * (F.softplus(-right) + F.softplus(fake)).mean()
     assert log["mismatch"] == pytest.approx(mismatch.item(), rel=1e-9)
     assert log["disc"] == pytest.approx(disc.item(), rel=1e-9)
@@ -818,6 +824,14 @@ def test_a_cache_is_not_cropped_again(monkeypatch, capsys, tmp_path, pairs, flag
         train(monkeypatch, *run, *flags, "--output_dir", tmp_path / "run")
     error = capsys.readouterr().err
     assert "is a cache, whose pictures were cropped when it was made" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_captions_need_two_of_them(monkeypatch, capsys, tmp_path, pairs):
+    flags = [*SMALL_PICTURES, "--dataset_folder", pairs, "--lambda_mismatch", 1]
+    with pytest.raises(SystemExit):
+        train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+    assert "--lambda_mismatch shows a picture with a" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -1257,6 +1271,18 @@ BAD = {
         ["--last_share", "0.6", "--high_share", "0.5"],
         ["--last_share 0.6", "--high_share 0.5", "at most 1"],
     ),
+    "a floor above the ceiling": (["--con_floor", "6"], ["--snr_gamma 5.0", "found 6.0"]),
+    "a ceiling of nothing": (["--snr_gamma", "0"], ["--snr_gamma 0.0", "more than 0"]),
+    "an average that never moves": (["--ema_decay", "1"], ["--ema_decay 1.0", "below 1"]),
+    "a mean that never forgets": (["--adam_beta2", "1"], ["--adam_beta2 1.0", "below 1"]),
+    "captions for samples without": (
+        ["--unconditional", "--validation_prompts", "a|b"],
+        ["--validation_prompts has no meaning with --unconditional"],
+    ),
+    "a preparation of drawings": (
+        ["--dataset_folder", "drawn:scenes", "--test_image_prep", "resize_16"],
+        ["drawn:scenes is drawn in the size of --resolution"],
+    ),
     "no neighbour to mismatch": (
         ["--lambda_mismatch", "1", "--train_batch_size", "1"],
         ["--lambda_mismatch", "2 or more"],
@@ -1289,7 +1315,7 @@ BAD = {
     "not a zip": (["--dataset_folder", "{taken}/a.zip"], ["a.zip", "dataset.json"]),
     "a prior of -1 pictures": (["--prior_pictures", "-1"], ["--prior_pictures", "0 or more"]),
     "the paired trainer's flag": (["--lambda_l2", "1"], ["--lambda_l2", "unknown"]),
-    "a flag that is gone": (["--center_crop"], ["--center_crop", "unknown"]),
+    "a flag that is gone": (["--center_crop"], ["not needed: crops", "--train_image_prep"]),
     "run in the way": (["--output_dir", "{taken}"], ["holds a run already", "--resume"]),
 }
 

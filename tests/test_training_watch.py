@@ -104,6 +104,21 @@ def test_a_signal_that_leaves_its_range_is_warned_of_by_name_and_with_a_remedy(s
     assert any(word in found for word in ("--", "best.safetensors", "look at"))
 
 
+@pytest.mark.parametrize(
+    "loss, kind, says",
+    [
+        ("l2", "preview_change", "the distance to the targets asks for more"),
+        ("cycle", "preview_change", "raise --lambda_gan, or in"),
+        ("l2", "preview_tint", "or raise --lambda_l2"),
+        ("kl", "preview_tint", "or raise --lambda_kl"),
+        ("cycle", "preview_tint", "or raise --lambda_cycle and --lambda_idt"),
+    ],
+)
+def test_a_remedy_names_flags_that_the_trainer_has(loss, kind, says):
+    sick = {"preview_change": 0.01, "preview_tint": 0.9}[kind]
+    assert says in warned(**WELL | {loss: 1.0, kind: sick})
+
+
 HEALTHY = {
     "blind for a short time": BLIND | dict(steps=199),
     "slow to see": BLIND | dict(steps=200, disc_right_on_real=wavering(0.53)),

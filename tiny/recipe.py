@@ -153,8 +153,18 @@ def drawings() -> Tensor:
         with multiprocessing.get_context("spawn").Pool() as pool:
             results = pool.imap(drawing, range(DRAWINGS), 100)
             drawn = list(tqdm(results, "drawing", DRAWINGS))
-        np.save(path, np.stack(drawn))
+        write_array(path, np.stack(drawn))
     return torch.from_numpy(np.load(path, mmap_mode="r"))
+
+
+def write_array(path: pathlib.Path, array: np.ndarray) -> None:
+    """np.save, but the file is written whole or not at all."""
+
+    def write(temporary: pathlib.Path) -> None:
+        with temporary.open("wb") as file:  # to a path, np.save would add .npy
+            np.save(file, array)
+
+    training.write_file(path, write)
 
 
 def held_out_drawings(indices: range) -> Tensor:
@@ -510,7 +520,8 @@ def latents(network: vae.VAE, drawn: Tensor, device: torch.device) -> tuple[Tens
                 std = (0.5 * logvar.float()).exp()
                 found.append(torch.stack([mean.float(), std]).cpu())
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, torch.cat(found, dim=1) * network.config.scaling_factor)
+        latents = torch.cat(found, dim=1) * network.config.scaling_factor
+        write_array(path, latents.numpy())
     mean, std = torch.from_numpy(np.load(path))
     return mean, std
 

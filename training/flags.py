@@ -46,6 +46,8 @@ AT_LEAST = {
     "denoising_steps": 0,
     "prior_pictures": 0,
 }
+# Decays, of which 1 would never forget.
+BELOW_ONE = {"ema_decay", "adam_beta1", "adam_beta2", "disc_adam_beta1"}
 # Ranks above this are in no checkpoint that can be read.
 MOST_RANK = 1000
 # Flags of other trainers that have no meaning here, and why.
@@ -157,6 +159,9 @@ def given_values(parser: argparse.ArgumentParser, argv: list[str] | None) -> dic
     for name, value in given.items():
         if type(value) is float and value < 0:
             raise ValueError(f"--{name} {value}: expected 0 or more")
+    for name in BELOW_ONE & given.keys():
+        if given[name] >= 1:
+            raise ValueError(f"--{name} {given[name]}: expected a number from 0, below 1")
     if given.get("max_grad_norm") == 0:
         raise ValueError(
             "--max_grad_norm 0 would clip all gradients to 0; expected more, as 1e9 for no clipping"

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from dataset.pictures import SUFFIXES
-from files.hub import BASES
 from training.exits import first_line
 
 # The folders of a data set in which trainers read pictures, besides the data set's own.
@@ -78,6 +77,8 @@ def is_run(folder: pathlib.Path) -> bool:
 
 def write_settings(folder: pathlib.Path, config) -> None:
     """Writes config.json, in which paths hold from any working folder."""
+    from files.hub import BASES  # imported here, because python -m dataset check needs no models
+
     settings = asdict(config)
     source = settings.get("dataset_folder")
     if source and source not in BUILT_IN and os.path.exists(source):

@@ -235,6 +235,8 @@ def summary(cfg, script: str, row: Row) -> list[str]:
         f" state.pt {size(facts['state_bytes'])}",
         f"loading           {describe_loading(cfg, facts)}",
     ]
+    if cfg.resume:
+        lines.append("of a whole run    times are from step 1; what the run has behind it is done")
     if getattr(cfg, "prior_pictures", 0) and not cfg.resume:
         lines.append(f"not counted       the prior of {cfg.prior_pictures} pictures, at the start")
     if getattr(cfg, "denoising_steps", 0):

@@ -165,7 +165,7 @@ def short_data(history: History) -> str | None:
         return None
     return (
         f"an epoch has {history.items} items, which the networks may learn by heart; add data,"
-        " crop at random (--train_image_prep), and use best.safetensors"
+        " crop at random (--train_image_prep), or stop before validation gets worse"
     )
 
 
@@ -174,7 +174,9 @@ def copying(history: History) -> str | None:
         points = history.previews(name)
         if points and max(value for _, value in points) < COPYING:
             remedy = "nothing asks it to change: give --lambda_gan a weight"
-            if "gan" in history.series:
+            if "l2" in history.series:
+                remedy = "the distance to the targets asks for more: raise --learning_rate"
+            elif "gan" in history.series:
                 remedy = (
                     "the adversarial loss is paid and changes nothing: raise --lambda_gan, or in"
                     " unpaired training lower --lambda_idt or turn --skips off"
@@ -273,10 +275,14 @@ def drift(history: History) -> str | None:
     for name in history.names("preview_tint"):
         points = history.previews(name)
         if points and min(value for _, value in points) > TINT:
+            weights = "--lambda_cycle and --lambda_idt"
+            for loss in ("l2", "kl"):
+                if loss in history.series:
+                    weights = f"--lambda_{loss}"
             return (
                 f"the mean hue of outputs is {points[-1][1]:.2g} from that of the targets, in all"
-                f" previews since step {points[0][0]} ({name}); lower --learning_rate, or raise the"
-                " weight of the reconstruction (--lambda_l2, or --lambda_cycle and --lambda_idt)"
+                f" previews since step {points[0][0]} ({name}); lower --learning_rate, or raise"
+                f" {weights}"
             )
     return None
 
