@@ -200,12 +200,18 @@ def build(cfg: Config):
                 draw_tab(given, load)
             else:
                 own, _ = sample.released_facts(cfg.checkpoint)
-                names = [own] if own else ["a2b", "b2a"]
                 if not own and not model.prompts:
                     raise ValueError(
                         f"{cfg.checkpoint} names no captions, which the page needs; use sample.py"
                     )
-                translate_tab({name: replace(given, direction=name) for name in names}, load)
+                tasks = {own: replace(given, direction=own)}
+                if not own:
+                    a, b = model.prompts
+                    tasks = {
+                        f"to: {b}": replace(given, direction="a2b"),
+                        f"to: {a}": replace(given, direction="b2a"),
+                    }
+                translate_tab(tasks, load)
             given = replace(given, base=model.base, checkpoint=None)
         text_tab(given)
     return page

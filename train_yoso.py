@@ -7,7 +7,8 @@
     torchrun --nproc_per_node=4 train_yoso.py --base sd15 --dataset_folder DATA ...
     python train_yoso.py --resume runs/NAME
 
-To train every weight of a pretrained model, run two short stages first:
+To train every weight of a pretrained model, run two short stages first (all with the same flags
+of size, data and precision):
 
     python train_yoso.py --base B --train all --stage adapt_v --output_dir runs/v ...
     python train_yoso.py --base runs/v/base --train all --stage adapt_zsnr --output_dir runs/z ...
@@ -884,7 +885,7 @@ class Reader:
 
     `piece` is a batch on the noise's device: pictures and captions, captions alone, or a cache's
     latents and contexts. noise [B, *shape] samples the VAE's latent, or is what the teacher
-    draws from. With `unconditional` all but the teacher get empty captions.
+    draws from. With `unconditional` every caption is empty, except the teacher's.
     """
 
     base: bases.Base

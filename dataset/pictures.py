@@ -318,6 +318,8 @@ def _stretch(
     size: int,
 ) -> list[Image.Image]:
     """Resizes to a square, whatever the aspect ratio."""
+    if size**2 > MAX_PIXELS:
+        raise ValueError(f"{size}x{size}, expected 1 to {MAX_PIXELS} pixels")
     return [picture.resize((size, size), Image.Resampling.LANCZOS) for picture in pictures]
 
 

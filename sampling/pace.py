@@ -142,19 +142,20 @@ def timed(
     evaluations: int,
     announce: Callable[[float], None],
 ) -> diffusion.Model:
-    """The same model. After its second call, `announce` is told how many seconds all will take.
+    """The same model. When one call was timed, `announce` is told how many seconds all will take.
 
-    Of two calls the first is timed, though it also reads the weights and sets up the device.
+    The second call is timed, as the first also reads the weights and sets up the device; of two
+    calls the first.
     """
-    ends = [time.perf_counter()] if evaluations == 2 else []
+    marks = [time.perf_counter()] if evaluations == 2 else []
 
     def evaluate(x: Tensor, t: float) -> Tensor:
         prediction = model(x, t)
-        if len(ends) < 2:  # the first call also reads the weights and sets up the device
+        if len(marks) < 2:
             prediction.cpu()  # waits for a GPU
-            ends.append(time.perf_counter())
-            if len(ends) == 2:
-                announce(evaluations * (ends[1] - ends[0]))
+            marks.append(time.perf_counter())
+            if len(marks) == 2:
+                announce(evaluations * (marks[1] - marks[0]))
         return prediction
 
     return evaluate

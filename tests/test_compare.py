@@ -76,7 +76,7 @@ def test_scenes_start_from_the_stage_on_the_data_alone_and_read_a_cache(
 
     monkeypatch.setattr(compare.recipe, "run", without_the_cache)
     for_two_steps = compare.SIDES["data"] | dict(denoising_steps=0, dataset_folder="drawn:scenes")
-    for_two_steps |= dict(validation_steps=0, viz_freq=0)
+    for_two_steps |= dict(validation_num_images=2)
     monkeypatch.setitem(compare.SIDES, "data", for_two_steps)
     run(monkeypatch, "--world", "scenes", "--sides", "data", "--seeds", 5, "--output", tmp_path)
 

@@ -7,8 +7,8 @@
 
 Each run is one of train_yoso.py with another real side. It stops at each of the world's marks, is
 measured, and goes on. A run that was stopped continues, and what was measured is not measured
-again. Results: assets/plates/WORLD.json; curves: assets/plates/WORLD.png. A table of means, with
-the range over training seeds, is printed.
+again. Results go to WORLD.json and curves to WORLD.png, in assets/plates or --output. A table of
+means, with the range over training seeds, is printed.
 
 Digits are learned from scratch, and measured as in tiny/digits.py. Drawn scenes are learned by
 tiny-sd, after the stages that the runs of IDEAS.md share, and measured as `measure_scenes` says.
@@ -383,7 +383,8 @@ def main() -> None:
     page = draw_page(world, results)
     path = args.output / f"{args.world}.png"
     training.write_file(path, partial(page.save, format="PNG"))
-    print(table(world, results, tuple(sorted({*marks[len(marks) // 2:][:1], marks[-1]}))))
+    shown = tuple(dict.fromkeys((marks[len(marks) // 2], marks[-1])))  # one halfway, and the last
+    print(table(world, results, shown))
     print(path)
 
 

@@ -477,7 +477,7 @@ def train_gaussians(folder: pathlib.Path, flags: dict[str, object]) -> None:
 
 
 def read_results(path: pathlib.Path) -> dict:
-    """{run: {seed: figures}} in results.json; empty if the file is not there."""
+    """The stored results in a JSON file; empty if it is not there."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 

@@ -544,10 +544,11 @@ def train_sd(device: torch.device, steps: int = 4000, batch: int = 64) -> None:
 
 
 def continue_sd(device: torch.device, steps: int = 3200, batch: int = 64) -> None:
-    """Goes on from the committed tiny-sd, where captions decide: half of the batch is very noisy.
+    """Goes on from the committed tiny-sd, where captions decide, in much noise.
 
-    Some captions are loose ones, so that it understands people who do not know scenes.caption. The
-    committed weights had this stage twice: remove runs/recipe/sd_more before the second time.
+    Half of the batch has t = 1000 sqrt(u), two thirds of the way up on average. Some captions are
+    loose ones, so that it understands people who do not know scenes.caption. The committed weights
+    had this stage twice: remove runs/recipe/sd_more before the second time.
     """
     base = bases.load_base("tiny-sd", dtype=torch.float32, device=str(device))
 

@@ -3,7 +3,7 @@
     flags.py        a settings dataclass is the command line
     exits.py        errors of one line, exit status
     processes.py    devices, ranks, rows of a batch, requests to stop
-    steps.py        random numbers, learning rate, EMA, checks
+    steps.py        random numbers, learning rate, swapping in the EMA, checks
     run.py          the run: what the loops share
     plan.py         --plan: memory and time, tried in processes of their own
     meter.py        what such a process measures
