@@ -3,6 +3,7 @@ trained weights can do what tiny/README.md says."""
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,6 +149,22 @@ def test_the_recipe_trains_adapters_that_load_and_goes_on_with_what_is_done(monk
         "a scene in the day in the rain",
     ]
     assert checkpoints.load_generator("edges2scene").r == 0.4
+
+
+def test_an_array_is_written_whole_or_not_at_all(monkeypatch, tmp_path):
+    path = tmp_path / "drawings.npy"
+    recipe.write_array(path, np.arange(5))
+    assert np.load(path).tolist() == [0, 1, 2, 3, 4]
+
+    def write_a_part(file, array):
+        file.write(b"a part")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np, "save", write_a_part)
+    with pytest.raises(OSError, match="no space left"):
+        recipe.write_array(path, np.arange(6))
+    assert np.load(path).tolist() == [0, 1, 2, 3, 4]
+    assert [file.name for file in tmp_path.iterdir()] == ["drawings.npy"]
 
 
 def test_gradient_energy_falls_with_blur_and_steepness_finds_where():

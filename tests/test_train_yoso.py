@@ -1128,6 +1128,7 @@ def test_resuming_with_all_weights_beside_another_base_is_refused(
     flags = ["--stage", stage, "--base", base, "--train", "all", "--dataset_folder", pairs]
     flags += [*CENTRED, *TWO, "--resolution", 16, "--prior_pictures", 0, "--lambda_gan", 0]
     train(monkeypatch, *flags, "--max_train_steps", 1, "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run" / "prior.safetensors").exists()  # of no pictures
 
     change_a_weight(base / "unet")
     with pytest.raises(SystemExit):

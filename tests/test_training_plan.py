@@ -250,6 +250,13 @@ def test_the_summary_adds_up():
     assert text.count("\n") <= 10
 
 
+def test_a_resumed_run_is_planned_from_its_beginning_and_that_is_said():
+    row = plan.Row("as asked", FACTS, seconds=30.0)
+    for resume in (None, "runs/x"):
+        text = "\n".join(plan.summary(Settings(resume=resume), "train.py", row))
+        assert ("times are from step 1" in text) == bool(resume)
+
+
 def test_memory_on_a_gpu_is_allocated_and_reserved():
     facts = FACTS | dict(allocated=5e9, reserved=6e9)
     found = plan.describe_memory(facts)
