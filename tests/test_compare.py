@@ -108,6 +108,20 @@ def test_drawings_are_as_varied_as_drawings_and_grey_pictures_are_not(monkeypatc
     compare.described_scenes.cache_clear()
 
 
+def test_a_side_is_what_its_name_says():
+    for side in ("coop", "data", "noisy"):
+        assert compare.SIDES[side] == dict(adversarial=side)
+    assert compare.SIDES["none"] == dict(lambda_gan=0)
+
+
+def test_scenes_are_learned_at_a_constant_rate(monkeypatch, tmp_path):
+    (tmp_path / "base").mkdir()
+    monkeypatch.setattr(compare.plates, "folder_of", lambda name, seed: tmp_path)
+    monkeypatch.setattr(compare.recipe, "run", lambda *_: None)
+    flags = compare.scenes_flags(5)
+    assert compare.CONSTANT.items() <= flags.items() and flags["base"] == tmp_path / "base"
+
+
 def test_the_accuracy_is_that_of_the_steps_between_two_marks(tmp_path):
     log = tmp_path / "log.jsonl"
     lines = [{"step": 1, "kl": 0.5}]

@@ -2,8 +2,10 @@
 
 # ruff: noqa: F811  (a fixture is imported, and arguments have its name)
 
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -297,6 +299,65 @@ def test_drawn_worlds_know_the_true_translation(monkeypatch, tmp_path):
     last = helpers.read_log(tmp_path / "run")[-1]
     assert last["val_psnr_unchanged_a2b"] < 12 and "val_psnr_b2a" in last
     assert (tmp_path / "run" / "best.safetensors").exists()
+
+
+# ------------------------------------------------------------------------ the discriminators
+
+def test_each_discriminator_sees_pictures_of_its_own_domain(monkeypatch, tmp_path, domains):
+    seen = []
+    made = []
+    translate_batch = trainer.translate_batch
+    discriminate = trainer.discriminate
+
+    def watched(nets, run, x, direction, noise=None):
+        made.append((direction, translate_batch(nets, run, x, direction, noise)))
+        return made[-1][1]
+
+    def shown(D, domain, run, step, rows, real, fake):
+        seen.append((domain, real.mean() > 0, fake))
+        return discriminate(D, domain, run, step, rows, real, fake)
+
+    monkeypatch.setattr(trainer, "translate_batch", watched)
+    monkeypatch.setattr(trainer, "discriminate", shown)
+    flags = ["--dataset_folder", domains, *ONE_PICTURE, "--max_train_steps", 1]
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+    (b, b_is_bright, to_b), (a, a_is_bright, to_a) = seen
+    assert (b, a) == ("b", "a") and b_is_bright and not a_is_bright  # domain A is dark
+    # The first of three passes of each direction.
+    assert (made[0][0], made[3][0]) == ("a2b", "b2a")
+    assert torch.equal(made[0][1], to_b) and torch.equal(made[3][1], to_a)
+
+
+def test_a_discriminator_tells_real_from_fake_with_the_weight_of_the_flag():
+    real, fake = normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1)
+    run = SimpleNamespace(cfg=trainer.Config(lambda_gan=3, gan_augment=False))
+    loss, _ = trainer.discriminate({"b": lambda x: [x]}, "b", run, 0, [0, 1], real, fake)
+    wanted = 3 * 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    assert relative(loss, wanted) < 1e-12
+
+
+def test_real_and_fake_pictures_are_augmented_each_with_its_own_draws():
+    given = []
+
+    def D(x, draws=None):
+        given.append(draws)
+        return [x]
+
+    run = SimpleNamespace(cfg=trainer.Config(gan_augment=True), global_batch=4)
+    trainer.discriminate({"b": D}, "b", run, 0, [1, 3], normal(2, 1), normal(2, 1))
+    real, fake = given
+    assert real["shift_x"].shape == (2,) and not torch.equal(real["shift_x"], fake["shift_x"])
+
+
+def test_the_best_validation_has_the_highest_psnr_or_the_lowest_distance(monkeypatch):
+    scores = []
+    run = SimpleNamespace(improves=scores.append)
+    psnr = {"val_psnr_a2b": 20, "val_psnr_b2a": 10}
+    fid = {"val_fid_a2b": 5, "val_fid_b2a": 7}
+    for values in (psnr, fid, {}):
+        monkeypatch.setattr(trainer, "validate", lambda *_, values=values: values)
+        trainer.validate_and_keep_best(None, run, None)
+    assert scores == [-15, 6, math.inf]
 
 
 # ---------------------------------------------------------------- one computation, many ways

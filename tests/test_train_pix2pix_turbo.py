@@ -22,6 +22,7 @@ from trainer_helpers import metric_networks, pairs  # noqa: F401  (fixtures)
 import train_pix2pix_turbo as trainer
 import training
 from files import bases, checkpoints
+from models.lora import ADAPTERS
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig, from_official
 
 QUIET = ["--viz_freq", "1000", "--validation_steps", "1000", "--validation_num_images", "2"]
@@ -330,6 +331,31 @@ def test_training_every_weight_of_a_folder_leaves_its_files_alone_and_needs_no_c
     first = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
     assert loaded.prompts == [""]
     assert not torch.equal(loaded.generator.unet.conv_in.weight, first)
+
+
+def test_r_of_a_step_is_the_strength_of_all_adapters(monkeypatch, tmp_path, pairs):
+    seen = []
+    pix2pix_losses = trainer.pix2pix_losses
+
+    def watched(G, *args, r, **kwargs):
+        seen.append(r)
+        adapters = [layer for layer in G.modules() if isinstance(layer, ADAPTERS)]
+        assert adapters and all(layer.scale == r * layer.full_scale for layer in adapters)
+        return pix2pix_losses(G, *args, r=r, **kwargs)
+
+    monkeypatch.setattr(trainer, "pix2pix_losses", watched)
+    flags = ["--train", "lora", "--stochastic", "--dataset_folder", pairs, *PAIRS_OF_TWO]
+    train(monkeypatch, *flags, "--max_train_steps", 2, "--output_dir", tmp_path / "run")
+    assert len(set(seen)) == 2 and all(0 <= r < 1 for r in seen)
+
+
+def test_the_discriminator_tells_real_from_fake_with_the_weight_of_the_flag():
+    real, fake = normal(2, 1, 3, 3), normal(2, 1, 3, 3, seed=1)
+    cfg = trainer.Config(lambda_gan=3, gan_augment=False, gan_loss_type="multilevel_sigmoid")
+    run = SimpleNamespace(cfg=cfg)
+    loss, _ = trainer.discriminate(lambda x: [x], run, 0, [0, 1], real, fake)
+    wanted = 3 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    assert relative(loss, wanted) < 1e-12
 
 
 # ---------------------------------------------------------------- one computation, many ways

@@ -643,6 +643,84 @@ def test_the_grid_shows_the_validation_prompts(monkeypatch, tmp_path, pairs):
         assert relative(made[i], expected[0]) < 1e-6 < relative(made[i], expected[1])
 
 
+def test_the_average_moves_slowly_towards_the_weights():
+    weight = torch.nn.Parameter(torch.ones(2))
+    ema = {"weight": torch.zeros(2)}
+    trainer.update_ema(ema, {"weight": weight}, decay=0.75)
+    assert ema["weight"].tolist() == [0.25, 0.25] and weight.tolist() == [1, 1]
+
+
+def test_each_network_has_its_own_rate_decay_and_bound(monkeypatch, tmp_path, pairs):
+    updates = []
+    update = training.Run.update
+
+    def watched(run, optimizer, max_norm=math.inf):
+        group = optimizer.param_groups[0]
+        updates.append((group["lr"], group["betas"][0], max_norm))
+        return update(run, optimizer, max_norm)
+
+    monkeypatch.setattr(training.Run, "update", watched)
+    flags = ["--dataset_folder", pairs, *SMALL_PICTURES, "--max_train_steps", 1]
+    flags += ["--learning_rate", 0.25, "--disc_lr_ratio", 0.5, "--max_grad_norm", 0.5]
+    flags += ["--adam_beta1", 0.8, "--disc_adam_beta1", 0.3]
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+    assert updates == [(0.25, 0.8, 0.5), (0.125, 0.3, math.inf)]
+
+
+def test_the_teacher_of_an_adaption_stays_and_the_next_base_is_the_ema(
+    monkeypatch, tmp_path, pairs
+):
+    calls = []
+    adapt_losses = trainer.adapt_losses
+
+    def watched(student, teacher, *args):
+        calls.append((teacher.conv_in.weight.detach().clone(), *args[-2:]))
+        return adapt_losses(student, teacher, *args)
+
+    monkeypatch.setattr(trainer, "adapt_losses", watched)
+    flags = ["--dataset_folder", pairs, *SMALL_PICTURES, "--train", "all"]
+    flags += ["--stage", "adapt_zsnr", "--max_train_steps", 2, "--learning_rate", 1e-2]
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+    (first, old, new), (second, _, _) = calls
+    assert torch.equal(first, second)
+    assert old.alpha[-1] > 0 == new.alpha[-1]
+    state = helpers.read_state(tmp_path / "run")
+    weight = bases.load_base(str(tmp_path / "run" / "base")).unet.conv_in.weight
+    assert torch.equal(weight, state["ema"]["unet.conv_in.weight"])
+    assert not torch.equal(weight, state["trained"]["unet.conv_in.weight"])
+
+
+def test_the_network_of_the_perceptual_distance_does_not_learn(monkeypatch, tmp_path, pairs):
+    made = []
+    lower_half = trainer.lower_half
+
+    def watched(*args, **kwargs):
+        half = lower_half(*args, **kwargs)
+        made.append((half, [p.detach().clone() for p in half.parameters()]))
+        return half
+
+    monkeypatch.setattr(trainer, "lower_half", watched)
+    flags = ["--dataset_folder", pairs, *SMALL_PICTURES, "--train", "all"]
+    flags += ["--max_train_steps", 1, "--learning_rate", 1e-2]
+    train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
+    ((half, before),) = made
+    assert all(torch.equal(p, was) for p, was in zip(half.parameters(), before, strict=True))
+
+
+def test_features_are_those_of_clean_latents():
+    network = SimpleNamespace(features=lambda *args: args)
+    nets = SimpleNamespace(feature_network=network, last_timestep=9)
+    assert trainer.Networks.features(nets, "x", "context") == ("x", 0, "context")
+
+
+def test_the_spread_is_below_1_for_samples_too_much_alike(monkeypatch):
+    real = normal(4, 3, 8, 8)
+    monkeypatch.setattr(trainer, "draw", lambda *_: (real, 0.5 * real))
+    nets = SimpleNamespace(base=SimpleNamespace(vae=None), inception=None)
+    run = SimpleNamespace(cfg=trainer.Config(validation_num_images=4))
+    assert trainer.validate(nets, run, None, range(9)) == {"val_spread": pytest.approx(0.5)}
+
+
 # ------------------------------------------------------------------------- stages and files
 
 def test_the_quick_adaption_leads_from_epsilon_to_v_to_pure_noise_and_each_result_is_a_base(

@@ -491,6 +491,22 @@ def test_files_that_no_run_wrote_are_never_replaced(tmp_path, name):
 
 # --------------------------------------------------------------------------- logs and grids
 
+def test_logged_values_are_means_over_processes(monkeypatch):
+    def all_reduce(values):
+        values *= 3  # the other process has twice as much
+
+    fake = dict(
+        is_initialized=lambda: True,
+        get_backend=lambda: "gloo",
+        get_world_size=lambda: 2,
+        all_reduce=all_reduce,
+    )
+    for name, function in fake.items():
+        monkeypatch.setattr(dist, name, function)
+    assert training.mean_over_ranks({"l2": 2.0, "gan": 4.0}) == {"l2": 3.0, "gan": 6.0}
+
+
+
 def test_the_log_forgets_steps_that_run_again_and_lines_that_are_cut_or_of_others(tmp_path):
     path = tmp_path / "log.jsonl"
     for step in range(1, 6):
