@@ -483,6 +483,35 @@ def test_lora_and_controlnet_are_flags_and_their_result_can_be_saved(
     assert torch.equal(levels("again.png"), with_lora)
 
 
+@pytest.mark.parametrize("use", ["draw", "edit"])
+def test_the_control_scale_reaches_the_controlnet(sd, tmp_path, command, use):  # noqa: F811
+    randomise(ControlNetModel.from_config(CONTROL)).save_pretrained(tmp_path / "control")
+    edges = picture(tmp_path / "edges.png", 16, 16)
+    plain = [PROMPT, "--base", sd]
+    if use == "edit":
+        plain += ["--input", edges]
+    flags = [*plain, "--controlnet", tmp_path / "control", "--control_image", edges]
+    made = {}
+    for scale in (0.0, 0.5, 1.0):
+        status, _, err = command(*flags, "--control_scale", scale)
+        assert status == 0, err
+        assert Image.open("out.png").text["control_scale"] == str(scale)
+        made[scale] = levels("out.png")
+    command(*plain)
+    assert (made[0.0] - levels("out.png")).abs().max() <= 1
+    assert (made[0.5] - made[0.0]).abs().max() > 1
+    assert (made[0.5] - made[1.0]).abs().max() > 1
+
+
+def test_a_merge_is_summed_in_float32_and_rounded_once():
+    """256 + 1/256 is 256 in bfloat16."""
+    values = (2**-8, 256.0, 256.0)
+    states = [{"w": torch.tensor([value], dtype=torch.bfloat16)} for value in values]
+    for dtype in (None, torch.float64):
+        merged = bases._merge_states(states, [1, 1, -1], dtype, "cpu")["w"]
+        assert merged.item() == 2**-8 and merged.dtype == (dtype or torch.bfloat16)
+
+
 # -------------------- one-file models
 
 @pytest.fixture(scope="module")
@@ -853,6 +882,35 @@ def test_a_priors_statistics_are_numpys_and_its_noise_is_the_second_draw(
     flags = ["--prior", "prior.safetensors", "--sampler", "lcm", "--seed", 7]
     assert command(PROMPT, "--base", sd, *flags)[0] == 0
     assert ((made[0] + 1) * 127.5 - levels("out.png")).abs().max() <= 0.5 + 1e-2
+
+
+def test_all_edits_of_a_folder_have_the_same_noise_in_a_batch_too(
+    sd, tmp_path, command,  # noqa: F811
+):
+    for seed, name in enumerate("abc"):
+        picture(tmp_path / "in" / f"{name}.png", 16, 16, seed=seed)
+    flags = [PROMPT, "--base", sd, "--input"]
+    status, paths, err = command(*flags, tmp_path / "in", "--batch", 3, "--output", "made")
+    assert status == 0 and len(paths) == 3, err
+    for path in paths:
+        command(*flags, tmp_path / "in" / Path(path).name, "--output", "alone.png")
+        assert (levels("alone.png") - levels(path)).abs().max() <= 1
+
+
+def test_an_edit_follows_guidance_and_the_negative_prompt(sd, tmp_path, command):  # noqa: F811
+    source = picture(tmp_path / "in.png", 16, 16)
+    base = bases.load_base(str(sd))
+    x = to_tensor(open_picture(source))[None]
+    made = []
+    for negative in ("", "green"):
+        flags = ["--guidance", 3, "--negative", negative, "--steps", 2]
+        status, _, err = command(PROMPT, "--base", sd, "--input", source, *flags)
+        assert status == 0, err
+        how = dict(steps=2, guidance=3.0, negative=negative, strength=0.6)
+        edited = sample.text_to_image(base, PROMPT, [42], (16, 16), pictures=x, **how)
+        made.append(levels("out.png"))
+        assert ((edited[0] + 1) * 127.5 - made[-1]).abs().max() <= 0.5 + 1e-2
+    assert not torch.equal(*made)
 
 
 # -------------------- errors

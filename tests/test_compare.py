@@ -63,7 +63,7 @@ def test_scenes_start_from_the_stage_on_the_data_alone_and_read_a_cache(
     monkeypatch.setattr(compare.plates, "FOLDER", folder)
     shutil.copytree("tiny/tiny-turbo", folder / "data-alone-seed5" / "base")
     monkeypatch.setattr(compare, "SCENES", 6)
-    compare.described_scenes.cache_clear()
+    compare.drawings.cache_clear()
     caches = []
     recipe_run = compare.recipe.run
 
@@ -87,17 +87,17 @@ def test_scenes_start_from_the_stage_on_the_data_alone_and_read_a_cache(
     assert [*results] == ["data, seed 5, step 2", "data, seed 5, step 3"]
     assert {*compare.WORLDS["scenes"].figures} <= {*results["data, seed 5, step 3"]}
     assert (tmp_path / "scenes.png").is_file()
-    compare.described_scenes.cache_clear()
+    compare.drawings.cache_clear()
 
 
 def test_drawings_are_as_varied_as_drawings_and_grey_pictures_are_not(monkeypatch):
     monkeypatch.setattr(compare, "SCENES", 6)
-    compare.described_scenes.cache_clear()
-    described, truth = compare.described_scenes(0)
-    redrawn = [dataclasses.replace(scene, seed=scene.seed + 4) for scene in described]
-    others = compare.drawings(redrawn)
-    assert (others != truth).flatten(1).any(1).all()
+    compare.drawings.cache_clear()
+    described, truth, others = compare.drawings()
+    assert len(described) == 6 and (others != truth).flatten(1).any(1).all()
 
+    limits = compare.scenes_limits()
+    assert limits["variety"] == 1 and limits["wrong"] < 5 and 0.7 < limits["sharp"] < 1.4
     figures = compare.scene_figures(truth, others)
     assert figures["wrong"] == 0 and figures["frechet"] < 1e-3
     assert figures["variety"] == 1 and figures["sharp"] == 1
@@ -105,7 +105,7 @@ def test_drawings_are_as_varied_as_drawings_and_grey_pictures_are_not(monkeypatc
     worse = compare.scene_figures(grey, grey)
     assert worse["wrong"] > 40 and worse["frechet"] > 10
     assert worse["variety"] == worse["sharp"] == 0
-    compare.described_scenes.cache_clear()
+    compare.drawings.cache_clear()
 
 
 def test_a_side_is_what_its_name_says():

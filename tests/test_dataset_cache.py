@@ -9,6 +9,7 @@ from pictures_helpers import cache_settings, noise, refused
 import files.tensors
 from dataset.cache import Cached, estimate_prior, write_cache
 from dataset.folders import Captioned, open_captioned
+from files.bases import load_base
 from files.tensors import save_tensors
 
 
@@ -172,3 +173,18 @@ def test_a_prior_is_written_over_nothing_but_a_prior(tmp_path):
     assert other.read_bytes() == content
     for _ in range(2):
         estimate_prior(tmp_path, "tiny", 8, tmp_path / "prior.safetensors")
+
+
+@torch.inference_mode()
+def test_each_item_has_the_crop_of_its_own_key(tmp_path):
+    for i in range(10):
+        noise(12, 40, i).save(tmp_path / f"{i:02d}.png")
+    prep = "resized_randomcrop_8_hflip"
+    write_cache(**settings(tmp_path, prep=prep, seed=3))
+    cached = Cached(tmp_path / "cache", "train")
+    pictures = open_captioned(tmp_path, "train", prep)
+    vae = load_base("tiny", ("vae",), torch.float32).vae
+    for i in range(9):
+        mean, _, _ = vae.encode(pictures[i, (3, 0, i)]["target"][None])
+        expected = mean[0] * vae.config.scaling_factor
+        assert torch.allclose(cached[i]["mean"], expected, atol=1e-4)

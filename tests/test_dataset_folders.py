@@ -351,6 +351,21 @@ def test_unknown_drawings_are_refused_with_the_known_ones():
     refused(open_paired, "drawn:squares", "train", "no_resize", match=message)
 
 
+def test_the_state_of_a_pair_is_that_of_its_target_and_caption(tmp_path):
+    def states() -> list[tuple]:
+        pairs = PairedFolder(tmp_path, "train", "no_resize")
+        return [pairs.state(i) for i in range(len(pairs))]
+
+    make_pairs(tmp_path, 3)
+    before = states()
+    noise(20, 20).save(tmp_path / "train_A" / "000.png")
+    assert states() == before
+    noise(20, 20).save(tmp_path / "train_B" / "001.png")
+    prompts = tmp_path / "train_prompts.json"
+    prompts.write_text(prompts.read_text().replace("caption 2", "another"))
+    assert [a == b for a, b in zip(states(), before, strict=True)] == [True, False, False]
+
+
 # -------------------- two domains
 
 @pytest.fixture
@@ -534,3 +549,14 @@ def test_workers_open_a_zip_and_a_cache_for_themselves(tmp_path):
             assert a["name"] == b["name"]
             for key in {"target", "mean"} & a.keys():
                 assert torch.equal(a[key], b[key])
+
+
+def test_a_caption_is_drawn_with_other_random_numbers_than_a_crop(tmp_path):
+    """Its key is (seed, step, row, 2)."""
+    coordinates(40, 40).save(tmp_path / "0.png")
+    write_metadata(tmp_path, ['{"file_name": "0.png", "text": ["0", "1", "2"]}'])
+    pictures = open_captioned(tmp_path, "train", "no_resize")
+    keys = [(7, step, 0) for step in range(40)]
+    drawn = [int(pictures[0, key]["caption"]) for key in keys]
+    assert drawn == [np.random.default_rng((*key, 2)).integers(3) for key in keys]
+    assert drawn != [np.random.default_rng(key).integers(3) for key in keys]

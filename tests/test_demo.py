@@ -424,6 +424,32 @@ def test_an_official_sketch_model_gets_the_drawing_as_preprocess_sketch_makes_it
     assert demo.as_url(expected[0]) in answer
 
 
+@needs_gradio
+@pytest.mark.usefixtures("one_thread")
+def test_what_is_set_on_the_page_reaches_the_networks(sampled, tmp_path):
+    """As in the tests with a browser, where there is none."""
+    page = demo.build(demo.Config())
+    (translate,) = [one.fn for one in page.fns.values() if len(one.inputs) == 5]
+    drawn.example("day2night", "a2b", 3, (64, 64)).save(tmp_path / "scene.png")
+    answer = translate(str(tmp_path / "scene.png"), 0, "day to night", 0.5, 0.2)
+    flags = ["--checkpoint", "day2night", "--strength", 0.5, "--skip_scale", 0.2]
+    (expected,) = sampled("--input", tmp_path / "scene.png", *flags)
+    assert demo.as_url(expected) in answer
+
+    draw, write = [one.fn for one in page.fns.values() if len(one.inputs) == 4]
+    words = "a green boat by a lake at dusk in clear weather"
+    answer = write(words, 7, None, 0.6)
+    urls = [demo.as_url(one) for one in sampled(words, "--n", 4, "--batch", 4, "--seed", 7)]
+    assert [url in answer for url in urls] == [True] * 4 and len(set(urls)) == 4
+
+    lines, caption = drawn.drawing((64, 64))
+    ImageOps.invert(lines).save(tmp_path / "lines.png")
+    answer = draw(demo.as_url(lines), caption, 0.2, 5)
+    flags = ["--checkpoint", "edges2scene", "--r", 0.2, "--seed", 5]
+    (expected,) = sampled(caption, "--input", tmp_path / "lines.png", *flags)
+    assert demo.as_url(expected) in answer
+
+
 # -------------------- the process
 
 @needs_gradio

@@ -14,15 +14,20 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from PIL import Image
 from pipelines import VAE, refusal, tiny_pipeline, weight_file
 from safetensors.torch import load_file, save_file
+from test_sample import command, levels, picture  # noqa: F401  (the first is a fixture)
+from torch import Tensor
 from trainer_helpers import pairs, train  # noqa: F401  (pairs is a fixture)
 
+import sample
 import train_yoso
 from files import checkpoints
-from files.bases import load_base
+from files.bases import Base, load_base
 from files.checkpoints import checkpoint_kind, load_generator
 from files.hub import BASES
+from models.cyclegan_turbo import CycleGANTurboConfig
 from models.lora import add_lora
 from models.pix2pix_turbo import Pix2PixTurbo, Pix2PixTurboConfig
 
@@ -214,6 +219,79 @@ def test_a_checkpoint_of_all_weights_has_no_strength(checkpoint):
         load_generator(str(checkpoint), strength=0.5)
 
     assert "changes a base" in refusal(load, expects=False)
+
+
+# -------------------- one-step generators
+
+def save_every_weight(path: Path, base: Base, name: str, prior: tuple[Tensor, Tensor]) -> Path:
+    """A checkpoint of --train all that changed nothing."""
+    trained = {f"unet.{name}": p for name, p in base.unet.named_parameters()}
+    checkpoints.save_yoso(path, base, name, trained, prior, None)
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["lora", "all"])
+def test_the_strength_of_a_one_step_generator_leads_from_its_base_to_it(tmp_path, way):
+    base = load_base("tiny-turbo", ("unet", "schedule"), torch.float64)
+    before = base.unet.conv_out.weight.clone()
+    if way == "lora":
+        add_lora(base.unet, ["conv_out"], 4, 8.0, torch.Generator().manual_seed(0))
+        base.unet.conv_out.lora_B.weight.normal_()
+        trained = {n: p for n, p in base.unet.named_parameters() if ".lora_" in n}
+    else:
+        trained = {n: p + 0.1 * torch.randn_like(p) for n, p in base.unet.named_parameters()}
+    trained = {f"unet.{name}": p for name, p in trained.items()}
+    prior = (torch.zeros(4, 16, 16), torch.ones(4, 16, 16))
+    path = tmp_path / "model.safetensors"
+    rank = 4 if way == "lora" else None
+    checkpoints.save_yoso(path, base, "tiny-turbo", trained, prior, rank)
+
+    def change(strength: float) -> Tensor:
+        loaded, _ = checkpoints.load_yoso(str(path), dtype=torch.float64, strength=strength)
+        return loaded.unet.conv_out.weight - before
+
+    assert change(0.0).abs().max() == 0 and change(1.0).abs().max() > 1e-3
+    assert torch.allclose(change(0.5), 0.5 * change(1.0), atol=1e-9)
+
+
+def test_strength_is_that_of_the_change_for_a_prompt_and_of_the_noise_for_an_edit(
+    tmp_path, command, monkeypatch
+):
+    base = load_base("tiny-turbo", ("unet", "schedule"))
+    prior = (torch.zeros(4, 16, 16), torch.ones(4, 16, 16))
+    path = save_every_weight(tmp_path / "model.safetensors", base, "tiny-turbo", prior)
+    seen = []
+    load_yoso = checkpoints.load_yoso
+    text_to_image = sample.text_to_image
+
+    def watch_load(*arguments):
+        seen.append(arguments[4])
+        return load_yoso(*arguments)
+
+    def watch_draw(*arguments, strength=None, **rest):
+        seen.append(strength)
+        return text_to_image(*arguments, **rest)
+
+    monkeypatch.setattr(checkpoints, "load_yoso", watch_load)
+    monkeypatch.setattr(sample, "text_to_image", watch_draw)
+    flags = ["a boat", "--checkpoint", path, "--strength", 0.5]
+    assert command(*flags)[0] == 0
+    assert command(*flags, "--input", picture(tmp_path / "in.png", 64, 64))[0] == 0
+    assert seen == [0.5, None, 1.0, 0.5]
+
+
+def test_an_edit_at_strength_1_is_drawn_from_the_prior_as_a_prompt_is(tmp_path, command):
+    """tiny-sd's last timestep is not pure noise."""
+    base = load_base("tiny-sd", ("unet", "schedule"))
+    prior = (torch.ones(4, 16, 16), torch.ones(4, 16, 16))
+    path = save_every_weight(tmp_path / "model.safetensors", base, "tiny-sd", prior)
+    flags = ["a boat", "--checkpoint", path]
+    assert command(*flags)[0] == 0
+    assert Image.open("out.png").text["size"] == "64x64"  # of the prior, as no flag says
+    edit = ["--input", picture(tmp_path / "in.png", 64, 64), "--strength", 1]
+    assert command(*flags, *edit, "--output", "edited.png")[0] == 0
+    assert (levels("edited.png") - levels("out.png")).abs().max() <= 1
 
 
 # -------------------- files of others
@@ -415,3 +493,17 @@ def test_a_name_that_is_nearly_that_of_an_adapter_is_guessed(tmp_path, monkeypat
     assert "(did you mean day2night?)" in refusal(lambda: load_generator("day2nite"))
     (tmp_path / "day2night").mkdir()
     assert "hides the checkpoint of that name" in refusal(lambda: load_generator("day2night"))
+
+
+@pytest.mark.parametrize(
+    "config, name",
+    [
+        (Pix2PixTurboConfig, "lora_alpha"),
+        (CycleGANTurboConfig, "lora_alpha_unet"),
+        (CycleGANTurboConfig, "lora_alpha_vae"),
+    ],
+)
+def test_a_lora_of_another_alpha_is_refused(config, name):
+    saved, wanted = config(**{name: 4.0}), config(**{name: 2.0})
+    with pytest.raises(ValueError, match=rf"was trained with {name} 4.0 \(this run: 2.0\)"):
+        checkpoints._check_settings(saved, wanted, Path("model.safetensors"))

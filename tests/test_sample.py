@@ -782,6 +782,18 @@ def test_t5s_texts_are_cut_at_its_own_length():
     assert sample.cut_off(tokenizer, " " + "a " * 119 + "Red circle ") == "red circle"
 
 
+def test_each_png_names_its_own_seed(base, command):
+    status, paths, _ = command(PROMPT, "--base", base, "--seed", 10, "--n", 5, "--batch", 3)
+    assert status == 0
+    assert [Image.open(path).text["seed"] for path in paths] == ["10", "11", "12", "13", "14"]
+
+
+def test_a_png_names_the_r_that_no_flag_gave(trained_files, command, tmp_path):
+    source = picture(tmp_path / "in.png", 16, 16)
+    assert command("--checkpoint", trained_files["stochastic"], "--input", source)[0] == 0
+    assert Image.open("out.png").text["r"] == "0.4"
+
+
 # -------------------- speed
 
 def test_the_next_item_is_computed_while_the_caller_works_and_errors_come_in_their_turn():
@@ -1067,6 +1079,27 @@ def test_an_exported_program_gives_the_same_picture(trained_files, command, tmp_
         inputs.append(noise)
     translated = torch.export.load("a.pt2").module()(*inputs)
     assert_holds("out.png", translated[0, :, :17, :15])
+
+
+def test_an_exported_program_has_the_direction_and_the_skip_scale(
+    trained_files, command, tmp_path
+):
+    source = picture(tmp_path / "in.png", 16, 16)
+    translate = ["--checkpoint", trained_files["unpaired"], "--input", source]
+    flags = ["--direction", "b2a", "--skip_scale", 0.3]
+    assert command(*translate, *flags, "--export", "a.pt2")[0] == 0
+    translated = torch.export.load("a.pt2").module()(to_tensor(open_picture(source))[None])
+    assert_holds("out.png", translated[0])
+
+
+def test_several_pictures_at_a_time_take_as_many_times_as_long():
+    settings = dict(tile=None, factor=8, translates=True, chooses=True, estimates=True, rate=10.0)
+    said = []
+    for count in (1, 3):
+        pace = sampling.pace.Pace(**settings)
+        pace.warn("pictures", (2000, 1500), count, lambda side: pytest.fail("it is known"))
+        said.append(pace.said)
+    assert said[1] == pytest.approx(3 * said[0])
 
 
 # -------------------- a user's mistakes

@@ -130,6 +130,11 @@ def test_outlines_become_scenes_that_keep_them_and_follow_the_caption(classifier
     assert measure.attribute_accuracy(classifier, near, described)["all"] > 0.8
 
 
+def test_the_difference_is_the_mean_over_all_pairs_of_tensors():
+    x = torch.tensor([1.0, -1.0])
+    assert measure.mean_difference([0 * x, x, 3 * x]) == 2  # of 1, 3 and 2
+
+
 # -------------------- the recipe
 
 

@@ -4,7 +4,9 @@ import json
 import math
 import os
 import signal
+import sys
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -362,6 +364,17 @@ def test_a_discriminators_accuracy_counts_all_levels():
     assert found == {"disc_right_on_real": 0.75, "disc_right_on_fake": 0.5}
 
 
+def test_a_plan_divides_a_validation_by_the_pictures_that_there_are(monkeypatch):
+    run = make_run(plan_steps=1, max_train_steps=1)
+    counted = []
+    monkeypatch.setattr(run.meter, "finish", counted.append)
+    for test_pictures in (3, 20):  # of which 8 are validated
+        run.prepare(range(100), range(test_pictures))
+        with pytest.raises(SystemExit):
+            run.log(0, {})
+    assert counted == [3, 8]
+
+
 # ------------------------------------------------------------------------------- run folders
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
@@ -536,6 +549,47 @@ def test_the_plot_is_drawn_from_the_log(tmp_path):
     page = np.asarray(Image.open(tmp_path / "losses.png"))
     assert page.shape == (200, 1080, 3)
     assert (page == (31, 95, 168)).all(-1).sum() > 100
+
+
+def test_reporters_give_each_value_its_name_and_its_step(tmp_path, monkeypatch):
+    told = []
+
+    class Writer:
+        def __init__(self, folder):
+            told.append(folder)
+
+        def add_scalar(self, name, value, step):
+            told.append((name, value, step))
+
+    wandb = SimpleNamespace(
+        init=lambda **flags: told.append(flags),
+        log=lambda values, step: told.append((values, step)),
+    )
+    board = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    training.open_reporter("tensorboard", tmp_path, "p")(7, {"l2": 0.5, "gan": 2.0})
+    assert told == [str(tmp_path), ("l2", 0.5, 7), ("gan", 2.0, 7)]
+    told.clear()
+    training.open_reporter("wandb", tmp_path, "p")(7, {"l2": 0.5})
+    flags = dict(project="p", dir=str(tmp_path), name=tmp_path.name)
+    assert told == [flags, ({"l2": 0.5}, 7)]
+
+
+def test_a_step_is_told_to_the_reporter_under_the_number_of_the_log(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(training.run, "catch_stop", lambda: None)
+    monkeypatch.setattr(training.run, "open_reporter", lambda *_: lambda *step: told.append(step))
+    run = make_run(output_dir=str(tmp_path))
+    run.open_folder()
+    run.start(SimpleNamespace(trained={}), {}, "pairs", preview_items=1)
+    run.improves(3.0)
+    run.log(0, {"l2": 1.0})
+    run.log(1, {"l2": 0.5})
+    run.bar.close()
+    assert told == [(1, {"l2": 1.0, "val_score": 3.0}), (2, {"l2": 0.5})]
+    log = [json.loads(line) for line in run.log_file.read_text().splitlines()]
+    assert [(line["step"], line["l2"]) for line in log] == [(1, 1.0), (2, 0.5)]
 
 
 # ------------------------------------------------------------------------- the command line

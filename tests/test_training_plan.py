@@ -298,6 +298,14 @@ def test_durations_are_read_easily(seconds, text):
     assert plan.duration(seconds) == text
 
 
+def test_a_plan_counts_no_more_pictures_and_steps_than_there_are():
+    row = plan.Row("as asked", FACTS, seconds=30.0)
+    assert plan.periodic_seconds(Settings(validation_num_images=5), row) == (2.5, 8)
+    # 40 steps, after the last of which a validation is due: 20 + 4 + 39 * 2 + 10 seconds.
+    text = "\n".join(plan.summary(Settings(validation_steps=100), "train.py", row))
+    assert "first validation  after 112 s (step 40), 10 s for each" in text
+
+
 # ------------------------------------------------------------------------ how processes end
 
 def python(code: str) -> list[str]:
