@@ -175,7 +175,7 @@ def test_what_cannot_be_measured_is_refused(measure, capsys, flags, says):
 
 
 def test_a_worker_that_ends_is_named(measure):
-    with pytest.raises(ChildProcessError, match=r"worker of diffusers ended at \(36, 1\)"):
+    with pytest.raises(ChildProcessError, match=r"worker of ours ended at \(36, 1\)"):
         measure("--what text --size 36 --runs 1")
 
 

@@ -72,7 +72,10 @@ def test_data_that_a_base_cannot_train_on_are_refused():
 
     pictures, captions = [dict(target=0)], [{}]
     check(pictures)
-    check(pictures, unconditional=True, validation_prompts="a cat")
+    check(pictures, unconditional=True)
+    check(pictures, validation_prompts="a cat")
+    with pytest.raises(ValueError, match="--validation_prompts has no meaning with --uncond"):
+        check(pictures, unconditional=True, validation_prompts="a cat")
     check(captions, teacher="sd-turbo")
     check(Cache(base))
     # Nothing can be said of a text encoder that was cast.

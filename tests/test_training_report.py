@@ -21,7 +21,7 @@ def test_a_finished_run_has_a_report_that_fits_into_an_issue(
     monkeypatch, tmp_path, pairs  # noqa: F811
 ):
     folder = tmp_path / "my run"
-    flags = [*SMALL, "--dataset_folder", pairs, "--output_dir", folder, "--conv_in", "off"]
+    flags = [*SMALL, "--dataset_folder", pairs, "--output_dir", folder, "--skips", "off"]
     helpers.train(monkeypatch, train_pix2pix_turbo, *flags)
     text = (folder / "report.md").read_text()
     score = helpers.read_log(folder)[1]["val_l2"]
@@ -35,7 +35,7 @@ def test_a_finished_run_has_a_report_that_fits_into_an_issue(
         f"- best validation: step 2: val_l2 {score:.4g}, val_psnr",
         "- short data: an epoch has 6 items",
         "\n--base tiny\n",
-        "\n--conv_in off\n",
+        "\n--skips off\n",
         "![losses](losses.png)",
         "![000002](samples/000002.png)",
     ]:
