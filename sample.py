@@ -101,7 +101,7 @@ class Options:
     # translating and editing
     direction: str | None = None  # between two domains [the released file's own, or a2b]
     r: float | None = None  # of stochastic translators: 1 follows the input, 0 the noise [0.4]
-    strength: float | None = None  # of the trained change [1]; editing: of the noise [0.6]
+    strength: float | None = None  # share of the trained change [1]; editing: of the noise [0.6]
     skip_scale: float = 1.0  # gamma, the strength of the skip connections
     preprocess: str | None = None  # what is done to an input or control picture first
     low_threshold: float = 100  # of canny
@@ -129,6 +129,7 @@ PROMPT_FLAGS = (
     "n", "steps", "sampler", "prediction_type", "guidance", "negative", "size", "prior",
     "merge", "save", "lora", "embedding", "controlnet", "control_image", "control_scale", "vae",
 )
+# Flags of a picture, which have no meaning where only --save is asked for.
 DRAWING_FLAGS = (
     "n", "steps", "sampler", "guidance", "negative", "size", "prior", "vae", "controlnet",
     "control_image", "control_scale", "output", "seed", "batch", "tile", "compile",

@@ -18,8 +18,8 @@ from training.exits import first_line
 from training.folders import MODELS
 
 # Settings that a resumed run may change, since they do not change what is learned. The global
-# batch must stay what it was, and so must the names of the data set's files. (The number
-# of steps or epochs also moves the end of a linear or cosine learning rate.)
+# batch must stay what it was, and so must the data set's files, but for the sizes of pictures.
+# (The number of steps or epochs also moves the end of a linear or cosine learning rate.)
 MAY_CHANGE = {
     "max_train_steps",
     "max_train_epochs",

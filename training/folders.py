@@ -96,7 +96,7 @@ def data_fingerprint(source: str, with_pictures: bool = True) -> str:
     """The hash of the names and sizes of a data set's files, wherever they are.
 
     A name that is no path (drawn:scenes) stands for itself, and of a single file the size counts.
-    Not `with_pictures`, the sizes of pictures do not count, as when a broken one was replaced.
+    Without `with_pictures`, sizes of pictures do not count, so that a broken one may be replaced.
     """
     path = pathlib.Path(source)
     facts = [source]
