@@ -42,6 +42,7 @@ except ImportError:
 
 ASSETS = hub.ROOT / "assets"
 MAX_BYTES = 32 * 2**20  # of a file that is dropped on the page
+MAX_SEED = 2**32 - 1  # the page's numbers are floats, which do not hold all of sample.py's seeds
 # What the adapters of the embedded base translate.
 TASKS = {
     "day to night": sample.Options(checkpoint="day2night", direction="a2b"),
@@ -118,7 +119,7 @@ def draw_tab(first: sample.Options, load: Callable) -> None:
         caption = gr.Textbox(words, label="Caption")
         with gr.Row(visible=stochastic):
             r = gr.Slider(0, 1, 0.7, step=0.05, label="r, noise to drawing")
-            seed = gr.Number(42, precision=0, label="Seed")
+            seed = gr.Number(42, precision=0, minimum=0, maximum=MAX_SEED, label="Seed")
             again = gr.Button("Again", size="sm", min_width=100, scale=0)
     again.click(lambda seed: (seed or 0) + 1, seed, seed, queue=False)
     connect(tab, draw, [pad, caption, r, seed], output)
@@ -170,7 +171,7 @@ def text_tab(options: sample.Options) -> None:
     with gr.Tab("Text") as tab:
         caption = gr.Textbox("a red house by a lake at dusk in clear weather", label="Caption")
         output = gr.HTML(elem_id="written")
-        seed = gr.Number(42, precision=0, label="Seed")
+        seed = gr.Number(42, precision=0, minimum=0, maximum=MAX_SEED, label="Seed")
         with gr.Accordion("Edit a picture", open=False):
             path = gr.File(label="Your picture", height=120)
             strength = gr.Slider(0.1, 1, 0.6, step=0.1, label="Strength")

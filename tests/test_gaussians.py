@@ -145,6 +145,13 @@ def run(monkeypatch, *argv):
     training.run_script(gaussians.main)
 
 
+def test_each_real_side_has_its_own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for side in ("coop", "data"):
+        run(monkeypatch, "--max_train_steps", 1, "--adversarial", side)
+        assert (tmp_path / f"runs/gaussians-{side}" / "figures.json").is_file()
+
+
 def test_the_command_writes_a_picture_and_figures(monkeypatch, capsys, tmp_path):
     flags = ["--max_train_steps", 30, "--seed", 3]
     run(monkeypatch, *flags, "--output_dir", tmp_path / "one")

@@ -62,7 +62,7 @@ class Config:
     train_batch_size: int = 128  # points per step
     max_train_steps: int = 8000  # optimizer steps
     seed: int = 42  # random seed
-    output_dir: str = "runs/gaussians"  # where samples.png and figures.json go
+    output_dir: str | None = None  # default runs/gaussians-ADVERSARIAL
 
 
 class MLP(nn.Module):
@@ -196,7 +196,7 @@ def scatter(samples: Tensor, size: int = 400) -> Tensor:
 def main() -> None:
     cfg = training.parse(Config, {}, {}, __doc__)
     torch.set_num_threads(1)  # more threads do not help
-    folder = pathlib.Path(cfg.output_dir)
+    folder = pathlib.Path(cfg.output_dir or f"runs/gaussians-{cfg.adversarial}")
     folder.mkdir(parents=True, exist_ok=True)
     denoiser, schedule = train(cfg)
     samples = sample(denoiser, schedule, SAMPLES, cfg.seed)
