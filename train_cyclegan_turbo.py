@@ -22,11 +22,13 @@ without.
 Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.3:
     L = lambda_cycle L_cycle + lambda_gan L_GAN + lambda_idt L_idt, over both directions,
 where L_cycle and L_idt each have an LPIPS beside them, with a weight of its own.
-Difference from the released script: it takes three generator steps per iteration (cycle, GAN,
-identity), each with forward passes of its own; here the generator takes one step on the sum, as
-in the paper. To save memory, the losses are backpropagated one after the other, and
-fake_b = G(a) is computed once: the gradients of cycle and GAN loss add up at fake_b,
-and go through G once.
+Differences from the released script:
+- it takes three generator steps per iteration (cycle, GAN, identity), each with forward passes of
+  its own; here the generator takes one step on the sum, as in the paper. To save memory, the losses
+  are backpropagated one after the other, and fake_b = G_ab(a) is computed once: the gradients of
+  cycle and GAN loss add up at fake_b, and go through G once;
+- both directions share one frozen VAE and have adapters of their own, to save memory;
+- the checkpoint holds conv_in, which was trained too and which the released script leaves out.
 """
 
 import contextlib
@@ -79,12 +81,12 @@ class Config:
     lora_rank_unet: int = 128  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAEs' LoRA
     init: str | None = None  # checkpoint whose weights a new run starts from: file, run, name
-    timestep: int = 999  # how noisy the U-Net takes its input to be; Difix3D has 199
+    timestep: int = 999  # how noisy the U-Net takes its input to be
     skips: bool = True  # skip connections from encoder to decoder
     conv_in: bool = True  # also train the U-Net's first convolution in full
     # losses
-    lambda_cycle: float = 1.0  # weight of the cycle loss |G(G(a)) - a|
-    lambda_idt: float = 1.0  # weight of the identity loss |G(b) - b|
+    lambda_cycle: float = 1.0  # weight of the cycle loss |G_ba(G_ab(a)) - a|
+    lambda_idt: float = 1.0  # weight of the identity loss |G_ba(a) - a|
     lambda_cycle_lpips: float = 10.0  # weight of the cycle's perceptual distance; 0 needs no VGG
     lambda_idt_lpips: float = 1.0  # weight of the identity's perceptual distance; 0 needs no VGG
     lambda_gan: float = 0.5  # weight of the adversarial loss; 0 trains no discriminators
@@ -104,7 +106,7 @@ class Config:
     train_batch_size: int = 1  # pictures per domain, process and micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches per step
     max_train_steps: int = 25_000  # optimizer steps
-    max_train_epochs: int | None = None  # end earlier, after so many passes over the larger domain
+    max_train_epochs: int | None = None  # end after this many passes over the larger domain
     gradient_checkpointing: bool = False  # less memory for a third more time
     mixed_precision: training.Precision = "no"  # autocast, and the type of frozen weights
     dtype: Literal["float32", "float64"] = "float32"  # type of trained weights (float64 for tests)
@@ -119,7 +121,7 @@ class Config:
     track_val_fid: bool = False  # FID and DINO structure at validation (downloads both)
     checkpointing_steps: int = 500  # steps between saves
     plan: bool = False  # run three steps, write nothing: print memory, time, what flags would save
-    plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
+    plan_steps: int | None = None  # set by --plan: stop after this many steps, write no files
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where else to log
     tracker_project_name: str = "train_cyclegan_turbo"  # W&B project
 
@@ -170,6 +172,7 @@ ALIASES = dict(
 
 
 # ----------------------------------------------------------------------------------- losses
+# |a| is the mean over all values of a tensor, not their sum.
 
 def cycle_loss(returned: Tensor, x: Tensor) -> Tensor:
     """L_cycle = |G_ba(G_ab(a)) - a|: there and back again, the picture is unchanged."""
@@ -210,7 +213,7 @@ def discriminator_loss(
 
 
 def cyclegan_losses(
-    G: Callable,
+    translate: Callable,
     D: Callable | None,
     x: Tensor,
     fake: Tensor,
@@ -220,23 +223,28 @@ def cyclegan_losses(
     lpips: nn.Module | None = None,
     autocast: contextlib.AbstractContextManager | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weighted losses of one direction and one micro-batch, one after the other.
+    """The weighted losses of one direction and one micro-batch, one after the other. From a to b:
 
-    x [B, 3, H, W] in [-1, 1] is from the direction's first domain; G(picture, direction, noise)
-    is a picture, fake = G(x, direction, noise); D looks at pictures of the second domain. `noises`
-    are those of G for the picture that returns ("returned") and for the identity ("same").
-    `autocast` is for the losses alone: G enters it by itself.
+    L = lambda_cycle |G_ba(fake) - a| + lambda_cycle_lpips LPIPS(G_ba(fake), a)
+        + lambda_gan L_GAN(D_b(fake))
+        + lambda_idt |G_ba(a) - a| + lambda_idt_lpips LPIPS(G_ba(a), a),    fake = G_ab(a).
+
+    x [B, 3, H, W] in [-1, 1] is from the direction's first domain; translate(picture, direction,
+    noise) is a picture, fake = translate(x, direction, noise); D looks at pictures of the second
+    domain. `noises` are for the latents of the picture that returns ("returned") and of the
+    identity ("same"). `autocast` is for the losses alone: `translate` enters it by itself.
 
     Each loss must be backpropagated before the next is asked for:
         for name, loss in cyclegan_losses(...):
             loss.backward()
-    so that memory holds the graph of `fake` and one other.
+    so that memory holds the graph of `fake` and one other. Cycle and GAN loss leave their
+    gradients at `fake`; before the identity loss, this function passes them on to G.
     """
     autocast = autocast or contextlib.nullcontext()
     back = opposite(direction)
     cut = fake.detach().requires_grad_(True)  # collects the gradients of cycle and GAN loss
 
-    returned = G(cut, back, noises["returned"])
+    returned = translate(cut, back, noises["returned"])
     with autocast:
         loss = cfg.lambda_cycle * cycle_loss(returned, x)
         if lpips is not None and cfg.lambda_cycle_lpips:
@@ -252,7 +260,7 @@ def cyclegan_losses(
         raise ValueError("cyclegan_losses: call backward on each loss before asking for the next")
     fake.backward(cut.grad)  # both gradients, once through the first translation
 
-    same = G(x, back, noises["same"])  # x is in the domain that `back` leads to
+    same = translate(x, back, noises["same"])  # x is in the domain that `back` leads to
     with autocast:
         loss = cfg.lambda_idt * identity_loss(same, x)
         if lpips is not None and cfg.lambda_idt_lpips:
@@ -282,7 +290,7 @@ def drift(fake: Tensor, real: Tensor) -> Tensor:
 class Networks:
     G: CycleGANTurbo
     D: nn.ModuleDict | None  # a discriminator for each domain, "a" and "b"
-    context: Callable[[str], Tensor]  # direction -> context [1, 77, C] of its target's caption
+    context: Callable[[str], Tensor]  # direction -> context [1, N, C] of its target's caption
     trained: dict[str, nn.Parameter]  # of G and, with --train all, of the text encoder
     frozen_fingerprint: str  # of all weights that are not trained
     prompts: tuple[str, str]  # the captions of a and b
@@ -376,7 +384,7 @@ def build_generator(cfg: Config, run: training.Run, base: bases.Base) -> CycleGA
 def encode_target(
     tokenizer: Tokenizer, text_encoder: nn.Module, prompts: tuple[str, str], direction: str
 ) -> Tensor:
-    """The context [1, 77, C] of the caption of the domain that a direction leads to."""
+    """The context [1, N, C] of the caption of the domain that a direction leads to."""
     prompt = prompts[1] if direction == "a2b" else prompts[0]
     device = next(text_encoder.parameters()).device
     return text_encoder(tokenizer(prompt).to(device))
@@ -487,6 +495,7 @@ def discriminate(
     adds up both domains."""
     logits_real = augmented(D, domain, run, step, "real", rows)(real)
     logits_fake = augmented(D, domain, run, step, "fake", rows)(fake)
+    # As in the released script. AdamW makes up for the factor: here it only scales what is logged.
     loss = run.cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, run.cfg)
     accuracy = training.accuracy(logits_real, logits_fake)
     return loss, {name: value / 2 for name, value in accuracy.items()}
@@ -615,7 +624,7 @@ def main() -> None:
     train_set, test_set = open_data(cfg)
     run.prepare(train_set, test_set)
     nets = build_networks(cfg, run, test_set.prompts)
-    G, D = partial(translate_batch, nets, run), nets.D
+    translate, D = partial(translate_batch, nets, run), nets.D
     optimizer_g, optimizer_d = build_optimizers(cfg, run, nets)
 
     run.open_folder()
@@ -657,15 +666,23 @@ def main() -> None:
         # The generator's turn. The discriminators only pass the gradient on.
         losses, pairs = {}, []
         training.set_trainable(D, False)
-        for rows, piece in run.split(batch):
+        for rows, micro_batch in run.split(batch):
             for direction in DIRECTIONS:
                 domain = direction[2]
-                x, real = piece[direction[0]], piece[domain]
+                x, real = micro_batch[direction[0]], micro_batch[domain]
                 D_augmented = augmented(D, domain, run, step, "made", rows)
                 noises = latent_noises(nets, run, step, direction, rows, x)
-                fake = G(x, direction, noises["fake"])
+                fake = translate(x, direction, noises["fake"])
                 terms = cyclegan_losses(
-                    G, D_augmented, x, fake, direction, noises, cfg, nets.lpips, run.autocast
+                    translate,
+                    D_augmented,
+                    x,
+                    fake,
+                    direction,
+                    noises,
+                    cfg,
+                    nets.lpips,
+                    run.autocast,
                 )
                 for name, loss in terms:
                     run.backward(loss)

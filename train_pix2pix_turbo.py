@@ -22,10 +22,10 @@ do without.
 Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.
 Differences from the released script:
 - the generator takes one step per iteration, on the sum of its losses and from one forward
-  pass, instead of two steps with a forward pass each;
-- the two pictures of a pair get the same crop and flip;
-- CLIP similarity compares each picture with its own caption only;
-- training stops at max_train_steps.
+  pass, as in the paper's formula, instead of two steps with a forward pass each;
+- the two pictures of a pair get the same crop and flip: drawn apart, they would not match;
+- CLIP similarity compares each picture with its own caption, not with all of the batch;
+- training stops at max_train_steps, not only at the end of an epoch.
 """
 
 import sys
@@ -78,7 +78,7 @@ class Config:
     lora_rank_vae: int = 4  # rank of the VAE's LoRA
     init: str | None = None  # checkpoint whose weights a new run starts from: file, run, name
     stochastic: bool = False  # r sets how much outputs vary with noise (section 3.4)
-    timestep: int = 999  # how noisy the U-Net takes its input to be; Difix3D has 199
+    timestep: int = 999  # how noisy the U-Net takes its input to be
     skips: bool = True  # skip connections from encoder to decoder
     conv_in: bool = True  # also train the U-Net's first convolution in full
     # losses
@@ -103,7 +103,7 @@ class Config:
     train_batch_size: int = 2  # pictures per process and micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches per step
     max_train_steps: int = 10_000  # optimizer steps
-    max_train_epochs: int | None = None  # end earlier, after so many passes over the data
+    max_train_epochs: int | None = None  # end earlier, after this many passes over the data
     gradient_checkpointing: bool = False  # less memory for a third more time
     mixed_precision: training.Precision = "no"  # autocast, and the type of frozen weights
     dtype: Literal["float32", "float64"] = "float32"  # type of trained weights (float64 for tests)
@@ -118,7 +118,7 @@ class Config:
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
     plan: bool = False  # run three steps, write nothing: print memory, time, what flags would save
-    plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
+    plan_steps: int | None = None  # set by --plan: stop after this many steps, write no files
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where else to log
     tracker_project_name: str = "train_pix2pix_turbo"  # W&B project
 
@@ -164,6 +164,7 @@ ALIASES = dict(
 
 
 # ----------------------------------------------------------------------------------- losses
+# |a|^2 is the mean over all values of a tensor, not their sum.
 
 def l2_loss(fake: Tensor, target: Tensor, r: float) -> Tensor:
     """L_2 = r |G(x) - y|^2. At r = 0 a stochastic model need not match the target."""
@@ -251,9 +252,10 @@ def pix2pix_losses(
     L = lambda_l2 L_2 + lambda_lpips L_LPIPS + lambda_gram L_gram + lambda_clipsim L_CLIP
         + lambda_gan L_GAN.
 
-    x [B, 3, H, W] in [0, 1], target [B, 3, H, W] in [-1, 1], context [B, 77, C] of the captions;
-    for CLIP, their embeddings [B, 512]. D(picture) -> a list of logits. r, noise, latent_noise:
-    see Pix2PixTurbo; for an r call lora.set_scale(G, r) first.
+    x [B, 3, H, W] in [0, 1], target [B, 3, H, W] in [-1, 1]. context [B, N, C]: the captions from
+    the text encoder, N tokens each (77; of tiny-turbo 24); for CLIP, their embeddings [B, 512].
+    D(picture) -> a list of logits. r, noise, latent_noise: see Pix2PixTurbo; for an r call
+    lora.set_scale(G, r) first.
     Returns the weighted terms by name, and G's picture.
     """
     fake = G(x, context, r, noise, latent_noise=latent_noise)
@@ -292,7 +294,7 @@ def signals(fake: Tensor, x: Tensor, target: Tensor) -> dict[str, Tensor]:
 class Networks:
     G: Pix2PixTurbo
     D: PatchDiscriminator | VisionAidedDiscriminator | None
-    encode: Callable[[list[str]], Tensor]  # captions -> contexts [B, 77, C]
+    encode: Callable[[list[str]], Tensor]  # captions -> contexts [B, N, C]
     trained: dict[str, nn.Parameter]  # of G and, with --train all, of the text encoder
     frozen_fingerprint: str  # of all weights that are not trained
     lpips: LPIPS | None = None
@@ -376,8 +378,10 @@ def build_generator(cfg: Config, run: training.Run, base: bases.Base) -> Pix2Pix
     )
     lora_rng = training.rng(cfg.seed, 0, "lora")
     G = Pix2PixTurbo(base.vae, base.unet, base.schedule, config, lora_rng).train()
-    if cfg.init and (cfg.stochastic or not cfg.resume):
-        # A resumed run finds the original half of a stochastic conv_in in its own checkpoint.
+    # With a stochastic --init, conv_in's frozen half may not be the base's. state.pt does not hold
+    # it, so a resumed run reads it from its own model.safetensors.
+    needs_frozen_half = cfg.resume and cfg.stochastic
+    if cfg.init and (needs_frozen_half or not cfg.resume):
         checkpoint = cfg.resume or cfg.init
         with run.first_process_first():
             started = checkpoints.start_from(
@@ -389,7 +393,7 @@ def build_generator(cfg: Config, run: training.Run, base: bases.Base) -> Pix2Pix
 
 
 def encode_captions(tokenizer: Tokenizer, text_encoder: nn.Module, captions: list[str]) -> Tensor:
-    """Captions -> contexts [B, 77, C]."""
+    """Captions -> contexts [B, N, C]."""
     device = next(text_encoder.parameters()).device
     return text_encoder(tokenizer(captions).to(device))
 
@@ -484,25 +488,26 @@ def discriminate(
     """The discriminator's weighted loss on real and fake pictures, and its accuracy."""
     logits_real = augmented(D, run, step, "augment real", rows)(target)
     logits_fake = augmented(D, run, step, "augment fake", rows)(fake)
+    # As in the released script. AdamW makes up for the factor: here it only scales what is logged.
     loss = run.cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, run.cfg)
     return loss, training.accuracy(logits_real, logits_fake)
 
 
 def generator_inputs(
-    nets: Networks, run: training.Run, step: int, rows: list[int], piece: dict
+    nets: Networks, run: training.Run, step: int, rows: list[int], micro_batch: dict
 ) -> dict:
     """What pix2pix_losses takes for one micro-batch, apart from G, D and the settings."""
-    height, width = latent_size(piece["input"].shape[2:], nets.G.vae.factor)
+    height, width = latent_size(micro_batch["input"].shape[2:], nets.G.vae.factor)
     latent = (nets.G.vae.config.latent_channels, height, width)
     return dict(
-        x=piece["input"],
-        target=piece["target"],
-        context=nets.encode(piece["caption"]),
+        x=micro_batch["input"],
+        target=micro_batch["target"],
+        context=nets.encode(micro_batch["caption"]),
         noise=run.normal(step, "noise", rows, latent),
         latent_noise=run.normal(step, "latent", rows, latent),
         lpips=nets.lpips,
         clip=nets.clip,
-        caption_embeddings=embed_captions(nets, piece["caption"], run.device),
+        caption_embeddings=embed_captions(nets, micro_batch["caption"], run.device),
     )
 
 
@@ -652,14 +657,15 @@ def main() -> None:
         # The generator's turn. The discriminator only passes the gradient on.
         losses, fakes = {}, []
         training.set_trainable(D, False)
-        for rows, piece in run.split(batch):
+        for rows, micro_batch in run.split(batch):
             with run.autocast:
                 D_augmented = augmented(D, run, step, "augment", rows)
-                inputs = generator_inputs(nets, run, step, rows, piece)
+                inputs = generator_inputs(nets, run, step, rows, micro_batch)
                 terms, fake = pix2pix_losses(G, D_augmented, **inputs, cfg=cfg, r=r)
             run.backward(sum(terms.values()))
-            run.record(losses, terms | signals(fake.detach(), piece["input"], piece["target"]))
-            fakes.append(fake.detach())
+            fake = fake.detach()
+            run.record(losses, terms | signals(fake, inputs["x"], inputs["target"]))
+            fakes.append(fake)
         losses["grad_norm"] = run.update(optimizer_g, cfg.max_grad_norm)
         run.check_finite(losses, step, batch)
 
@@ -667,9 +673,9 @@ def main() -> None:
         if D:
             training.set_trainable(D, True)
             spectral_step(D)
-            for (rows, piece), fake in zip(run.split(batch), fakes):
+            for (rows, micro_batch), fake in zip(run.split(batch), fakes):
                 with run.autocast:
-                    loss, accuracy = discriminate(D, run, step, rows, piece["target"], fake)
+                    loss, accuracy = discriminate(D, run, step, rows, micro_batch["target"], fake)
                 run.backward(loss)
                 run.record(losses, {"disc": loss} | accuracy)
             losses["disc_grad_norm"] = run.update(optimizer_d, cfg.max_grad_norm)

@@ -25,8 +25,9 @@ x_t = alpha_t x0 + sigma_t eps, for every t:
     L = lambda_gan L_adv + lambda_kl L_KL + lambda_con L_con.
 To see the method in the plane, read tiny/gaussians.py first.
 
-Differences from the released script: the softplus is taken of each sample's logit, not of their
-mean over the batch; and the generator steps before the discriminator.
+Differences from the released script: the softplus is taken of each sample's logit, as the paper's
+formula says, not of their mean over the batch; and the generator steps before the discriminator,
+whose two sides are then at hand from the generator's step.
 """
 
 import copy
@@ -92,28 +93,28 @@ class Config:
     dataloader_num_workers: int = 0  # processes that load pictures
     # model
     base: str = "tiny-sd"  # folder, Hub id, or tiny-sd, tiny (random), pixels, sd15, pixart512
-    disc_base: str = "sd15"  # for PixArt: the base whose U-Net D and the perceptual distance take
+    disc_base: str = "sd15"  # for PixArt: the base whose U-Net serves D and the perceptual distance
     disc_random: bool = False  # the discriminator starts from random weights, not from a U-Net's
     stage: Literal["yoso", "adapt_v", "adapt_zsnr"] = "yoso"  # the adaption stages come first
     train: Literal["lora", "all"] = "lora"  # LoRA, or every weight of the denoiser
     lora_rank: int = 64  # rank of the LoRA; its scale is 8 / rank
     init: str | None = None  # checkpoint whose LoRA a new run starts from: file, run
     prediction_type: str | None = None  # epsilon, v_prediction [as the base's scheduler says]
-    prior_pictures: int = 1000  # pictures to estimate the prior (IPI) from; 0: no prior
+    prior_pictures: int = 1000  # pictures to estimate the informative prior from; 0: no prior
     # losses
     lambda_gan: float = 1.0  # weight of the adversarial loss; 0 trains no discriminator
     lambda_kl: float = 0.5  # weight of the KL term, the distance to the data
     lambda_con: float = 2.0  # weight of the consistency term
-    lambda_mismatch: float = 0.0  # real pictures with wrong captions as fakes, times lambda_gan
+    lambda_mismatch: float = 0.0  # real pictures with wrong captions, as fakes (times lambda_gan)
     adversarial: Literal["coop", "data", "noisy"] = "coop"  # real: G(x_{t-k}), data, noised data
     consistency: Literal["perceptual", "mse"] = "perceptual"  # in U-Net features, or latents
     snr_gamma: float = 5.0  # largest weight of a noise level in the KL and consistency terms
     snr_floor: float = 0.0  # smallest weight of a noise level in the KL term
     con_floor: float = 0.0  # smallest weight of a noise level in the consistency term
     coop_steps: int = 250  # k: D's real side is G(x_{t-k})
-    con_steps: int = 25  # the consistency term compares with so many timesteps less noise
+    con_steps: int = 25  # the consistency term compares with G this many timesteps lower
     last_share: float = 0.0  # share of items at the last timestep, where sampling starts
-    high_share: float = 0.0  # share of items less than --coop_steps below the last timestep
+    high_share: float = 0.0  # share of items in the last --coop_steps timesteps, without the last
     denoising_steps: int = 0  # the first steps train the KL term alone; for random weights
     # optimisation
     learning_rate: float = 2e-5  # learning rate of the generator
@@ -131,7 +132,7 @@ class Config:
     train_batch_size: int = 16  # pictures per process and micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches per step
     max_train_steps: int = 5000  # optimizer steps
-    max_train_epochs: int | None = None  # end earlier, after so many passes over the data
+    max_train_epochs: int | None = None  # end earlier, after this many passes over the data
     gradient_checkpointing: bool = False  # less memory for a third more time
     mixed_precision: training.Precision = "no"  # autocast, and the type of frozen weights
     dtype: Literal["float32", "float64"] = "float32"  # type of trained weights (float64 for tests)
@@ -148,7 +149,7 @@ class Config:
     track_val_fid: bool = False  # FID at each validation; needs Inception's weights
     checkpointing_steps: int = 500  # steps between saves
     plan: bool = False  # run three steps, write nothing: print memory, time, what flags would save
-    plan_steps: int | None = None  # what --plan runs: so many steps, no files, figures as JSON
+    plan_steps: int | None = None  # set by --plan: stop after this many steps, write no files
     report_to: Literal["none", "tensorboard", "wandb"] = "none"  # where else to log
     tracker_project_name: str = "train_yoso"  # W&B project
 
@@ -216,6 +217,7 @@ ALIASES = dict(
 
 
 # ----------------------------------------------------------------------------------- losses
+# |a|^2 is the mean over all values of a tensor, not their sum.
 
 def generated(prediction: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """G(x_t, t) = c_skip x_t + c_out x0_theta(x_t, t).
@@ -235,15 +237,15 @@ def generator_gan_loss(logits_fake: Tensor) -> Tensor:
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """softplus(-D(real, t)) + softplus(D(G(x_t), t)).
+    """softplus(-D(real, t)) + softplus(D(G(x_t), t)), its mean over samples.
 
-    In self-cooperation the real side is G(x_{t-k}), not data.
+    In self-cooperation the real side is G(x_{t-k}), not data: see yoso_losses.
     """
     return (F.softplus(-logits_real) + F.softplus(logits_fake)).mean()
 
 
 def other_captions(context: Tensor) -> tuple[Tensor, Tensor]:
-    """Captions [B, N, C] -> those of the neighbours in the batch, and whether they differ [B].
+    """Contexts [B, N, C] -> those of the neighbours in the batch, and whether they differ [B].
 
     Neighbours are those of a micro-batch. So this term, unlike all others, depends on how the
     batch is split.
@@ -270,9 +272,12 @@ def mean_square(a: Tensor, b: Tensor) -> Tensor:
 def kl_loss(
     fake: Tensor, x0: Tensor, t: Tensor, schedule: Schedule, gamma: float, floor: float = 0.0
 ) -> Tensor:
-    """L_KL = min(max(SNR_t, floor), gamma) |G(x_t) - x0|^2, SNR = alpha^2 / sigma^2.
+    """L_KL = min(max(SNR_t, floor), gamma) |G(x_t) - x0|^2.
 
-    Pure noise has SNR 0 and so weight 0. With floor 1 its weight is 1, as in a loss on v.
+    SNR_t = alpha_t^2 / sigma_t^2 is the signal-to-noise ratio. Two Gaussians of the standard
+    deviation sigma_t around alpha_t G(x_t) and alpha_t x0 have the KL divergence
+    SNR_t |G(x_t) - x0|^2 / 2: hence the name. Pure noise has SNR 0 and so weight 0. With floor 1
+    its weight is 1, as in a loss on v.
     """
     snr = (schedule.alpha[t] / schedule.sigma[t]) ** 2
     weight = snr.clamp(floor, gamma).to(x0)
@@ -332,8 +337,8 @@ def logits_of(
 ) -> Tensor:
     """D's logits [B, 1] for x, real or fake. D is told t, the timestep of the fake side, for both.
 
-    With --adversarial noisy (UFOGen), `noise` is added to x first, to timestep t - k, and D is
-    told that.
+    With --adversarial noisy (UFOGen, Xu et al. 2023), `noise` is added to x first, to timestep
+    t - k, and D is told that.
     """
     if cfg.adversarial == "noisy":
         t = less_noisy(t, cfg.coop_steps)
@@ -356,6 +361,10 @@ def yoso_losses(
     noise: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """L = lambda_gan L_adv + lambda_kl L_KL + lambda_con L_con of one micro-batch.
+
+    D's real side is G(x_{t-k}), without gradient. Where t <= k that is G(x_0) = x_0: the data, with
+    next to no noise. At each higher t, G imitates what it makes already from k steps less noise,
+    and so the distribution of the data spreads upwards, to pure noise.
 
     x0, eps [B, C, h, w]; t [B] on the CPU. G(x, t, context) predicts x0, with c_skip and c_out;
     D(x, t, disc_context) -> logits [B, 1], or None; features(x, disc_context) are those of the
@@ -403,8 +412,9 @@ def denoising_losses(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The KL term alone, of one micro-batch: what a generator with random weights learns first.
 
-    With a floor above 0, G learns to make the mean of a caption's pictures out of pure noise, and
-    to ignore which noise. The term has weight 1. Returns the term, G's samples, and x0.
+    lambda_kl does not count here. Pure noise has weight 0, unless --snr_floor is above 0: then G
+    learns to make the mean of a caption's pictures out of it, and to ignore which noise it is.
+    Returns the term, G's samples, and x0.
     """
     fake = G(add_noise(x0, eps, t, schedule), t, context)
     loss = kl_loss(fake, x0, t, schedule, cfg.snr_gamma, cfg.snr_floor)
@@ -828,39 +838,6 @@ def set_checkpointing(nets: Networks, on: bool) -> None:
             network.checkpointing = on
 
 
-def losses_of_stage(
-    cfg: Config,
-    nets: Networks,
-    step: int,
-    x0: Tensor,
-    context: list[Tensor],
-    disc_context: Tensor,
-    t: Tensor,
-    eps: Tensor,
-    noise: Tensor | None,
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The losses of one micro-batch: of an adaption stage, of denoising, or of YOSO."""
-    if cfg.stage != "yoso":
-        student, teacher = nets.base.denoiser, nets.frozen_denoiser
-        old, new = nets.old_schedule, nets.schedule
-        return adapt_losses(student, teacher, x0, context, t, eps, old, new)
-    if step < cfg.denoising_steps:
-        return denoising_losses(nets.G, x0, context, t, eps, nets.schedule, cfg)
-    return yoso_losses(
-        nets.G,
-        nets.D,
-        nets.features if nets.feature_network else None,
-        x0,
-        context,
-        disc_context,
-        t,
-        eps,
-        nets.schedule,
-        cfg,
-        noise,
-    )
-
-
 def build_optimizers(
     cfg: Config, run: training.Run, nets: Networks
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer | None]:
@@ -877,15 +854,17 @@ def build_optimizers(
     return optimizer_g, optimizer_d
 
 
-# ----------------------------------------------------------- from a batch to x0 and contexts
+# ----------------------------------------------------- from a micro-batch to x0 and contexts
 
 @dataclass
-class Reader:
-    """read(piece, noise) -> x0 [B, *shape], context of the denoiser, context of D.
+class Encoder:
+    """encode(micro_batch, noise) -> x0 [B, *shape], context of the denoiser, context of D.
 
-    `piece` is a batch on the noise's device: pictures and captions, captions alone, or a cache's
-    latents and contexts. noise [B, *shape] samples the VAE's latent, or is what the teacher
-    draws from. With `unconditional` every caption is empty, except the teacher's.
+    The denoiser's context is a list of what it takes after x and t: the encoded captions [B, N, C]
+    and, for PixArt, their mask. `micro_batch` is on the noise's device: pictures and captions,
+    captions alone, or a cache's latents and contexts. noise [B, *shape] samples the VAE's latent,
+    or is what the teacher draws from. With `unconditional` every caption is empty, except the
+    teacher's.
     """
 
     base: bases.Base
@@ -896,34 +875,34 @@ class Reader:
     autocast: torch.autocast
 
     def __post_init__(self):
-        self.encode = cached_encoder(self.base, self.autocast)
+        self.encode_captions = cached_encoder(self.base, self.autocast)
         self.encode_for_disc = cached_encoder(self.disc_base, self.autocast)
 
-    def __call__(self, piece: dict, noise: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        captions = piece["caption"]
+    def __call__(self, micro_batch: dict, noise: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        captions = micro_batch["caption"]
         if self.unconditional:
             captions = [""] * len(captions)
-        context = [piece[name] for name in ("context_0", "context_1") if name in piece]
+        context = [micro_batch[name] for name in ("context_0", "context_1") if name in micro_batch]
         if not context:
-            context = self.encode(captions)
+            context = self.encode_captions(captions)
         context = [c.to(noise) for c in context]
         disc_context = context[0]
         if self.disc_base is not self.base:
             disc_context = self.encode_for_disc(captions)[0].to(noise)
         with torch.no_grad(), self.autocast:
-            return self.latents(piece, noise), context, disc_context
+            return self.latents(micro_batch, noise), context, disc_context
 
-    def latents(self, piece: dict, noise: Tensor) -> Tensor:
-        if "mean" in piece:  # of a cache, scaled
-            return piece["mean"].to(noise) + piece["std"].to(noise) * noise
+    def latents(self, micro_batch: dict, noise: Tensor) -> Tensor:
+        if "mean" in micro_batch:  # of a cache, scaled
+            return micro_batch["mean"].to(noise) + micro_batch["std"].to(noise) * noise
         if self.teacher:
-            return one_step(self.teacher, piece["caption"], noise).to(noise)
-        pictures = piece["target"].to(noise)
+            return one_step(self.teacher, micro_batch["caption"], noise).to(noise)
+        pictures = micro_batch["target"].to(noise)
         sides = tuple(side * self.base.vae.factor for side in self.shape[1:])
         if pictures.shape[2:] != sides:
             raise ValueError(
-                f"'{piece['name'][0]}' is not of the size of the first training picture, expected"
-                " one size for all: choose --train_image_prep and --test_image_prep for it"
+                f"'{micro_batch['name'][0]}' is not of the size of the first training picture,"
+                " expected one size for all: choose --train_image_prep and --test_image_prep for it"
             )
         mean, logvar, _ = self.base.vae.encode(pictures)
         x0 = mean.to(noise) + (0.5 * logvar.to(noise)).exp() * noise
@@ -957,11 +936,12 @@ def cached_encoder(
 
 
 def estimate_prior(
-    nets: Networks, run: training.Run, read: Reader, train_set: Dataset
+    nets: Networks, run: training.Run, encode: Encoder, train_set: Dataset
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of latents, where sampling starts (IPI, section 4.2).
+    """Mean and standard deviation of latents, where sampling starts: the paper's informative prior
+    initialization (IPI, section 4.2).
 
-    Without --prior_pictures both are 0: sampling starts from noise alone.
+    With --prior_pictures 0 both are 0: sampling starts from noise alone.
     """
     cfg = run.cfg
     if not cfg.prior_pictures:
@@ -974,19 +954,21 @@ def estimate_prior(
     def latents():
         for group in tqdm(groups, "prior", disable=run.rank != 0):
             indices = group.tolist()
-            piece = run.to_device(collate([train_set[i] for i in indices]))
+            micro_batch = run.to_device(collate([train_set[i] for i in indices]))
             noise = torch.zeros(len(indices), *nets.shape)  # the latents' means
             if nets.teacher:
                 noise, _ = training.draw_noise(indices, nets.shape)
-            x0, _, _ = read(piece, noise.to(run.device, run.dtype))
+            x0, _, _ = encode(micro_batch, noise.to(run.device, run.dtype))
             yield from x0
 
     return diffusion.mean_and_std(latents())
 
 
+# ---------------------------------------------------------------------------- parts of a step
+
 def draw_timesteps(nets: Networks, run: training.Run, step: int) -> Tensor:
-    """Timesteps [global batch]: --last_share at the last one, --high_share less than --coop_steps
-    below it, the rest uniform. While G only learns to denoise, all are uniform.
+    """Timesteps [global batch]: --last_share of them are the last one, --high_share are among the
+    --coop_steps before it, the rest are uniform. While G only learns to denoise, all are uniform.
     """
     cfg, last = run.cfg, nets.last_timestep
     n = (run.global_batch,)
@@ -1011,13 +993,74 @@ def noise_again(
     return {side: run.normal(step, f"again {side}", rows, nets.shape) for side in sides}
 
 
+def losses_of_stage(
+    cfg: Config,
+    nets: Networks,
+    step: int,
+    x0: Tensor,
+    context: list[Tensor],
+    disc_context: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    noise: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The losses of one micro-batch: of an adaption stage, of denoising, or of YOSO."""
+    if cfg.stage != "yoso":
+        student, teacher = nets.base.denoiser, nets.frozen_denoiser
+        old, new = nets.old_schedule, nets.schedule
+        return adapt_losses(student, teacher, x0, context, t, eps, old, new)
+    if step < cfg.denoising_steps:
+        return denoising_losses(nets.G, x0, context, t, eps, nets.schedule, cfg)
+    return yoso_losses(
+        nets.G,
+        nets.D,
+        nets.features if nets.feature_network else None,
+        x0,
+        context,
+        disc_context,
+        t,
+        eps,
+        nets.schedule,
+        cfg,
+        noise,
+    )
+
+
+def discriminate(
+    D: nn.Module,
+    nets: Networks,
+    cfg: Config,
+    real: Tensor,
+    fake: Tensor,
+    t: Tensor,
+    context: Tensor,
+    noise: dict[str, Tensor | None],
+) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
+    """The discriminator's weighted losses on one micro-batch by name, and signals for the log.
+
+    AdamW makes up for the factor lambda_gan: here it only scales what is logged.
+    """
+    logits = partial(logits_of, D, t=t, schedule=nets.schedule, cfg=cfg)
+    logits_real = logits(x=real, context=context, noise=noise["real"])
+    logits_fake = logits(x=fake, context=context, noise=noise["fake"])
+    terms = {"disc": cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)}
+    if cfg.lambda_mismatch:
+        others, differs = other_captions(context)
+        logits_wrong = logits(x=real, context=others, noise=noise["real"])
+        weight = cfg.lambda_gan * cfg.lambda_mismatch
+        terms["mismatch"] = weight * mismatch_loss(logits_wrong, differs)
+    return terms, signals(logits_real, logits_fake)
+
+
+def update_ema(ema: dict[str, Tensor], trained: dict[str, Tensor], decay: float) -> None:
+    for name, average in ema.items():
+        average.lerp_(trained[name].detach(), 1 - decay)
+
+
 # Signals for the log.
 
-def spread(fake: Tensor, x0: Tensor) -> Tensor:
-    """Standard deviation of all values of the samples, over the data's. Under 1: too smooth.
-
-    Samples that are all alike do not show here, but in val_spread.
-    """
+def contrast(fake: Tensor, x0: Tensor) -> Tensor:
+    """Standard deviation of all values of the samples, over the data's. Under 1: too smooth."""
     return fake.std() / x0.std().clamp(min=1e-6)
 
 
@@ -1031,7 +1074,7 @@ def signals(logits_real: Tensor, logits_fake: Tensor) -> dict[str, Tensor | floa
 
 @torch.inference_mode()
 def draw(
-    nets: Networks, run: training.Run, read: Reader, items: list[dict], vae: nn.Module
+    nets: Networks, run: training.Run, encode: Encoder, items: list[dict], vae: nn.Module
 ) -> tuple[Tensor, Tensor]:
     """The items' pictures and one-step samples of their captions, each [N, 3, H, W].
 
@@ -1042,8 +1085,8 @@ def draw(
     size = run.cfg.train_batch_size
     real, fake = [], []
     for first in range(0, len(items), size):
-        piece = run.to_device(collate(items[first:first + size]))
-        n = len(piece["caption"])
+        micro_batch = run.to_device(collate(items[first:first + size]))
+        n = len(micro_batch["caption"])
         noise, generators = training.draw_noise(range(first, first + n), nets.shape)
         prior_noise = torch.cat([torch.randn(1, *nets.shape, generator=g) for g in generators])
         noise = noise.to(run.device, run.dtype)
@@ -1052,10 +1095,10 @@ def draw(
             noise, prior_noise, *nets.prior, nets.last_timestep, nets.schedule
         )
         t = torch.full((n,), nets.last_timestep)
-        x0, context, _ = read(piece, noise)
+        x0, context, _ = encode(micro_batch, noise)
         with run.autocast:
             made = vae.decode(nets.G(x, t, context) / scaling)
-            pictures = piece.get("target")
+            pictures = micro_batch.get("target")
             if pictures is None:
                 pictures = vae.decode(x0 / scaling)
         real.append(pictures.float().cpu())
@@ -1064,18 +1107,18 @@ def draw(
 
 
 def validate(
-    nets: Networks, run: training.Run, read: Reader, test_set: Dataset
+    nets: Networks, run: training.Run, encode: Encoder, test_set: Dataset
 ) -> dict[str, float]:
-    """spread: the standard deviation over samples, over that of pictures; under 1, the samples
+    """variety: the standard deviation over samples, over that of pictures; under 1, the samples
     are too much alike. With --track_val_fid, FID."""
     count = min(run.cfg.validation_num_images, len(test_set))
     items = [test_set[i] for i in range(count)]
-    real, fake = draw(nets, run, read, items, nets.base.vae)
+    real, fake = draw(nets, run, encode, items, nets.base.vae)
     values = {}
-    if count > 1:  # one sample has no spread
-        spread_real = real.std(0, correction=0).mean()
-        spread_fake = fake.std(0, correction=0).mean()
-        values["val_spread"] = (spread_fake / spread_real).item()
+    if count > 1:  # one sample has no variety
+        variety_of_pictures = real.std(0, correction=0).mean()
+        variety_of_samples = fake.std(0, correction=0).mean()
+        values["val_variety"] = (variety_of_samples / variety_of_pictures).item()
     if nets.inception:
         real, fake = real.clamp(-1, 1), fake.clamp(-1, 1)
         values["val_fid"] = evaluate.fid(nets.inception, real, fake, run.device)
@@ -1083,10 +1126,10 @@ def validate(
 
 
 def validate_and_keep_best(
-    nets: Networks, run: training.Run, read: Reader, test_set: Dataset
+    nets: Networks, run: training.Run, encode: Encoder, test_set: Dataset
 ) -> dict[str, float]:
     """Writes best.safetensors if this validation's FID is the best so far."""
-    values = validate(nets, run, read, test_set)
+    values = validate(nets, run, encode, test_set)
     if run.improves(values.get("val_fid", math.inf)):
         save_generator(nets, run, "best.safetensors")
     return values
@@ -1103,13 +1146,13 @@ def choose_preview(cfg: Config, test_set: Dataset) -> list[dict]:
 
 
 def preview(
-    nets: Networks, run: training.Run, read: Reader, items: list[dict], step: int
+    nets: Networks, run: training.Run, encode: Encoder, items: list[dict], step: int
 ) -> dict[str, float]:
     """Writes a grid: picture, sample. Returns signals for the log.
 
     Pictures do not belong to --validation_prompts: then samples stand alone and say nothing.
     """
-    real, fake = draw(nets, run, read, items, nets.preview_vae or nets.base.vae)
+    real, fake = draw(nets, run, encode, items, nets.preview_vae or nets.base.vae)
     path = run.folder / "samples" / f"{step + 1:06d}.png"
     if run.cfg.validation_prompts and not nets.teacher:
         training.save_grid(path, [fake])
@@ -1145,11 +1188,6 @@ def save_lora(nets: Networks, run: training.Run, name: str, kohya: bool) -> None
 
 # ------------------------------------------------------------------------------------- main
 
-def update_ema(ema: dict[str, Tensor], trained: dict[str, Tensor], decay: float) -> None:
-    for name, average in ema.items():
-        average.lerp_(trained[name].detach(), 1 - decay)
-
-
 def main() -> None:
     cfg = training.parse(Config, TABLES, ALIASES, __doc__)
     if cfg.plan:
@@ -1161,7 +1199,7 @@ def main() -> None:
     nets = build_networks(cfg, run, train_set)
     D, trained, ema = nets.D, nets.trained, nets.ema
     optimizer_g, optimizer_d = build_optimizers(cfg, run, nets)
-    read = Reader(
+    encode = Encoder(
         nets.base, nets.disc_base, nets.teacher, nets.shape, cfg.unconditional, run.autocast
     )
 
@@ -1177,7 +1215,7 @@ def main() -> None:
     if cfg.resume:
         (nets.prior,) = run.restore(nets.frozen_fingerprint, state, "prior")
     else:
-        nets.prior = estimate_prior(nets, run, read, train_set)
+        nets.prior = estimate_prior(nets, run, encode, train_set)
 
     def save(step: int) -> None:
         with training.swapped(trained, ema):
@@ -1204,17 +1242,18 @@ def main() -> None:
         # The generator's turn. The discriminator only passes the gradient on.
         losses, pairs = {}, []
         training.set_trainable(D, False)
-        for rows, piece in run.split(batch):
+        for rows, micro_batch in run.split(batch):
             t = timesteps[rows]
             eps = run.normal(step, "noise", rows, nets.shape)
-            x0, context, disc_context = read(piece, run.normal(step, "latent", rows, nets.shape))
+            latent_noise = run.normal(step, "latent", rows, nets.shape)
+            x0, context, disc_context = encode(micro_batch, latent_noise)
             disc_noise = noise_again(nets, run, step, rows)
             with run.autocast:
                 terms, fake, real = losses_of_stage(
                     cfg, nets, step, x0, context, disc_context, t, eps, disc_noise["fake"]
                 )
             run.backward(sum(terms.values()))
-            run.record(losses, terms | {"spread": spread(fake, x0)})
+            run.record(losses, terms | {"latent_contrast": contrast(fake, x0)})
             pairs.append((real, fake, t, disc_context, disc_noise))
         losses["grad_norm"] = run.update(optimizer_g, cfg.max_grad_norm)
         run.check_finite(losses, step, batch)
@@ -1225,21 +1264,12 @@ def main() -> None:
         if D and step >= cfg.denoising_steps:
             training.set_trainable(D, True)
             for real, fake, t, disc_context, disc_noise in pairs:
-                logits = partial(logits_of, D, t=t, schedule=nets.schedule, cfg=cfg)
                 with run.autocast:
-                    logits_real = logits(x=real, context=disc_context, noise=disc_noise["real"])
-                    logits_fake = logits(x=fake, context=disc_context, noise=disc_noise["fake"])
-                    loss = cfg.lambda_gan * discriminator_loss(logits_real, logits_fake)
-                run.record(losses, {"disc": loss} | signals(logits_real, logits_fake))
-                if cfg.lambda_mismatch:
-                    with run.autocast:
-                        others, differs = other_captions(disc_context)
-                        logits_wrong = logits(x=real, context=others, noise=disc_noise["real"])
-                        weight = cfg.lambda_gan * cfg.lambda_mismatch
-                        mismatch = weight * mismatch_loss(logits_wrong, differs)
-                    run.record(losses, {"mismatch": mismatch})
-                    loss = loss + mismatch
-                run.backward(loss)
+                    terms, values = discriminate(
+                        D, nets, cfg, real, fake, t, disc_context, disc_noise
+                    )
+                run.backward(sum(terms.values()))
+                run.record(losses, terms | values)
             losses["disc_grad_norm"] = run.update(optimizer_d)
             run.check_finite(losses, step, batch)
         run.scaler.update()
@@ -1249,9 +1279,9 @@ def main() -> None:
         losses = training.mean_over_ranks(losses)
         with training.saved_on_failure(save, step), training.swapped(trained, ema):
             if run.due("validation", step):
-                losses |= validate_and_keep_best(nets, run, read, test_set)
+                losses |= validate_and_keep_best(nets, run, encode, test_set)
             if run.due("preview", step, also=step == 0):
-                losses |= preview(nets, run, read, preview_items, step)
+                losses |= preview(nets, run, encode, preview_items, step)
         run.log(step, losses)
         if run.due("save", step, also=stopping):
             save(step)

@@ -69,6 +69,7 @@ class LoRALinear(nn.Linear):
         self.scale = self.full_scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """W x + b + s B (A x)."""
         y = super().forward(x)
         change = self.lora_B(self.lora_A(x))
         return torch.add(y, change, alpha=self.scale)
@@ -102,6 +103,7 @@ class LoRAConv2d(nn.Conv2d):
         self.scale = self.full_scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """W x + b + s B (A x)."""
         y = super().forward(x)
         change = self.lora_B(self.lora_A(x))
         return torch.add(y, change, alpha=self.scale)

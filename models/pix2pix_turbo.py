@@ -165,13 +165,15 @@ class Pix2PixTurbo(nn.Module):
             )
         if config.stochastic:
             replace(unet, "conv_in", TwinConv2d(unet.conv_in))
+        self.train_in_full()
 
-        # Trained in full: the skip convolutions, besides their LoRA, and conv_in.
-        for name, parameter in vae.named_parameters():
+    def train_in_full(self) -> None:
+        """Of the skip convolutions, besides their LoRA, and of conv_in all weights are trained."""
+        for name, parameter in self.vae.named_parameters():
             if "skip_conv" in name:
                 parameter.requires_grad_(True)
-        if config.conv_in:
-            unet.conv_in.requires_grad_(True)
+        if self.config.conv_in:
+            self.unet.conv_in.requires_grad_(True)
 
     def forward(
         self,

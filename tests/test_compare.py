@@ -128,9 +128,9 @@ def test_the_accuracy_is_that_of_the_steps_between_two_marks(tmp_path):
     for step, right in ((2, 0.0), (3, 0.5), (4, 1.0)):
         lines.append(dict(step=step, disc=1.4, disc_right_on_real=right, disc_right_on_fake=1))
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert compare.discriminator_accuracy(log, 0, 1) == 0.5  # denoising has no discriminator
-    assert compare.discriminator_accuracy(log, 1, 3) == pytest.approx(0.625)
-    assert compare.discriminator_accuracy(log, 3, 4) == 1
+    assert compare.discriminator_accuracy(log, 0, 1) == {}  # denoising has no discriminator
+    assert compare.discriminator_accuracy(log, 1, 3) == {"disc_right": pytest.approx(0.625)}
+    assert compare.discriminator_accuracy(log, 3, 4) == {"disc_right": 1}
 
 
 def test_curves_hold_the_seeds_of_one_side_by_step():

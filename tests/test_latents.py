@@ -101,14 +101,14 @@ def test_noise_samples_the_latents_and_a_teacher_gets_captions_that_others_do_no
     teacher = bases.load_base("tiny", dtype=torch.float64, seed=1)
     noise, captions = normal(2, 4, 4, 4), ["b", "c"]
     pictures = normal(2, 3, 16, 16, seed=1).tanh()
-    piece = dict(caption=captions, target=pictures, name=captions)
+    micro_batch = dict(caption=captions, target=pictures, name=captions)
 
-    def read(piece, teacher=None, unconditional=False, disc_base=own):
-        reader = train_yoso.Reader(own, disc_base, teacher, (4, 4, 4), unconditional, NO_AUTOCAST)
-        return reader(piece, noise)
+    def encode(micro_batch, teacher=None, unconditional=False, disc_base=own):
+        encoder = train_yoso.Encoder(own, disc_base, teacher, (4, 4, 4), unconditional, NO_AUTOCAST)
+        return encoder(micro_batch, noise)
 
     # Pictures: noise samples the VAE's latent.
-    x0, contexts, disc_context = read(piece)
+    x0, contexts, disc_context = encode(micro_batch)
     mean, logvar, _ = own.vae.encode(pictures)
     scaling = own.vae.config.scaling_factor
     mean, std = mean * scaling, (logvar / 2).exp() * scaling
@@ -117,21 +117,21 @@ def test_noise_samples_the_latents_and_a_teacher_gets_captions_that_others_do_no
     assert disc_context is contexts[0]
 
     # Another base of the discriminator encodes captions for itself.
-    _, contexts, disc_context = read(piece, disc_base=teacher)
+    _, contexts, disc_context = encode(micro_batch, disc_base=teacher)
     assert relative(contexts[0], own.encode(captions)[0]) < 1e-9
     assert relative(disc_context, teacher.encode(captions)[0]) < 1e-9
 
     # A cache: the same, without networks.
     context = own.encode(captions)[0]
     cached = dict(caption=captions, mean=mean, std=std, context_0=context)
-    x0_cached, contexts, disc_context = read(cached)
+    x0_cached, contexts, disc_context = encode(cached)
     assert relative(x0_cached, x0) < 1e-12
     assert torch.equal(disc_context, context) and torch.equal(contexts[0], context)
 
     # Captions alone: the teacher draws from the noise, and hears captions that are left out.
-    drawn, contexts, disc_context = read(dict(caption=captions), teacher, unconditional=True)
+    drawn, contexts, disc_context = encode(dict(caption=captions), teacher, unconditional=True)
     assert torch.equal(drawn, train_yoso.one_step(teacher, captions, noise))
     assert relative(disc_context, own.encode(["", ""])[0]) < 1e-9
 
     with pytest.raises(ValueError, match="'b' is not of the size of the first"):
-        read(piece | dict(target=pictures[:, :, :12]))
+        encode(micro_batch | dict(target=pictures[:, :, :12]))

@@ -445,7 +445,7 @@ def test_yosos_sample_grids_are_decoded_by_another_autoencoder_and_nothing_else(
 
     weights = [(folder / "model.safetensors").read_bytes() for folder in (usual, other)]
     assert weights[0] == weights[1]
-    logs = [read_log(folder)[-1]["val_spread"] for folder in (usual, other)]
+    logs = [read_log(folder)[-1]["val_variety"] for folder in (usual, other)]
     assert logs[0] == logs[1]
     grids = [
         to_tensor(open_picture(folder / "samples" / "000001.png")) for folder in (usual, other)

@@ -609,11 +609,11 @@ def test_every_validation_prompt_is_drawn_even_beside_few_test_pictures():
     assert len(trainer.choose_preview(trainer.Config(validation_prompts=20 * "a|"), items)) == 16
 
 
-def test_one_test_picture_has_no_spread(monkeypatch, tmp_path, pairs):
+def test_one_test_picture_has_no_variety(monkeypatch, tmp_path, pairs):
     flags = ["--dataset_folder", pairs, *CENTRED, *SMALL_PICTURES, "--max_train_steps", 1]
     flags += ["--validation_num_images", 1, "--validation_steps", 1, "--lambda_gan", 0]
     train(monkeypatch, *flags, "--output_dir", tmp_path / "run")
-    assert "val_spread" not in helpers.read_log(tmp_path / "run")[0]
+    assert "val_variety" not in helpers.read_log(tmp_path / "run")[0]
 
 
 def test_the_grid_shows_the_validation_prompts(monkeypatch, tmp_path, pairs):
@@ -713,12 +713,12 @@ def test_features_are_those_of_clean_latents():
     assert trainer.Networks.features(nets, "x", "context") == ("x", 0, "context")
 
 
-def test_the_spread_is_below_1_for_samples_too_much_alike(monkeypatch):
+def test_the_variety_is_below_1_for_samples_too_much_alike(monkeypatch):
     real = normal(4, 3, 8, 8)
     monkeypatch.setattr(trainer, "draw", lambda *_: (real, 0.5 * real))
     nets = SimpleNamespace(base=SimpleNamespace(vae=None), inception=None)
     run = SimpleNamespace(cfg=trainer.Config(validation_num_images=4))
-    assert trainer.validate(nets, run, None, range(9)) == {"val_spread": pytest.approx(0.5)}
+    assert trainer.validate(nets, run, None, range(9)) == {"val_variety": pytest.approx(0.5)}
 
 
 # ------------------------------------------------------------------------- stages and files
@@ -749,7 +749,7 @@ def test_the_quick_adaption_leads_from_epsilon_to_v_to_pure_noise_and_each_resul
     adaption, last = helpers.read_log(one)[-1], helpers.read_log(three)[-1]
     assert "adapt" in adaption and "gan" not in adaption
     losses = {"gan", "kl", "con", "disc", "grad_norm"}
-    signals = {"logit_gap", "spread", "disc_right_on_real", "val_spread"}
+    signals = {"logit_gap", "latent_contrast", "disc_right_on_real", "val_variety"}
     assert losses | signals <= last.keys()
     assert all(math.isfinite(value) for value in last.values())
 
@@ -1298,7 +1298,7 @@ def test_a_run_begun_under_older_names_of_settings_goes_on(monkeypatch, tmp_path
     train(monkeypatch, "--resume", run, "--max_train_steps", 2)
     changed = dict(max_train_steps=2, resume=str(run))
     assert helpers.read_settings(run) == settings | changed
-    assert ["val_spread" in line for line in helpers.read_log(run)] == [True, True]
+    assert ["val_variety" in line for line in helpers.read_log(run)] == [True, True]
 
 
 # -------------------------------------------------------------------------------- bad input

@@ -44,7 +44,7 @@ def warned(**signals) -> str | None:
 WELL = dict(
     grad_norm=1.0,
     gan=0.5,
-    spread=1.0,
+    latent_contrast=1.0,
     disc_right_on_real=0.7,
     disc_right_on_fake=0.8,
     preview_change=0.9,
@@ -79,7 +79,7 @@ SICK = {
     "bright": (dict(preview_level_a2b=0.6), "brighter"),
     "flat": (dict(preview_contrast=0.1), "times the contrast of the targets"),
     "harsh": (dict(preview_contrast=5.0), "times the contrast of the targets"),
-    "wild": (dict(spread=4.0), "samples have 4 times the spread of the data over the last 100"),
+    "wild": (dict(latent_contrast=4.0), "samples have 4 times the contrast of the data's over"),
     "has won": (dict(disc_right_on_real=0.995, disc_right_on_fake=0.99), "discriminator has won"),
     "blind": (BLIND | dict(steps=200), "the discriminator is blind: it has told"),
     "blind, with luck": (BLIND | dict(steps=200, disc_right_on_real=wavering(0.51)), "is blind"),

@@ -212,7 +212,7 @@ def compare(name: str, side: str, seed: int, steps: int, store: pathlib.Path) ->
                 flags |= dict(seed=seed, output_dir=folder, max_train_steps=mark)
                 recipe.run("train_yoso.py", *recipe.command_line(flags))
             figures = world.measure(folder)
-            figures["disc_right"] = discriminator_accuracy(folder / "log.jsonl", before, mark)
+            figures |= discriminator_accuracy(folder / "log.jsonl", before, mark)
             add_result(store, key, figures)
             print(key, json.dumps(figures), flush=True)
         before = mark
@@ -249,11 +249,11 @@ COLOURS = {"coop": "#c0392b", "data": "#1f5fa8", "noisy": "#888888", "none": "#2
 
 
 def curves(results: dict[str, dict[str, float]], side: str, figure: str) -> dict[int, list[float]]:
-    """The values of a figure by step, one for each training seed."""
+    """The values of a figure by step, one for each training seed that has it."""
     found = {}
     for key, figures in results.items():
         own_side, _, mark = key.split(", ")
-        if own_side == side:
+        if own_side == side and figure in figures:
             found.setdefault(int(mark.removeprefix("step ")), []).append(figures[figure])
     return dict(sorted(found.items()))
 
@@ -284,9 +284,9 @@ def table(
     lines.append("| --- " * (2 + len(world.figures)) + "|")
     for side in SIDES:
         for mark in marks:
-            columns = {figure: curves(results, side, figure).get(mark) for figure in world.figures}
-            if columns["wrong"]:
-                cells = " | ".join(map(mean_and_range, columns.values()))
+            columns = [curves(results, side, figure).get(mark) for figure in world.figures]
+            if any(columns):
+                cells = " | ".join(mean_and_range(column) if column else "" for column in columns)
                 lines.append(f"| `{side}` | {mark:,} | {cells} |")
     return "\n".join(lines)
 

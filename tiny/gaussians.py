@@ -1,14 +1,21 @@
-"""YOSO in the plane: the whole loop on one page.
+"""YOSO in the plane: the whole loop on one page, with the losses of train_yoso.py.
 
     python -m tiny.gaussians                        # self-cooperation: two minutes on one core
     python -m tiny.gaussians --adversarial data     # a plain GAN: the real side is the data
-    python -m tiny.gaussians --adversarial noisy    # UFOGen: data and samples, noised again
+    python -m tiny.gaussians --adversarial noisy    # UFOGen: both sides noised again
 
-The data are points x0 from 25 narrow Gaussians on a grid. The generator G(x_t, t) is a small MLP
-that predicts x0 from x_t = alpha_t x0 + sigma_t eps, for every t, and so makes a point in one step.
-The discriminator D tells G(x_t) from its real side: in self-cooperation G(x_{t-k}), G's own
-prediction from less of the same noise. The losses are those of train_yoso.py, without the
-consistency term.
+The data are points x0 from 25 narrow Gaussians on a grid, and x_t = alpha_t x0 + sigma_t eps is a
+point with noise, of t = 0 ... 999. A small MLP predicts v = alpha_t eps - sigma_t x0 from x_t;
+`generated` turns that into a guess at x0, the generator G(x_t, t). From pure noise, at t = 999, G
+makes a point in one step. It is trained on every t:
+
+    L = lambda_gan softplus(-D(G(x_t), t)) + lambda_kl min(SNR_t, 5) |G(x_t) - x0|^2
+
+with SNR_t = alpha_t^2 / sigma_t^2, the signal-to-noise ratio. The discriminator D tells G(x_t) from
+its real side. In self-cooperation that is G(x_{t-k}), what G itself makes of less of the same noise
+(k = 250). Where t <= k it is G(x_0) = x_0: the data, with next to no noise. At each higher t, G
+imitates what it makes already from k steps less noise, and so the distribution of the data spreads
+upwards, to pure noise. (train_yoso.py has a third term, for consistency.)
 
 The output folder gets samples.png (true points, then samples) and figures.json: how many of the
 25 modes are covered, and the share of good samples. What to expect, by seed: tiny/README.md.
@@ -54,7 +61,7 @@ class Config:
     snr_floor: float = 0.0  # smallest weight of a noise level in the KL term
     con_floor: float = 0.0  # the same in the consistency term
     coop_steps: int = 250  # k: D's real side is G(x_{t-k})
-    con_steps: int = 25  # the consistency term compares with so many timesteps less noise
+    con_steps: int = 25  # the consistency term compares with G this many timesteps lower
     learning_rate: float = 1e-3  # of both networks; warm-up, then cosine to 0
     lr_scheduler: training.Scheduler = "cosine"  # after the warm-up
     lr_warmup_steps: int = 100  # linear warm-up

@@ -360,8 +360,8 @@ def measure_yoso(folder: str) -> Measured:
         darkest=brightness[order[:tenth]].mean().item(),
         brightest=brightness[order[-tenth:]].mean().item(),
         neighbours=neighbour_distance(base),
-        disc_right=discriminator_accuracy(pathlib.Path(folder) / "log.jsonl"),
     )
+    figures |= discriminator_accuracy(pathlib.Path(folder) / "log.jsonl")
     return figures, {"": drawn}
 
 
@@ -395,17 +395,15 @@ def predicted_x0(base: bases.Base, z: Tensor, eps: Tensor, contexts: Tensor, t: 
 
 def discriminator_accuracy(
     log: pathlib.Path, first: int = 0, last: float = math.inf
-) -> float:
-    """Mean accuracy over the steps after `first` up to `last`, on real and fake together.
-
-    0.5 without a discriminator.
-    """
+) -> dict[str, float]:
+    """disc_right: mean accuracy over the steps after `first` up to `last`, on real and fake
+    together. Empty if there was no discriminator."""
     accuracies = []
     for line in log.read_text().splitlines():
         values = json.loads(line)
         if "disc" in values and first < values["step"] <= last:
             accuracies.append((values["disc_right_on_real"] + values["disc_right_on_fake"]) / 2)
-    return statistics.mean(accuracies) if accuracies else 0.5
+    return {"disc_right": statistics.mean(accuracies)} if accuracies else {}
 
 
 def measure_gaussians(folder: str) -> Measured:

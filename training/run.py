@@ -123,8 +123,8 @@ class Run:
         """For each micro-batch its rows of the global batch, and its part of `batch`."""
         for i, rows in enumerate(self.micro_batches):
             mine = slice(i * len(rows), (i + 1) * len(rows))
-            piece = {name: values[mine] for name, values in batch.items()}
-            yield rows, self.to_device(piece)
+            micro_batch = {name: values[mine] for name, values in batch.items()}
+            yield rows, self.to_device(micro_batch)
 
     def to_device(self, batch: dict) -> dict:
         """The batch with its tensors on the device, in the type of trained weights."""

@@ -215,13 +215,13 @@ def level(history: History) -> str | None:
 
 
 def contrast(history: History) -> str | None:
-    """Of previews, and YOSO's `spread` of latents in its steps."""
+    """Of previews, and of latents in YOSO's steps."""
     least, most = CONTRAST
-    spreads = history.recent("spread")
-    if spreads and not least <= statistics.median(spreads) <= most:
+    latent = history.recent("latent_contrast")
+    if latent and not least <= statistics.median(latent) <= most:
         return (
-            f"samples have {statistics.median(spreads):.2g} times the spread of the data over the"
-            f" last {len(spreads)} steps (spread); lower --learning_rate"
+            f"latents of samples have {statistics.median(latent):.2g} times the contrast of the"
+            f" data's over the last {len(latent)} steps (latent_contrast); lower --learning_rate"
         )
     for name in history.names("preview_contrast"):
         points = history.previews(name)
@@ -261,8 +261,8 @@ def discriminator_blind(history: History) -> str | None:
         return None
     return (
         f"it has told outputs from real pictures no better than by chance in all {len(known)}"
-        " steps, so the generator learns nothing from it; try a larger --lambda_gan, another"
-        " --gan_disc_type, another rate, or for YOSO --disc_adam_beta1 0.5 and --disc_lr_ratio 1"
+        " steps, so the generator learns nothing from it; try another --gan_disc_type or"
+        " --disc_width, another rate, or for YOSO --disc_adam_beta1 0.5 and --disc_lr_ratio 1"
     )
 
 
