@@ -282,7 +282,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--base", help="a folder [random weights of SD-Turbo's size]")
     add("--size", type=int, default=256, help="pixels a side [256]")
     add("--batch", type=int, default=1, help="pictures at a time [1]")
-    add("--sizes", type=numbers, default=[256, 512, 1024], metavar="N,N",
+    add("--sizes", type=numbers, metavar="N,N",
         help="for growth, and for memory on CUDA [256,512,1024]")
     add("--batches", type=numbers, metavar="N,N",
         help="for growth, text, taesd and translate, at --size [growth: 1,2,4; else --batch]")
@@ -312,12 +312,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--what {args.what} compiles nothing; leave --compile out")
     if args.gan and args.what != "train":
         parser.error(f"--gan is of --what train, not of {args.what}; leave it out")
+    if args.sizes and args.what != "growth" and (args.what, args.device) != ("memory", "cuda"):
+        parser.error("--sizes is for growth, and for memory on CUDA; give --size")
+    if args.batches and args.what not in ("growth", "text", "taesd", "translate"):
+        parser.error(f"--batches has no meaning for --what {args.what}; give --batch")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda cannot be used: torch finds no GPU here")
+    for path in (args.table, args.plot):
+        if not path.parent.is_dir():
+            parser.error(f"there is no folder {path.parent} for {path.name}; make it first")
     if args.runs < 0 or min(args.batch, *(args.batches or [1])) < 1:
         parser.error("expected --runs of 0 or more, and --batch and --batches of 1 or more")
     if args.what == "load" and args.runs == 0:
         parser.error("--what load needs --runs of 1 or more")
     if args.what == "memory" and args.device == "cpu" and args.dtype != "float32":
         parser.error("--what memory on a CPU is of float32; leave --dtype out")
+    args.sizes = args.sizes or [256, 512, 1024]
     if args.batches is None:
         args.batches = [1, 2, 4] if args.what == "growth" else [args.batch]
     return args

@@ -25,12 +25,14 @@ def main() -> None:
         problems = check(args.folder, args.output, args.trainer, args.base)
         sys.exit(2 if problems else 0)
     elif args.command == "cache":
+        check_cache(args)
+        size = args.size or 512
         write_cache(
             source=args.data,
             base_name=args.base,
             output=args.output,
-            prep=args.prep or f"resized_crop_{args.size}",
-            size=args.size,
+            prep=args.prep or f"resized_crop_{size}",
+            size=size,
             column=args.caption_column,
             seed=args.seed,
             batch=args.batch,
@@ -40,6 +42,14 @@ def main() -> None:
     else:
         device = str(training.pick_device(args.device))
         estimate_prior(args.folder, args.base, args.size, args.output, device)
+
+
+def check_cache(args: argparse.Namespace) -> None:
+    """ValueError for flags of `cache` that would have no effect."""
+    if args.prep and args.data.startswith("drawn:"):
+        raise ValueError(f"{args.data} is drawn in the size of --size; leave --prep out")
+    if args.prep and args.size:
+        raise ValueError(f"--size has no effect beside --prep {args.prep}; leave it out")
 
 
 def _add_check(commands: argparse._SubParsersAction) -> None:
@@ -83,7 +93,7 @@ def _add_cache(commands: argparse._SubParsersAction) -> None:
         help="folder of the cache; a stopped run continues in it",
     )
     add("--prep", help="preparation of the pictures [resized_crop_SIZE]")
-    add("--size", type=int, default=512, help="side of the prepared pictures in pixels [512]")
+    add("--size", type=int, help="side of the prepared pictures in pixels, without --prep [512]")
     add(
         "--caption_column",
         default="text",

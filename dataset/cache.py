@@ -54,11 +54,12 @@ class Cached(Dataset):
             self.captions += shard["captions"]
 
         expected = index["items"][split]
+        again = "run python -m dataset cache again, which continues where it stopped"
         if len(self.items) < expected or not self.items:
-            raise ValueError(
-                f"{folder} holds {len(self.items)} of {expected} {split} items: run"
-                " python -m dataset cache again, which continues where it stopped"
-            )
+            found = f"{len(self.items)} of {expected} {split} items"
+            raise ValueError(f"{folder} holds {found}: {again}")
+        if not index.get("complete", True):
+            raise ValueError(f"{folder} was not brought up to date to its end: {again}")
         names = [name for shard in self.shards for name in shard["names"]]
         report_empty(f"{folder} {split}", dict(zip(names, self.captions, strict=True)))
 
@@ -180,6 +181,7 @@ def write_cache(
     for split, dataset in sets.items():
         problems += _write_split(output, index, split, dataset, seed, shard_items, write)
     _refuse(problems)
+    _write_index(output, index | dict(complete=True))
     print(output)
 
 
@@ -278,7 +280,9 @@ def _open_cache(output: Path, facts: dict, counts: dict[str, int]) -> dict:
     ValueError if the folder holds anything else, or a cache of something else.
     """
     output.mkdir(parents=True, exist_ok=True)
-    new = dict(format=CACHE, facts=facts, items=counts, shards=dict(train=[], test=[]))
+    # Until the end, shards of an earlier run may stand beside new ones.
+    changing = dict(items=counts, complete=False)
+    new = dict(format=CACHE, facts=facts, shards=dict(train=[], test=[])) | changing
     if not (output / "index.json").exists():
         if any(output.iterdir()):
             raise ValueError(f"{output} is neither empty nor a cache: choose another --output")
@@ -294,7 +298,7 @@ def _open_cache(output: Path, facts: dict, counts: dict[str, int]) -> dict:
                 f"{output} is a cache of something else: its {name} is {found.get(name)}, and"
                 f" this one's would be {facts.get(name)}: choose another --output"
             )
-    return index | dict(items=counts)
+    return index | changing
 
 
 def _write_index(output: Path, index: dict) -> None:
@@ -322,6 +326,12 @@ def _write_shard(path: Path, items: list[dict], base: "Base", batch: int, device
         parts.append(_encode_batch(base, items[start : start + batch], device))
     tensors = {}
     for name in parts[0]:
+        shapes = {tuple(part[name].shape[1:]) for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"pictures differ in size (latents {sorted(shapes)[0]} and {sorted(shapes)[1]});"
+                " expected one size for a cache: choose a --prep such as resized_crop_512"
+            )
         tensors[name] = torch.cat([part[name] for part in parts])
     save_tensors(path, tensors, metadata={})
     return dict(

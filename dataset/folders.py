@@ -50,10 +50,11 @@ PLURALS = {
     "repeated entry, of which the last counts": "repeated entries, of which the last count",
     "caption file, as metadata.jsonl takes its place": "caption files, as metadata.jsonl takes"
     " their place",
+    "caption file, as each domain has one caption": "caption files, as each domain has one caption",
 }
 
 # Files beside pictures that are no pictures and that nobody misses.
-CLUTTER = {"metadata.jsonl", "thumbs.db", "desktop.ini"}
+CLUTTER = {"thumbs.db", "desktop.ini"}
 
 
 # -------------------- files
@@ -445,6 +446,11 @@ class UnpairedFolder(Dataset):
         if split == "train":
             names = ("fixed_prompt_a.txt", "fixed_prompt_b.txt")
             report_empty(folder, dict(zip(names, self.prompts, strict=True)))
+            for side, pictures in zip(self.sides, self.names):
+                beside = texts_beside(side, pictures)
+                if beside:
+                    kind = "caption file, as each domain has one caption"
+                    report_left_out(side, {kind: beside})
 
     def __len__(self) -> int:
         return max(len(names) for names in self.names)
@@ -595,6 +601,10 @@ def _captions_of_folder(
     names, left_out = list_folder(folder)
     table = folder / "metadata.jsonl"
     if table.is_file():
+        others = left_out.pop("file of another kind", [])
+        others = [name for name in others if name != table.name]
+        if others:
+            left_out["file of another kind"] = others
         found, repeated = _read_metadata(table, column)
         captions = {name: found.get(composed(name)) for name in names}
         check_captions(captions, table)

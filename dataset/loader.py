@@ -110,6 +110,6 @@ def collate(items: list[dict]) -> dict:
         if shapes(item) != shapes(first):
             raise ValueError(
                 f"'{name(first)}' and '{name(item)}' differ in size, expected one size a batch:"
-                " choose a preparation that makes them equal, or a batch size of 1"
+                " choose a preparation that makes them equal, or for training a batch size of 1"
             )
     return default_collate(items)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
 # The formats of finished pictures, as Pillow names their readers. Others are left out on purpose:
@@ -63,6 +63,10 @@ def suffixes_of(formats: tuple[str, ...]) -> set[str]:
 
 FORMATS = readable_formats()
 SUFFIXES = suffixes_of(FORMATS)
+
+# Pillow's own decoder takes planes of 16 bits for 8, and maps uncompressed files that are rotated
+# as if they were not. libtiff does neither.
+TiffImagePlugin.READ_LIBTIFF = features.check("libtiff")
 
 # Pillow itself refuses larger pictures; as RGB this is half a gigabyte.
 MAX_PIXELS = 178_956_970
@@ -116,7 +120,10 @@ def _why_unidentified(path: str | Path | BinaryIO) -> str:
         start = kinds.first_bytes(Path(path))
     kind = kinds.of_bytes(start) or kinds.of_text(start)
     if kind in kinds.PICTURES.values():
-        return "is not a readable picture (its header is damaged): replace or remove it"
+        return (
+            "is not a readable picture (its header is damaged, or its pixels are of a kind that is"
+            " not supported): replace it, or save it as PNG of 8 or 16 bits"
+        )
     found = f" but {kind}" if kind else ""
     return (
         f"is not a picture of a known format{found}: remove it, or save it as PNG, JPEG, WebP or"

@@ -66,6 +66,13 @@ def _check_latents(name: str, network: nn.Module, base: Base) -> None:
             f" expected {channels} channels and 1/{base.vae.factor}, as in {base.name}: choose an"
             " autoencoder that was made for this base"
         )
+    if isinstance(network, vae.VAE) and isinstance(base.vae, vae.VAE):
+        scale, usual = network.config.scaling_factor, base.vae.config.scaling_factor
+        if scale != usual:
+            raise ValueError(
+                f"{name}: the scaling_factor of its latents is {scale}; expected {usual}, as in"
+                f" {base.name}: choose an autoencoder that was made for this base"
+            )
 
 
 def _read_file(path: Path, base: Base) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from files.formats import (
     unet_from_original,
     vae_from_original,
 )
-from files.hub import BASES, LAYOUT, find, locate
+from files.hub import BASES, LAYOUT, find, home_path, locate
 from files.tensors import (
     build,
     fill,
@@ -179,7 +179,7 @@ class Base:
 
 def is_one_file(name: str) -> bool:
     """Whether a base is a one-file model."""
-    path = Path(name).expanduser()
+    path = home_path(name)
     return path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") and path.is_file()
 
 
@@ -275,7 +275,7 @@ def _schedule_of_alone(name: str, schedule: Schedule) -> Schedule:
 
     YOSO's is known by its name: of the Hub, of a copy, or of a snapshot in the Hub's cache.
     """
-    parts = Path(BASES.get(name, name)).expanduser().resolve().parts
+    parts = home_path(BASES.get(name, name)).resolve().parts
     if any(part.endswith(YOSO_NAMES) for part in parts):
         return Schedule.from_config(schedule.config | YOSO_SCHEDULER)
     print(
@@ -412,7 +412,7 @@ def _load_one_file(
     The file holds weights only. Configurations, tokenizer and schedule are those of its family's
     folder: of SD-Turbo or SD 2.x if the text encoder is OpenCLIP's, else of SD 1.x.
     """
-    path = Path(name).expanduser()
+    path = home_path(name)
     tensors = _read_one_file(path)
     first = tensors.get("model.diffusion_model.input_blocks.0.0.weight")
     if "unet" in parts and isinstance(first, Tensor) and first.ndim == 4:
@@ -578,7 +578,7 @@ def load_lora(spec: str, base: Base) -> None:
 
 def _adapter_folder(name: str) -> str:
     """The folder of an adapter that peft saved under a name of its own, if it is the only one."""
-    folder = Path(name).expanduser()
+    folder = home_path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in LORA_FILES):
         adapters = [path.parent for path in folder.glob("*/adapter_config.json")]
         if len(adapters) == 1:
@@ -592,7 +592,7 @@ def _peft_settings(name: str, path: Path) -> dict | None:
     If it is missing, alpha is taken for the rank, and a line on stderr says so.
     """
     config = path.with_name("adapter_config.json")
-    if not Path(name).expanduser().exists():
+    if not home_path(name).exists():
         # A Hub id, whose files are downloaded one by one.
         config = find(name, [config.name]) or config
     if not config.is_file():
@@ -622,7 +622,7 @@ def load_controlnet(
     """A ControlNet from its folder or Hub id. ValueError if it is for another kind of U-Net than
     `network`."""
     expected = "a ControlNet's folder: config.json and diffusion_pytorch_model.safetensors"
-    if Path(name).expanduser().is_file():
+    if home_path(name).is_file():
         raise ValueError(
             f"{name} is a file; expected {expected}, or its Hub id. ControlNets in one file are not"
             " supported"

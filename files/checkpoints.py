@@ -24,7 +24,7 @@ from files.bases import (
     parts_of,
 )
 from files.formats import apply_lora, read_lora
-from files.hub import BASES, ROOT, find_url, locate
+from files.hub import BASES, ROOT, find_url, home_path, locate
 from files.tensors import assign, build, fit, from_json, read_tensors, reading, save_tensors
 from files.tokenizers import tokenizer_from_json, tokenizer_to_json
 from models import clip, cyclegan_turbo, pix2pix_turbo
@@ -537,7 +537,7 @@ def start_yoso_from(
 
 def _same_base(saved: str, base: str) -> bool:
     """Whether both names end alike, as those of copies in two folders do."""
-    names = [Path(BASES.get(name, name)).expanduser().name for name in (saved, base)]
+    names = [home_path(BASES.get(name, name)).name for name in (saved, base)]
     return names[0] == names[1]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from files import kinds
 from files.bases import Base
-from files.hub import locate
+from files.hub import home_path, locate
 from files.tensors import read_tensors, reading
 from models import clip
 
@@ -66,7 +66,7 @@ def _split_token(spec: str) -> tuple[str, str | None]:
     # Names of files and tokens may both have colons.
     ends = [match.start() for match in re.finditer(":", spec)]
     for end in (len(spec), *ends):
-        if Path(spec[:end]).expanduser().exists():
+        if home_path(spec[:end]).exists():
             return spec[:end], spec[end + 1:] or None
     name, _, token = spec.partition(":")
     return name, token or None

@@ -70,7 +70,7 @@ def find(
     None. ValueError also if `base` is none of the three, OSError if a download fails.
     """
     base = BASES.get(base, base)
-    folder = Path(base).expanduser()
+    folder = home_path(base)
     note = ""
     if folder.is_dir():
         path = _find_in_folder(folder, names)
@@ -95,12 +95,17 @@ def find(
     return path
 
 
+def home_path(name: str | Path) -> Path:
+    """A path that may begin with ~ or ~USER. (Path.expanduser raises for an unknown user.)"""
+    return Path(os.path.expanduser(name))
+
+
 def locate(name: str, names: list[str], expected: str) -> Path:
     """The file of this path, or the first of `names` in the folder or Hub id of this name.
 
     ValueError if there is none. `expected` is the end of the error message.
     """
-    path = Path(name).expanduser()
+    path = home_path(name)
     if path.is_dir():
         return find(name, names, expected)
     # A name that ends as a model file does, or is below an existing folder, is a path.
@@ -181,7 +186,7 @@ def hub_cache() -> Path:
     cache_home = env.get("XDG_CACHE_HOME") or "~/.cache"
     hf_home = env.get("HF_HOME") or f"{cache_home}/huggingface"
     cache = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE") or f"{hf_home}/hub"
-    return Path(cache).expanduser()
+    return home_path(cache)
 
 
 def hub_endpoint() -> str | None:

@@ -155,6 +155,37 @@ def test_what_has_changed_since_is_encoded_again_and_what_is_gone_is_dropped(tmp
     assert shards == ["train-00000.safetensors", "train-00001.safetensors"]
 
 
+def test_a_cache_whose_update_was_stopped_is_not_opened(tmp_path, monkeypatch):
+    make_pictures(tmp_path, 20)
+    arguments = settings(tmp_path, shard_items=5)
+    write_cache(**arguments)
+    for i in range(20):
+        (tmp_path / f"{i:02d}.txt").write_text("a new caption")
+    read_item = Captioned.__getitem__
+
+    def stop_at_the_eighth(self, index):
+        if index[0] == 7:
+            raise KeyboardInterrupt
+        return read_item(self, index)
+
+    monkeypatch.setattr(Captioned, "__getitem__", stop_at_the_eighth)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(**arguments)
+    refused(open_captioned, tmp_path / "cache", "train", "", match="not brought up to date")
+
+    monkeypatch.setattr(Captioned, "__getitem__", read_item)
+    write_cache(**arguments)
+    assert set(open_captioned(tmp_path / "cache", "train", "").captions) == {"a new caption"}
+
+
+def test_pictures_of_several_sizes_are_refused_in_any_batches(tmp_path):
+    for i in range(10):
+        noise(8 * (1 + i // 5), 8, i).save(tmp_path / f"{i:02d}.png")
+    for batch in (1, 5, 8):
+        arguments = settings(tmp_path, output=f"cache{batch}", prep="no_resize", batch=batch)
+        refused(write_cache, **arguments, match="differ in size")
+
+
 def test_a_cache_that_failed_before_its_first_shard_is_begun_again(tmp_path):
     make_pictures(tmp_path, 10)
     refused(write_cache, **settings(tmp_path, prep="resized_crop_10", size=10), match="multiples")

@@ -217,6 +217,18 @@ def test_flags_that_would_spoil_the_results_are_refused(monkeypatch, arguments, 
         run_plates(monkeypatch, *arguments)
 
 
+def test_results_of_other_steps_are_not_taken(monkeypatch, tmp_path):
+    stored = tmp_path / "results.json"
+    run_and_flags = ["skips", "--seeds", "1", "--output", tmp_path]
+    stored.write_text(json.dumps({"unpaired": {"0": dict(psnr=20, steps=2)}}))
+    for steps in ([], ["--steps", "3"]):
+        with pytest.raises(ValueError, match="of unpaired after 2 steps, not .*another --output"):
+            run_plates(monkeypatch, *run_and_flags, *steps)
+    stored.write_text('{"unpaired"')
+    with pytest.raises(ValueError, match="results.json does not hold results"):
+        run_plates(monkeypatch, *run_and_flags)
+
+
 @pytest.mark.slow
 def test_one_idea_end_to_end(monkeypatch, tmp_path):
     """One step of both sides, by the trainers themselves, from an empty folder."""

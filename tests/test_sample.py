@@ -1223,6 +1223,7 @@ REFUSED = {
         "T --base tiny-turbo --vae B",
         ["1/2 of a picture's side; expected 4 channels and 1/4"],
     ),
+    "~ of nobody": ("T --base ~nobody-here/model", ["~nobody-here/model is no folder here"]),
     "autoencoder that is text": ("T --base B --vae notes.txt", ["notes.txt", "autoencoder"]),
     "autoencoder that may not be fetched": (
         "T --base B --vae taesd",

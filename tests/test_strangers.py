@@ -18,6 +18,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -338,12 +339,24 @@ def write_table(folder: Path, captions: list) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
+def write_table_beside(folder: Path, captions: list) -> None:
+    """Beside train and test, where it is not read."""
+    for split in ("train", "test"):
+        pictures(folder / split, ["a.png"])
+    write_table(folder, captions)
+
+
 # Before: none of these was named.
 LEFT_OUT = [
     pytest.param(captions_in_capitals, "of another kind (00.TXT)", id="captions in .TXT"),
     pytest.param(half_a_download, "of another kind (10.png.part)", id="half a download"),
     pytest.param(table_of_hugging_face, "of another kind (metadata.csv)", id="metadata.csv"),
     pytest.param(link_to_itself, "1 broken link (10.png)", id="a link to itself"),
+    pytest.param(
+        partial(write_table_beside, captions=["a"] * 10),
+        "of another kind (metadata.jsonl)",
+        id="metadata.jsonl beside train and test",
+    ),
     pytest.param(text_without_suffix, "of another kind (00)", id="captions without a suffix"),
     pytest.param(
         text_beside_a_table,
@@ -549,6 +562,23 @@ def tiff(bits: int, white_is_zero: bool, row: bytes, width: int) -> bytes:
     return head + b"".join(entries) + bytes(4) + row
 
 
+def planar_tiff(values: list[tuple[int, int, int]]) -> bytes:
+    """A 16-bit RGB TIFF of one row, red before green before blue, as scientific programs write it."""
+    width = len(values)
+    start = 8 + 2 + 10 * 12 + 4
+    tags = {256: (3, 1, width), 257: (3, 1, 1), 258: (3, 3, start), 259: (3, 1, 1), 262: (3, 1, 2)}
+    plane = 2 * width
+    first = start + 6 + 24
+    tags |= {273: (4, 3, start + 6), 277: (3, 1, 3), 278: (3, 1, 1), 279: (4, 3, start + 18)}
+    tags |= {284: (3, 1, 2)}
+    entries = [struct.pack("<HHII", tag, *entry) for tag, entry in tags.items()]
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4)
+    depths = struct.pack("<3H", 16, 16, 16)
+    places = struct.pack("<6I", first, first + plane, first + 2 * plane, plane, plane, plane)
+    planes = [struct.pack(f"<{width}H", *channel) for channel in zip(*values)]
+    return head + depths + places + b"".join(planes)
+
+
 def written(mode: str, pixels: list, format: str, **options) -> bytes:
     """A picture of one row, as Pillow writes it."""
     picture = Image.new(mode, (len(pixels), 1))
@@ -584,6 +614,11 @@ DEPTHS = [
         [255, 0],
         id="12 bits in a TIFF",
     ),
+    pytest.param(
+        planar_tiff([(0x1200, 0, 65535), (0xff00, 7, 0)]),
+        [0x12, 0xff],
+        id="planes of 16 bits",
+    ),
     pytest.param(b"P5 2 1 1023\n" + struct.pack(">2H", 1023, 512), [255, 128], id="10-bit PGM"),
     pytest.param(b"P5 2 1 15\n" + bytes([15, 7]), [255, 119], id="4-bit PGM"),
     pytest.param(b"P6 1 1 1023\n" + struct.pack(">3H", 1023, 0, 0), [255], id="10-bit PPM"),
@@ -594,6 +629,23 @@ DEPTHS = [
 def test_transparency_is_white_and_every_depth_is_scaled(data, red):
     levels = np.asarray(open_picture(io.BytesIO(data), "picture"))
     assert levels[0, :, 0].tolist() == red
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16", "CMYK"])
+def test_an_uncompressed_tiff_is_rotated_as_a_file_and_as_an_open_file(tmp_path, mode):
+    levels = np.random.default_rng(0).integers(0, 256, (4, 7, 4), dtype=np.uint8)
+    picture = Image.fromarray(levels, "RGBA").convert("RGB")
+    if mode == "I;16":
+        picture = Image.fromarray(levels[:, :, 0].astype(np.uint16) * 257)
+    elif mode != "RGB":
+        picture = picture.convert(mode)
+    path = tmp_path / "a.tif"
+    picture.save(path)
+    upright = np.asarray(open_picture(path))
+    picture.save(path, tiffinfo={274: 6})
+    rotated = np.asarray(open_picture(path))
+    assert np.array_equal(rotated, np.rot90(upright, -1))
+    assert np.array_equal(rotated, open_picture(io.BytesIO(path.read_bytes()), "a"))
 
 
 # -------------------- 6. captions that are no text

@@ -1,6 +1,7 @@
 """models/taesd.py agrees with its peer, `diffusers`' AutoencoderTiny, reads the original names of
 TAESD's tensors, and takes the place of a VAE. files/autoencoders.py finds it in any layout."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -364,7 +365,7 @@ def test_the_original_pair_is_taesd_where_no_config_says_more(base, tmp_path):
 
 
 def test_another_vae_of_the_base_is_read_with_the_names_of_both_codes(base, tmp_path):
-    other = randomise(AutoencoderKL(**VAE), seed=5)
+    other = randomise(AutoencoderKL(**VAE, scaling_factor=0.5), seed=5)
     config = base.vae.config
     tensors = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     original = {vae_original_name(name, config): tensor for name, tensor in tensors.items()}
@@ -397,6 +398,16 @@ def test_an_autoencoder_of_other_latents_is_refused(base, tmp_path, options):
     AutoencoderTiny(**options).save_pretrained(tmp_path)
     message = refusal(lambda: load_autoencoder(str(tmp_path), base))
     assert "4 channels and 1/2, as in the base" in message
+
+
+def test_a_vae_of_another_latent_space_is_refused(base, tmp_path):
+    other = bases.Base("other", vae=copy.deepcopy(base.vae))
+    bases.save_folder(tmp_path, other)
+    load_autoencoder(str(tmp_path / "vae"), base)
+    other.vae.config.scaling_factor = 0.13025  # SDXL's, whose latents have the same shape
+    bases.save_folder(tmp_path, other)
+    message = refusal(lambda: load_autoencoder(str(tmp_path / "vae"), base))
+    assert "the scaling_factor of its latents is 0.13025; expected 0.5, as in the base" in message
 
 
 def test_other_files_are_refused(peer, base, tmp_path):

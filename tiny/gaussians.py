@@ -202,6 +202,7 @@ def scatter(samples: Tensor, size: int = 400) -> Tensor:
 
 def main() -> None:
     cfg = training.parse(Config, {}, {}, __doc__)
+    training.check_losses(cfg)
     torch.set_num_threads(1)  # more threads do not help
     folder = pathlib.Path(cfg.output_dir or f"runs/gaussians-{cfg.adversarial}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -475,8 +475,15 @@ def train_gaussians(folder: pathlib.Path, flags: dict[str, object]) -> None:
 
 
 def read_results(path: pathlib.Path) -> dict:
-    """The stored results in a JSON file; empty if it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The stored results in a JSON file; empty if it is not there. ValueError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not hold results ({error}): mend or remove it"
+        ) from None
 
 
 def measure_runs(names: list[str], seeds: int, steps: int | None, store: pathlib.Path) -> None:
@@ -484,13 +491,20 @@ def measure_runs(names: list[str], seeds: int, steps: int | None, store: pathlib
     runs = [run for name in names for run in IDEAS[name].runs.values()]
     todo = [(run, seed) for seed in range(seeds) for run in dict.fromkeys(runs)]
     for run, seed in tqdm(todo, "runs"):
-        if str(seed) in read_results(store).get(run, {}):
+        stored = read_results(store).get(run, {}).get(str(seed))
+        if stored and stored.get("steps") != steps:
+            raise ValueError(
+                f"{store} has results of {run} after {stored.get('steps') or 'all'} steps, not"
+                f" {steps or 'all'}; choose another --output"
+            )
+        if stored:
             continue
         folder, minutes = execute(run, seed, steps)
         figures, pictures = MEASURES[RUNS[run].kind](str(folder))
         if seed == 0:
             save_shown(folder / "shown.pt", pictures)
-        add_result(store, run, seed, figures | minutes)
+        trial = {"steps": steps} if steps else {}
+        add_result(store, run, seed, figures | minutes | trial)
 
 
 def save_shown(path: pathlib.Path, pictures: dict[str, Tensor]) -> None:
