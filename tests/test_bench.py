@@ -168,7 +168,6 @@ def test_lora_as_a_weight_is_the_same_step(measure):
         ("--what growth --batches 1,0", "--batches of 1 or more"),
         ("--what train --batches 2,4", "--batches has no meaning for --what train; give --batch"),
         ("--what translate --sizes 32,64", "--sizes is for growth, and for memory on CUDA"),
-        ("--what text --plot nowhere/plot.png", "there is no folder nowhere for plot.png"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(measure, capsys, flags, says):

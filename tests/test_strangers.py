@@ -563,7 +563,7 @@ def tiff(bits: int, white_is_zero: bool, row: bytes, width: int) -> bytes:
 
 
 def planar_tiff(values: list[tuple[int, int, int]]) -> bytes:
-    """A 16-bit RGB TIFF of one row, red before green before blue, as scientific programs write it."""
+    """A 16-bit RGB TIFF of one row, with a plane for each colour, as microscopes write it."""
     width = len(values)
     start = 8 + 2 + 10 * 12 + 4
     tags = {256: (3, 1, width), 257: (3, 1, 1), 258: (3, 3, start), 259: (3, 1, 1), 262: (3, 1, 2)}
