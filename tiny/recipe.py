@@ -7,7 +7,7 @@
     python -m tiny.recipe classifier    the attribute classifier, for tiny/measure.py
     python -m tiny.recipe sd            tiny-sd: text encoder and U-Net, an ordinary epsilon model
     python -m tiny.recipe sd_more       more of it, where captions decide, and loose captions
-    python -m tiny.recipe turbo         tiny-turbo, its one-step model: train_yoso.py, five stages
+    python -m tiny.recipe turbo         tiny-turbo, its one-step model: train_yoso.py, four stages
     python -m tiny.recipe adapters      train_cyclegan_turbo.py twice, train_pix2pix_turbo.py
     python -m tiny.recipe all           one after the other
 
@@ -660,8 +660,7 @@ def preview(base: bases.Base, captions: list[str], guidance: float) -> Tensor:
 # let the data teach it too.
 PURE_NOISE = dict(snr_floor=1, last_share=0.25)
 # v instead of epsilon; then pure noise at the end; then the data alone, so that a caption in pure
-# noise becomes blobs of the right colours; then the whole loss; then, for sharper pictures, data as
-# the real side, and less of the pull towards the mean of a caption's pictures.
+# noise becomes blobs of the right colours; then the whole loss.
 YOSO_STAGES = {
     "adapt_v": dict(stage="adapt_v", max_train_steps=250, learning_rate=3e-4),
     "adapt_zsnr": dict(stage="adapt_zsnr", max_train_steps=250, learning_rate=3e-4),
@@ -683,16 +682,6 @@ YOSO_STAGES = {
         learning_rate=2e-4,
         disc_adam_beta1=0.5,
         **PURE_NOISE,
-    ),
-    "sharper": dict(
-        adversarial="data",
-        lambda_gan=0.1,
-        lambda_mismatch=1,
-        max_train_steps=1800,
-        learning_rate=2e-4,
-        disc_adam_beta1=0.5,
-        snr_floor=0.25,
-        last_share=0.5,
     ),
 }
 YOSO_COMMON = dict(
