@@ -58,7 +58,7 @@ class Config:
     checkpoint: str | None = None  # any that sample.py takes [the adapters of tiny-turbo]
     size: str | None = None  # of pictures, N or WIDTHxHEIGHT [the base's]
     host: str = "127.0.0.1"  # address to listen on
-    port: int | None = None  # [the first free one from 7860]
+    port: int | None = None  # port to listen on [the first free one from 7860]
 
 
 def as_url(picture: Image.Image) -> str:
@@ -106,7 +106,7 @@ def draw_tab(first: sample.Options, load: Callable) -> None:
         lines = open_picture(io.BytesIO(base64.b64decode(data)), "the picture on the pad")
         lines = lines.resize(size, Image.Resampling.BOX)
         white = sketch(lines) if official else ImageOps.invert(lines)
-        return sample.translate_pictures(merged, [white], encode(caption), seed or 0, merged.r)
+        return sample.translate_pictures(merged, [white], encode(caption), seed or 0)
 
     lines, words = drawn.drawing((zoom * size[0], zoom * size[1]))
     # gradio's own sketch pad takes many times as long to send a stroke.
@@ -130,6 +130,7 @@ def translate_tab(tasks: dict[str, sample.Options], load: Callable) -> None:
 
     def translate(path, example: int, task: str, strength: float, skip_scale: float):
         options = replace(tasks[task], strength=strength)
+        # Without its direction, so that both directions share the model in memory.
         model, encode, size = load(replace(options, direction=None))
         direction = options.direction
         if path is None:
@@ -137,7 +138,7 @@ def translate_tab(tasks: dict[str, sample.Options], load: Callable) -> None:
         else:
             picture = read_upload(path, size)
         context = encode(sample.choose_caption(options, model, direction))
-        made = sample.translate_pictures(model, [picture], context, 0, None, skip_scale, direction)
+        made = sample.translate_pictures(model, [picture], context, 0, skip_scale, direction)
         return [to_tensor(picture) * 2 - 1, made[0]]
 
     with gr.Tab("Translate") as tab:

@@ -498,7 +498,7 @@ def read_stats(stats: Path, key: str, folder: Path) -> tuple[Tensor, Tensor, Ten
     if found != key:
         raise ValueError(
             f"{stats} is stale: {folder} holds other pictures (names, sizes or dates), or the"
-            " Inception weights are others; remove it, or name another file"
+            " Inception weights have changed; remove it, or name another file"
         )
     return tuple(arrays)
 
@@ -532,7 +532,7 @@ def read_captions(path: Path, fake: list[Path]) -> list[str]:
     broken = [caption for caption in captions if not is_utf8(caption)]
     if broken:
         raise ValueError(
-            f"{path}: {broken[0]!r:.60} contains half a character (a lone surrogate); expected"
+            f"{path}: {broken[0]!r:.60} contains a lone surrogate (half a character); expected"
             " text that can be encoded as UTF-8"
         )
     return captions

@@ -84,7 +84,7 @@ class Options:
     control_image: Path | None = None  # edges, depth, poses: what the ControlNet was trained for
     control_scale: float = 1.0  # how strongly the ControlNet steers
     vae: str | None = None  # autoencoder in place of the base's: taesd, a folder, file or Hub id
-    prior: Path | None = None  # start from noised latents of these statistics (dataset prior)
+    prior: Path | None = None  # file of python -m dataset prior: start from noise around it
     save: Path | None = None  # also write the base, with LoRA and embeddings, as a diffusers folder
     checkpoint: str | None = None  # a trainer's model.safetensors or run folder, a .pkl, or a name
     # pictures
@@ -96,21 +96,21 @@ class Options:
     sampler: str | None = None  # how noise is removed [as the base's scheduler does]
     prediction_type: str | None = None  # what the network predicts [what the base says]
     guidance: float = 1.0  # classifier-free guidance; 1 or less: off
-    negative: str = ""  # what guidance leads away from
+    negative: str = ""  # what pictures should not show; with --guidance above 1
     size: str | None = None  # N or WIDTHxHEIGHT [the base's, or that of the checkpoint's training]
     # translating and editing
     direction: str | None = None  # between two domains [the released file's own, or a2b]
-    r: float | None = None  # of stochastic translators: 1 follows the input, 0 the noise [0.4]
-    strength: float | None = None  # share of the trained change [1]; editing: of the noise [0.6]
+    r: float | None = None  # stochastic translators: 1 follows the input, 0 the noise [0.4]
+    strength: float | None = None  # of the trained change [1]; editing: share of noise [0.6]
     skip_scale: float = 1.0  # gamma, the strength of the skip connections
     preprocess: str | None = None  # what is done to an input or control picture first
-    low_threshold: float = 100  # of canny
-    high_threshold: float = 200  # of canny
+    low_threshold: float = 100  # lower threshold of canny edges
+    high_threshold: float = 200  # upper threshold of canny edges
     # computing
     batch: int = 1  # pictures at a time
     device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "auto"  # of the networks; auto: bf16 where it is fast and keeps 40 dB, or float32
-    tile: str | None = None  # pixels a side of overlapping squares, or off [for huge ones on a CPU]
+    dtype: str = "auto"  # networks' type; auto: bf16 where it is fast and keeps 40 dB PSNR
+    tile: str | None = None  # compute in squares of this side, or off [huge ones on a CPU]
     compile: bool = False  # torch.compile the networks: takes minutes once, then faster
     export: Path | None = None  # also write the translation as a program, see above
 
@@ -139,7 +139,7 @@ CANNY_FLAGS = ("low_threshold", "high_threshold")
 
 LARGEST = 2**16  # pixels a side
 
-# Flags that leave `python sample.py` drawing its page.
+# Flags with which `python sample.py` still draws its overview page.
 PAGE_FLAGS = {"output", "seed", "device", "dtype", "compile"}
 
 
@@ -234,7 +234,7 @@ def check(options: Options, use: str) -> None:
         raise ValueError("--controlnet and --control_image belong together; expected both")
     if options.save and options.save.exists() and not is_empty_folder(options.save):
         raise ValueError(
-            f"--save {options.save}: something is there already; expected a new or an empty folder"
+            f"--save {options.save} exists and is not an empty folder; expected a new or empty one"
         )
     for name, path in (("save", options.save), ("export", options.export)):
         if path is not None:
@@ -792,7 +792,7 @@ def translate(options: Options, device: torch.device) -> None:
     model.text_encoder = None  # SD-Turbo's takes 1.4 GB
 
     if options.export:
-        translator = Translator(model, context, model.r, options.skip_scale, direction)
+        translator = Translator(model, context, options.skip_scale, direction)
         picture = read_preprocessed(options, options.input)
         export_program(options.export, translator, picture, options.seed)
     pace = choose_pace(options, "translate", model.generator.vae.factor, device)
@@ -803,7 +803,6 @@ def translate(options: Options, device: torch.device) -> None:
             pictures,
             context,
             options.seed,
-            model.r,
             skip_scale=options.skip_scale,
             direction=direction,
             tile=pace.tile_of(pictures[0].size),
@@ -863,29 +862,30 @@ def encode_caption(model: checkpoints.LoadedGenerator, caption: str) -> Tensor:
 
 
 class Translator(nn.Module):
-    """Pictures [B, 3, H, W] in [0, 1], for an r also noise [B, 4, h, w] -> pictures in [-1, 1].
+    """A generator that has its caption and settings already, so that only tensors remain to be
+    passed: `torch.export` and `vae.tiled` need that.
 
-    All else that the generator takes is given.
+    Pictures [B, 3, H, W] in [0, 1] and, for a stochastic model, noise [B, 4, h, w] -> pictures in
+    [-1, 1]. `r` is that of the model, whose LoRA was merged at this strength.
     """
 
     def __init__(
         self,
         model: checkpoints.LoadedGenerator,
         context: Tensor,
-        r: float | None,
         skip_scale: float,
         direction: str | None,
     ):
         super().__init__()
         self.generator = model.generator
-        self.r = r
+        self.r = model.r
         self.skip_scale = skip_scale
         self.direction = direction if model.kind == "cyclegan_turbo" else None
         self.register_buffer("context", context)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         context = self.context.expand(len(x), -1, -1)
-        if self.direction:
+        if self.direction:  # unpaired generators take pictures in [-1, 1]
             made = self.generator(2 * x - 1, context, self.direction, self.skip_scale)
         else:
             made = self.generator(x, context, self.r, noise, self.skip_scale)
@@ -898,7 +898,6 @@ def translate_pictures(
     pictures: list[Image.Image],
     context: Tensor,
     seed: int,
-    r: float | None,
     skip_scale: float = 1.0,
     direction: str | None = None,
     tile: int | None = None,
@@ -908,7 +907,7 @@ def translate_pictures(
     They are padded to the VAE's factor and the result is cropped. Pictures larger than `tile`
     pixels are translated in squares of that side.
     """
-    translator = Translator(model, context, r, skip_scale, direction)
+    translator = Translator(model, context, skip_scale, direction)
     inputs, (height, width) = translator_inputs(translator, pictures, seed)
     x = inputs[0]
     factor = model.generator.vae.factor
@@ -1094,14 +1093,7 @@ def draw_page(options: Options, device: torch.device) -> None:
         if caption is None:
             caption = choose_caption(options, model, "a2b")
         context = encode_caption(model, caption)
-        pictures = translate_pictures(
-            model,
-            [picture],
-            context,
-            options.seed,
-            model.r,
-            direction="a2b",
-        )
+        pictures = translate_pictures(model, [picture], context, options.seed, direction="a2b")
         cells.append((to_tensor(picture) * 2 - 1, f"{name}: from"))
         # With --compile on a GPU, the next translator overwrites what this one returned.
         cells.append((pictures[0].cpu(), f"to: {caption}"))

@@ -302,6 +302,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests: small networks
     args = parser.parse_args(argv)
 
+    check(parser, args)
+    args.sizes = args.sizes or [256, 512, 1024]
+    if args.batches is None:
+        args.batches = [1, 2, 4] if args.what == "growth" else [args.batch]
+    return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses flags that do not go together, and chooses the side to measure against."""
     peers_of_it = [side for side in SIDES[args.what] if side != "ours"]
     if args.against is None and peers_of_it:
         args.against = peers_of_it[0]
@@ -327,10 +336,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--what load needs --runs of 1 or more")
     if args.what == "memory" and args.device == "cpu" and args.dtype != "float32":
         parser.error("--what memory on a CPU is of float32; leave --dtype out")
-    args.sizes = args.sizes or [256, 512, 1024]
-    if args.batches is None:
-        args.batches = [1, 2, 4] if args.what == "growth" else [args.batch]
-    return args
 
 
 def tasks_of(args: argparse.Namespace) -> list[Task]:

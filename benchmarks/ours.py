@@ -65,7 +65,7 @@ def translation(job: Job, requests: Requests) -> None:
     def translate(task: tuple[int, int]) -> Tensor:
         size, batch = task
         own = pictures(size, batch)
-        translated = sample.translate_pictures(model, own, context, seed=0, r=None)
+        translated = sample.translate_pictures(model, own, context, seed=0)
         for picture in translated:
             to_picture(picture)
         return translated

@@ -248,7 +248,7 @@ def _refuse(problems: list[str]) -> None:
     """ValueError if there are problems."""
     if problems:
         raise ValueError(
-            f"{len(problems)} items cannot be used: {'; '.join(problems)}; mend or remove them and"
+            f"{len(problems)} items cannot be used: {'; '.join(problems)}; fix or remove them and"
             " run the command again: it continues"
         )
 
@@ -422,4 +422,4 @@ def _check_prior_output(output: Path) -> None:
     if output.exists():
         tensors, _ = read_tensors(output, "a prior, or a new name")
         if tensors.keys() != {"mean", "std"}:
-            raise ValueError(f"--output {output} is there and is no prior; expected a new name")
+            raise ValueError(f"--output {output} exists and is not a prior; expected a new name")

@@ -155,8 +155,8 @@ def _check_letters(split: str, captions: list[str], problems: list[str]) -> None
             caption.encode()
         except UnicodeEncodeError:
             problems.append(
-                f"{split}: the caption {caption!r:.100} contains half a character (a lone"
-                " surrogate); expected text that can be encoded as UTF-8"
+                f"{split}: the caption {caption!r:.100} contains a lone surrogate"
+                " (half a character); expected text that can be encoded as UTF-8"
             )
             return
 

@@ -31,7 +31,7 @@ Item = int | tuple[int, tuple[int, ...]]
 # One caption, or several of which each training step draws one.
 Caption = str | list[str]
 
-# {kind of thing: the names of those that are left out}
+# {kind of thing: the names of those that are left out}. A kind may say why: "KIND, as REASON".
 LeftOut = dict[str, list[str]]
 
 PLURALS = {
@@ -41,16 +41,14 @@ PLURALS = {
     "file of another kind": "files of another kind",
     "caption file without a picture": "caption files without a picture",
     "caption without a picture": "captions without a picture",
-    "repeated caption, of which the last counts": "repeated captions, of which the last count",
+    "caption file": "caption files",
+    "repeated caption": "repeated captions",
     "label without a picture": "labels without a picture",
     "picture without a partner": "pictures without a partner",
     "entry that macOS added": "entries that macOS added",
     "picture": "pictures",
     "text": "texts",
-    "repeated entry, of which the last counts": "repeated entries, of which the last count",
-    "caption file, as metadata.jsonl takes its place": "caption files, as metadata.jsonl takes"
-    " their place",
-    "caption file, as each domain has one caption": "caption files, as each domain has one caption",
+    "repeated entry": "repeated entries",
 }
 
 # Files beside pictures that are no pictures and that nobody misses.
@@ -125,9 +123,10 @@ def describe_left_out(left_out: LeftOut) -> str:
     """Such as "2 folders (old, raw), 1 hidden picture (._a.png)"; three names of each kind."""
     parts = []
     for kind, names in left_out.items():
+        noun, comma, reason = kind.partition(", ")
         if len(names) > 1:
-            kind = PLURALS[kind]
-        parts.append(f"{len(names)} {kind} ({_shortened(names)})")
+            noun = PLURALS[noun]
+        parts.append(f"{len(names)} {noun} ({_shortened(names)}){comma}{reason}")
     return ", ".join(parts)
 
 
@@ -188,7 +187,7 @@ def reading(what: object, expected: str) -> Iterator[None]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark. ValueError if it is none."""
+    """The text of a UTF-8 file, with or without a byte order mark. ValueError if it is not one."""
     with reading(path, "text in UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
         if text.startswith("version https://git-lfs"):
@@ -221,7 +220,7 @@ def read_prompts(path: Path) -> dict[str, str] | None:
             if not isinstance(caption, str):
                 raise ValueError(f"the caption of '{name}' is {_type_name(caption)}, not text")
     if repeated:
-        report_left_out(path, {"repeated caption, of which the last counts": repeated})
+        report_left_out(path, {"repeated caption, as the last one counts": repeated})
     return {composed(name): caption for name, caption in prompts.items()}
 
 
@@ -360,7 +359,7 @@ class PairedFolder(Dataset):
             for side, names in ((self.a, inputs), (self.b, targets)):
                 texts = texts_beside(side, names)
                 if texts:
-                    kind = f"caption file, as {path.name} takes its place"
+                    kind = f"caption file, as {path.name} holds the captions"
                     report_left_out(side, {kind: texts})
         report_empty(self.a, captions)
         self.captions = [caption or "" for caption in captions.values()]
@@ -381,7 +380,7 @@ class PairedFolder(Dataset):
             sizes = " and ".join(f"{picture.width}x{picture.height}" for picture in pair)
             raise ValueError(
                 f"{self.a / name} and its partner in {self.b.name} are {sizes} pixels:"
-                " make them equal"
+                " resize or crop one of them"
             )
         a, b = self.prepare(pair, rng)
         return dict(
@@ -528,7 +527,7 @@ class _PictureZip:
         entries = self._open().namelist()
         repeated = sorted(_repeated(entries))
         if repeated:
-            left_out["repeated entry, of which the last counts"] = repeated
+            left_out["repeated entry, as the last one counts"] = repeated
         for name in sorted(set(entries)):
             kind = _kind_in_zip(name)
             if kind == "picture":
@@ -613,10 +612,10 @@ def _captions_of_folder(
         if unused:
             left_out["caption without a picture"] = unused
         if repeated:
-            left_out["repeated caption, of which the last counts"] = repeated
+            left_out["repeated caption, as the last one counts"] = repeated
         beside = texts_beside(folder, names)
         if beside:
-            left_out["caption file, as metadata.jsonl takes its place"] = beside
+            left_out["caption file, as metadata.jsonl holds the captions"] = beside
         return list(captions.items()), left_out
 
     items = []
@@ -707,8 +706,8 @@ class Captioned(Dataset):
     """Pictures with captions of a folder or a zip, or the captions of a .txt alone.
 
     An item holds target [3, H, W] in [-1, 1] (unless there are captions alone), caption and name.
-    `column` names the captions in metadata.jsonl. Of a picture with a list of captions an item
-    has one, and the attribute `captions` the first.
+    `column` names the captions in metadata.jsonl. If a picture has several captions, an
+    item holds one of them, and `captions` the first of each.
     """
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):
@@ -730,8 +729,8 @@ class Captioned(Dataset):
             items = _captions_of_text(self.source)
         else:
             raise ValueError(
-                f"{source} is no data set: expected a folder of pictures, a .zip in the layout of"
-                " EDM, a .txt of captions, a cache of python -m dataset cache, drawn:scenes, or"
+                f"{source} is not a data set: expected a folder of pictures, a .zip in the layout"
+                " of EDM, a .txt of captions, a cache of python -m dataset cache, drawn:scenes, or"
                 " digits"
             )
 
@@ -746,7 +745,7 @@ class Captioned(Dataset):
         if not self.items:
             raise ValueError(
                 f"{self.folder} holds {len(items)} pictures or captions; expected ten or more,"
-                " because every tenth is for the test"
+                " because every tenth is held out for testing"
             )
         self.captions = [_draw_caption(caption, item=0) for _, caption in self.items]
 

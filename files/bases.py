@@ -663,7 +663,7 @@ def load_prior(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The mean and standard deviation that `save_prior` wrote. ValueError if they are not of
     `shape`, the shape of the latents to draw."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file; expected a prior (python -m dataset prior)")
+        raise ValueError(f"{path} is not a file; expected a prior (python -m dataset prior)")
     tensors, _ = read_tensors(path, "a prior")
     expected = (
         f"mean and std {list(shape)}, as these pictures' latents: estimate a prior of this size"

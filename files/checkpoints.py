@@ -101,14 +101,15 @@ def save_generator(
     tokenizer, and needs no base.
     """
     tensors = {name: p for name, p in generator.named_parameters() if p.requires_grad}
-    # The original of a stochastic model's `conv_in`, which need not be the base's.
+    # The only buffers are weight0 and bias0 of a stochastic model's conv_in (lora.TwinConv2d): its
+    # frozen half, which need not be the base's.
     tensors |= dict(generator.named_buffers())
     config = dict(generator=asdict(generator.config))
     if generator.config.train == "all":
         for name, p in text_encoder.named_parameters():
             tensors[f"text_encoder.{name}"] = p
         networks = dict(vae=generator.vae, unet=generator.unet, text_encoder=text_encoder)
-        config |= _embedded_configs(networks, generator.schedule, tokenizer)
+        config |= _self_contained_configs(networks, generator.schedule, tokenizer)
     save_checkpoint(path, kind, base, tensors, config, prompts)
 
 
@@ -130,7 +131,7 @@ def save_yoso(
     tensors = {**trained, "prior.mean": mean, "prior.std": std}
     config = dict(schedule=base.schedule.config, lora_rank=lora_rank, lora_alpha=8.0)
     if base.random and not lora_rank:
-        config |= _embedded_configs(base.networks, base.schedule, base.tokenizer)
+        config |= _self_contained_configs(base.networks, base.schedule, base.tokenizer)
         tensors |= nn.ModuleDict(base.networks).state_dict()
     save_checkpoint(path, "yoso", base_name, tensors, config)
 
@@ -154,12 +155,12 @@ def save_checkpoint(
     save_tensors(path, tensors, metadata)
 
 
-def _embedded_configs(
+def _self_contained_configs(
     networks: dict[str, nn.Module],
     schedule: Schedule,
     tokenizer: clip.Tokenizer,
 ) -> dict:
-    """The configurations in a checkpoint that holds every weight, for `_build_embedded`."""
+    """The configurations in a checkpoint that holds every weight, for `_build_self_contained`."""
     configs = {part: asdict(network.config) for part, network in networks.items()}
     configs["schedule"] = schedule.config
     configs["tokenizer"] = tokenizer_to_json(tokenizer)
@@ -255,7 +256,7 @@ def load_yoso(
         schedule = Schedule.from_config(config["schedule"] | sampler)
         if "tokenizer" in config:
             _check_no_base(base)
-            loaded = _build_embedded(name, config, path, strength)
+            loaded = _build_self_contained(name, config, path, strength)
 
     if loaded is None:
         loaded = load_base(name, parts_of(name), dtype, device)
@@ -370,14 +371,14 @@ def _read_translator(path: Path, base: str | None, strength: float) -> SavedTran
         loaded = None
         if config.train == "all":
             _check_no_base(base)
-            loaded = _build_embedded(base_name, configs, path, strength)
+            loaded = _build_self_contained(base_name, configs, path, strength)
         return SavedTranslator(kind, base_name, config, prompts, tensors, loaded)
 
 
 def _check_no_base(base: str | None) -> None:
     """ValueError for a base that was asked for beside a checkpoint that holds every weight."""
     if base is not None:
-        raise ValueError("it holds every weight and opens no base; leave --base out")
+        raise ValueError("it holds every weight, so that it needs no base; leave --base out")
 
 
 def _what_it_is(tensors: object, metadata: dict[str, str]) -> str:
@@ -397,7 +398,7 @@ def _parse_official(saved: dict, path: Path, base: str) -> SavedTranslator:
     return SavedTranslator(kind, base, config, [], tensors, loaded=None)
 
 
-def _build_embedded(name: str, config: dict, path: Path, strength: float) -> Base:
+def _build_self_contained(name: str, config: dict, path: Path, strength: float) -> Base:
     """The networks that a checkpoint with every weight describes, still without their weights."""
     if strength != 1:
         raise ValueError(

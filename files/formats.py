@@ -125,9 +125,9 @@ def read_lora(
 
     Alpha is that of `lora_adapter_metadata` in the metadata, else the alpha of the file's own key
     in kohya's files, else the rank. `MODULE.alpha` beside names with dots is unused: `diffusers`
-    does not read it either. ValueError if a pair does not fit its layer, which means that the LoRA
-    is for another base, if a layer has two pairs or half a one, and for any other key, which would
-    be applied in part: of another kind of adapter, or for another model.
+    does not read it either. ValueError if a pair does not fit its layer (the LoRA is for another
+    base), if a layer has two pairs or lacks one half of its pair, and for keys of other kinds of
+    adapters or of other models, so that nothing is applied in part.
     """
     _check_kind(tensors, metadata)
     places, unused = _sort_keys(tensors, networks)

@@ -81,10 +81,10 @@ def find(
         if folder.is_file():
             kind = kinds.of_file(folder)
             found = f"a file ({kind})" if kind else "a file"
-        raise ValueError(
-            f"{base} is {found}; expected {LAYOUT}, a Hub id (ORGANISATION/NAME) or one of"
-            f" {', '.join(BASES)}"
-        )
+        wanted = f"{expected or LAYOUT}, or a Hub id (ORGANISATION/NAME)"
+        if expected in (None, LAYOUT):  # a base is asked for
+            wanted = f"{LAYOUT}, a Hub id (ORGANISATION/NAME) or one of {', '.join(BASES)}"
+        raise ValueError(f"{base} is {found}; expected {wanted}")
     else:
         path = _find_on_hub(base, names, fetch)
         if offline():

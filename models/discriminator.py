@@ -270,7 +270,10 @@ class AttentionPool(nn.Module):
 
 
 class LatentDiscriminator(nn.Module):
-    """Latents [B, 4, h, w], their timesteps [B] and captions -> logits [B, 1].
+    """Latents [B, 4, h, w], a timestep each [B], and captions -> logits [B, 1].
+
+    The latents are clean ones: data, or G's predictions of x0. The timestep is that of the noise
+    that G made the fake ones from; train_yoso.py tells the same one beside the real ones.
 
     It begins with a trainable copy of the encoder and middle block of a diffusion model's U-Net.
     Source: Luo et al. 2024, "You Only Sample Once".
@@ -288,7 +291,7 @@ class LatentDiscriminator(nn.Module):
         self.last = nn.Linear(width, 1)
 
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
-        """t: the timestep that the latents were made from. context [B, N, C]: the captions'."""
+        """t: the timestep of what G made the fakes from. context [B, N, C]: the captions'."""
         h = self.unet.features(x, t, context)
         h = F.silu(self.norm(h))
         return self.last(F.silu(self.pool(h)))
@@ -297,7 +300,8 @@ class LatentDiscriminator(nn.Module):
 # -------------------- small pictures
 
 class PixelDiscriminator(nn.Module):
-    """Pictures [B, C, H, W], their timesteps [B] and captions -> logits [B, 1].
+    """Pictures [B, C, H, W], a timestep each [B] (see LatentDiscriminator), and captions -> logits
+    [B, 1].
 
     For pictures so small that no U-Net is needed. Convolutions halve them until 4 to 7 pixels a
     side are left. The timestep is added at each level, and the captions enter by an inner product
@@ -343,7 +347,7 @@ class PixelDiscriminator(nn.Module):
             self.context_std.copy_(std)
 
     def forward(self, x: Tensor, t: Tensor | int, context: Tensor) -> Tensor:
-        """t: the timestep that the pictures were made from. context [B, N, C]: the captions'."""
+        """t: the timestep of what G made the fakes from. context [B, N, C]: the captions'."""
         if isinstance(t, int):
             t = torch.full((), t, device=x.device)
         t = t.to(x.device).expand(len(x))

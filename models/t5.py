@@ -241,7 +241,7 @@ class T5Tokenizer:
         except TypeError:
             # Python strings may hold lone surrogates, from JSON or the command line.
             raise ValueError(
-                f"{texts!r:.200} contains half a character (a lone surrogate);"
+                f"{texts!r:.200} contains a lone surrogate (half a character);"
                 " expected text that can be encoded as UTF-8"
             ) from None
         return [encoding.ids for encoding in encodings]

@@ -200,7 +200,7 @@ def test_a_prior_is_written_over_nothing_but_a_prior(tmp_path):
     other = tmp_path / "weights.safetensors"
     save_tensors(other, {"a": torch.ones(1)}, {})
     content = other.read_bytes()
-    refused(estimate_prior, tmp_path, "tiny", 8, other, match="is there and is no prior")
+    refused(estimate_prior, tmp_path, "tiny", 8, other, match="exists and is not a prior")
     assert other.read_bytes() == content
     for _ in range(2):
         estimate_prior(tmp_path, "tiny", 8, tmp_path / "prior.safetensors")

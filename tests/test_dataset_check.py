@@ -239,7 +239,7 @@ def test_a_set_of_another_trainer_is_a_problem(paired, tmp_path, run):
         (paired, "cyclegan", "fixed_prompt_a.txt cannot be used"),
         (captioned(tmp_path / "pictures"), "pix2pix", "train_A is not a folder"),
         (tmp_path / "pictures", "cyclegan", "test_A is not a folder"),
-        (tmp_path / "none", "yoso", "none is no data set"),
+        (tmp_path / "none", "yoso", "none is not a data set"),
     ):
         status, out, _ = run("check", source, "--for", trainer)
         assert status == 2

@@ -91,7 +91,8 @@ def test_pairs_say_what_they_leave_out(tmp_path, capsys):
 
     noise(8, 8).save(tmp_path / "train_B" / "lonely.png")
     (tmp_path / "train_A" / "deep").mkdir()
-    (tmp_path / "train_A" / "001.txt").write_text("another caption")
+    for name in ("001.txt", "002.txt"):
+        (tmp_path / "train_A" / name).write_text("another caption")
     prompts = {"000.png": "x", "001.png": "", "002.png": "", "y.png": "y", "lonely.png": "z"}
     (tmp_path / "train_prompts.json").write_text(json.dumps(prompts))
     PairedFolder(tmp_path, "train", "no_resize")
@@ -99,8 +100,8 @@ def test_pairs_say_what_they_leave_out(tmp_path, capsys):
         f"{tmp_path}/train_A: left out 1 folder (deep)",
         f"{tmp_path}/train_B: left out 1 picture without a partner (lonely.png)",
         f"{tmp_path}/train_prompts.json: left out 1 caption without a picture (y.png)",
-        f"{tmp_path}/train_A: left out 1 caption file, as train_prompts.json takes its place"
-        " (001.txt)",
+        f"{tmp_path}/train_A: left out 2 caption files (001.txt, 002.txt), as train_prompts.json"
+        " holds the captions",
         f"{tmp_path}/train_A: 2 of 3 captions are empty (001.png, 002.png)",
     ]
 
@@ -122,7 +123,7 @@ def test_captioned_folders_say_what_they_leave_out_once(tmp_path, capsys):
     open_captioned(tmp_path, "train", "no_resize")
     (line,) = capsys.readouterr().err.splitlines()
     assert "1 caption without a picture (11.png)" in line
-    assert "1 repeated caption, of which the last counts (4.png)" in line
+    assert "1 repeated caption (4.png), as the last one counts" in line
 
 
 def test_a_zip_of_macos_holds_only_its_pictures(tmp_path, capsys):

@@ -558,10 +558,10 @@ def without_page() -> dict[str, Callable[[object], object]]:
     contexts = [sample.encode_caption(model, caption) for model in (paired, unpaired)]
 
     def draw(value: object) -> None:
-        sample.translate_pictures(paired, [outlines], contexts[0], 42, 0.7)
+        sample.translate_pictures(paired, [outlines], contexts[0], 42)
 
     def translate(value: object) -> None:
-        arguments = (unpaired, [scene], contexts[1], 42, None, float(value), "a2b")
+        arguments = (unpaired, [scene], contexts[1], 42, float(value), "a2b")
         sample.translate_pictures(*arguments)
 
     def write(value: object) -> None:

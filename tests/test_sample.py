@@ -1198,7 +1198,7 @@ REFUSED = {
         "--base B --save new --steps 4",
         ["--steps has no meaning without a prompt"],
     ),
-    "prior that is not there": ("T --base tiny-sd --prior none.st", ["none.st is no file"]),
+    "prior that is not there": ("T --base tiny-sd --prior none.st", ["none.st is not a file"]),
     "prior of a base that starts from noise": (
         "T --base tiny-turbo --prior notes.txt",
         ["--prior has no meaning for tiny-turbo"],

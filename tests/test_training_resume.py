@@ -142,7 +142,7 @@ def test_a_run_goes_on_after_a_broken_picture_was_replaced(monkeypatch, tmp_path
 
     broken.write_bytes(whole)
     helpers.train(monkeypatch, train_pix2pix_turbo, "--resume", run)
-    assert "pictures of the same names and other sizes" in capsys.readouterr().err
+    assert "the files of some pictures have changed" in capsys.readouterr().err
     assert helpers.read_state(run)["step"] == 6
 
 
@@ -165,7 +165,7 @@ def test_models_may_lie_elsewhere_when_a_run_goes_on(monkeypatch, tmp_path, data
     assert helpers.read_state(run)["step"] == 3
 
 
-OTHER_FILES = ["a data set of other files"]
+OTHER_FILES = ["began on other data"]
 REFUSED = {
     "another picture": (add_a_picture, [], OTHER_FILES),
     "another name": (rename_a_picture, [], OTHER_FILES),

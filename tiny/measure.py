@@ -323,7 +323,6 @@ def translate(
             [to_picture(picture) for picture in x[rows]],
             context,
             seed,
-            model.r,
             skip_scale=skip_scale,
             direction=direction,
         )

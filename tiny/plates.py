@@ -482,7 +482,7 @@ def read_results(path: pathlib.Path) -> dict:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"{path} does not hold results ({error}): mend or remove it"
+            f"{path} does not hold results ({error}): fix or remove it"
         ) from None
 
 

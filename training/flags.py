@@ -277,7 +277,7 @@ def saved_settings(
 
     if dropped:  # of an older version; what is off changes nothing
         raise ValueError(
-            f"{path} asks for {', '.join(dropped)}, which is no setting any more; go on with the"
+            f"{path} asks for {', '.join(dropped)}, which is no longer a setting; go on with the"
             " version that the run began with, or start a new run"
         )
     return saved

@@ -28,7 +28,11 @@ CLUTTER = ("thumbs.db", "desktop.ini")
 
 
 def open_run(config, kind: str, rank: int) -> pathlib.Path:
-    """The run's folder with its config.json. An earlier run there is never overwritten."""
+    """The run's folder with its config.json.
+
+    ValueError if it holds a run with saved weights, or files that no run wrote. What a run left
+    that ended before its first save is removed.
+    """
     if config.output_dir is None:
         name = [f"runs/{kind}-{time.strftime('%Y%m%d-%H%M%S')}"]
         if dist.is_initialized():
@@ -61,7 +65,7 @@ def open_run(config, kind: str, rank: int) -> pathlib.Path:
 
 
 def files_of_a_run(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What is in a folder under the names of a run's files, besides what it trained."""
+    """The files in a folder that a run writes besides state.pt and its model.safetensors."""
     names = ("config.json", "log.jsonl", "best.safetensors")
     found = [folder / name for name in names if (folder / name).exists()]
     return found + sorted(folder.glob("samples/*.png"))
@@ -166,7 +170,7 @@ def save_state(path: pathlib.Path, state: dict) -> None:
 @torch.no_grad()
 def restore(
     folder: pathlib.Path,
-    base: str,
+    frozen_fingerprint: str,
     parts: dict,
     *names: str,
     batch: int | None = None,
@@ -176,38 +180,14 @@ def restore(
     """Puts a saved state back into `parts` and returns the saved values of `names`.
 
     Parts are networks, optimizers, scalers, dictionaries of tensors, or None. Only tensors and
-    plain values are read, never code. `base` is the fingerprint of the frozen weights, `batch`
-    the number of items in a step, over all processes, `data` the fingerprint of the data set,
-    `data_names` that without the sizes of pictures. ValueError where they differ; if only these
-    sizes do, stderr says so.
+    plain values are read, never code. `frozen_fingerprint` is that of the weights that are not
+    trained, `batch` the number of items in a step, over all processes, `data` the fingerprint of
+    the data set, `data_names` that without the lengths of picture files. ValueError where they
+    differ; if only these lengths do, stderr says so.
     """
     path = folder / "state.pt"
     state = read_state(path)
-    if state["base"] != base:
-        raise ValueError(
-            f"{path} was trained with frozen weights of fingerprint {state['base']}, and these"
-            f" have {base}; restore the original frozen weights"
-        )
-    before = state.get("batch", batch)
-    if before != batch:
-        raise ValueError(
-            f"{path} has steps of {before} items and these would be of {batch}; choose"
-            " --train_batch_size, --gradient_accumulation_steps and the number of processes so"
-            f" that their product is {before}"
-        )
-    if state.get("data", data) != data:
-        if state.get("data_names") != data_names:
-            raise ValueError(
-                f"{path} was trained on a data set of other files: their names or sizes are not"
-                " those of before; restore them, or start a new run on these (a translator's with"
-                f" --init {folder})"
-            )
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(
-                f"{path} was trained on pictures of the same names and other sizes; the run goes"
-                " on with these",
-                file=sys.stderr,
-            )
+    check_same_run(folder, state, frozen_fingerprint, batch, data, data_names)
     try:
         if not isinstance(state["step"], int):
             raise TypeError(f"its step is {state['step']!r:.100}")
@@ -224,6 +204,43 @@ def restore(
             f"{path} is not of this run ({type(error).__name__}: {first_line(error)}); put its"
             " own state.pt back, or start a new run"
         ) from error
+
+
+def check_same_run(
+    folder: pathlib.Path,
+    state: dict,
+    frozen_fingerprint: str,
+    batch: int | None,
+    data: str | None,
+    data_names: str | None,
+) -> None:
+    """ValueError if a run goes on with other frozen weights, batches or data; see restore."""
+    if state["base"] != frozen_fingerprint:
+        raise ValueError(
+            f"the run in {folder} began on a base with other weights (fingerprint"
+            f" {state['base']}, now {frozen_fingerprint}); put the base's files of then back, or"
+            " start a new run"
+        )
+    before = state.get("batch", batch)
+    if before != batch:
+        raise ValueError(
+            f"the run in {folder} has steps of {before} items and these would be of {batch}; choose"
+            " --train_batch_size, --gradient_accumulation_steps and the number of processes so"
+            f" that their product is {before}"
+        )
+    if state.get("data", data) != data:
+        if state.get("data_names") != data_names:
+            raise ValueError(
+                f"the run in {folder} began on other data: names of files, or lengths of others"
+                " than pictures, are not those of then; put them back, or start a new run on these"
+                f" (a translator's with --init {folder})"
+            )
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(
+                f"the files of some pictures have changed since the run in {folder} began (same"
+                " names, other lengths); it goes on with the new ones",
+                file=sys.stderr,
+            )
 
 
 def keep_fused(part, saved: dict) -> None:

@@ -311,7 +311,8 @@ class Run:
     def log(self, step: int, losses: dict[str, float]) -> None:
         """Writes a step's values to log.jsonl and --report_to, and the losses to the bar.
 
-        A validation's score, lower is better, is logged as val_score.
+        A validation's score, lower is better, is logged as val_score. With --plan_steps nothing is
+        written, and the process ends after the last of them.
         """
         if self.meter and step + 1 == self.last_step:
             self.meter.finish(min(self.cfg.validation_num_images, len(self.test_items)))

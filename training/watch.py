@@ -23,26 +23,33 @@ COLLAPSE = 0.15
 # Mean level of the outputs minus that of the targets, of -1 to 1, and ratio of the contrasts.
 LEVEL = 0.3
 CONTRAST = (0.4, 2.5)
-# A discriminator's accuracy on real pictures plus that on fakes, minus 1: 0 is chance. It has won
-# above the first; it is blind if the mean is below the second, and below so many standard errors.
+# A discriminator's accuracy on real pictures plus that on fakes, minus 1: 0 is chance. Above WON
+# it has won. It is blind if the mean is below BLIND and below this many standard errors.
 WON = 0.95
-BLIND, ERRORS = 0.02, 2.0
+BLIND = 0.02
+BLIND_ERRORS = 2.0
 # Distance of the mean hues of outputs and targets, of about 1 at most.
 TINT = 0.2
-# How often in the last 50 steps a gradient norm was so many times the median before them, and above
-# the usual --max_grad_norm: smaller ones grow when a network begins to learn.
-GRADIENT, OFTEN, LATEST = 10.0, 4, 50
-LARGE = 1.0
+# A gradient norm is high if it is GRADIENT_FACTOR times the median of those before, and above the
+# usual --max_grad_norm: smaller ones grow when a network begins to learn. GRADIENT_COUNT high ones
+# in the last GRADIENT_STEPS steps are too many.
+GRADIENT_FACTOR = 10.0
+GRADIENT_FLOOR = 1.0
+GRADIENT_COUNT = 4
+GRADIENT_STEPS = 50
 # How much worse than the best a validation is, relative to the best.
-WORSE = 0.05
-# Training items in an epoch.
-SHORT = 50
+WORSE_BY = 0.05
+# Training items in an epoch: fewer are few.
+FEW_ITEMS = 50
 
 # Previews in a row that must be out of range.
 PREVIEWS = 3
-# The shortest and the longest window in steps, and how many values of a signal are kept in memory:
-# more than two windows, so that a series that was cut is not taken for the first two.
-WINDOW, LONGEST, KEPT = 100, 2500, 6000
+# The shortest and the longest window, in steps.
+SHORTEST_WINDOW = 100
+LONGEST_WINDOW = 2500
+# How many values of a signal are kept in memory: more than two windows, so that a series that was
+# cut is not taken for the first two.
+KEPT = 6000
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -94,7 +101,7 @@ class History:
     @property
     def window(self) -> int:
         """The steps that a check looks at."""
-        return min(max(WINDOW, self.last_step // 10), LONGEST)
+        return min(max(SHORTEST_WINDOW, self.last_step // 10), LONGEST_WINDOW)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -161,7 +168,7 @@ def next_warning(history: History) -> str | None:
 # ----------------------------------------------------------------------------------- checks
 
 def short_data(history: History) -> str | None:
-    if history.items >= SHORT:
+    if history.items >= FEW_ITEMS:
         return None
     return (
         f"an epoch has {history.items} items, which the networks may learn by heart; add data,"
@@ -249,7 +256,11 @@ def discriminator_won(history: History) -> str | None:
 
 
 def discriminator_blind(history: History) -> str | None:
-    """One that has seen nothing in the first two windows. Later it may have met its match."""
+    """One that has seen nothing in the first two windows.
+
+    Asked once, in the steps right after these: later, an accuracy near chance may also mean that
+    the generator is good.
+    """
     steps = 2 * history.window
     real = history.series.get("disc_right_on_real", [])
     if not steps <= len(real) <= steps + 20:
@@ -257,7 +268,7 @@ def discriminator_blind(history: History) -> str | None:
     fake = history.series["disc_right_on_fake"]
     known = [informedness([r], [f]) for (_, r), (_, f) in zip(real, fake)]
     error = statistics.pstdev(known) / math.sqrt(len(known))
-    if statistics.fmean(known) > min(BLIND, ERRORS * error):
+    if statistics.fmean(known) > min(BLIND, BLIND_ERRORS * error):
         return None
     return (
         f"it has told outputs from real pictures no better than by chance in all {len(known)}"
@@ -292,14 +303,14 @@ def gradient(history: History) -> str | None:
         values = history.recent(name)
         if not values:
             continue
-        usual = statistics.median(values[:-LATEST])
-        bound = max(GRADIENT * usual, LARGE)
-        high = [value for value in values[-LATEST:] if value > bound]
-        if len(high) >= OFTEN:  # a single one is clipped and forgotten
+        usual = statistics.median(values[:-GRADIENT_STEPS])
+        bound = max(GRADIENT_FACTOR * usual, GRADIENT_FLOOR)
+        high = [value for value in values[-GRADIENT_STEPS:] if value > bound]
+        if len(high) >= GRADIENT_COUNT:  # a single one is clipped and forgotten
             return (
-                f"{name} was over {GRADIENT:.0f} times its usual {usual:.2g} in {len(high)} of the"
-                f" last {LATEST} steps, up to {max(high):.2g}: training may diverge; lower"
-                " --learning_rate or --max_grad_norm"
+                f"{name} was over {GRADIENT_FACTOR:.0f} times its usual {usual:.2g} in {len(high)}"
+                f" of the last {GRADIENT_STEPS} steps, up to {max(high):.2g}: training may diverge;"
+                " lower --learning_rate or --max_grad_norm"
             )
     return None
 
@@ -311,7 +322,7 @@ def validation(history: History) -> str | None:
         return None
     best_step, best = min(points, key=score_of)
     step, latest = points[-1]
-    worse = latest - best > WORSE * abs(best)
+    worse = latest - best > WORSE_BY * abs(best)
     if not worse or step - best_step < history.last_step / 3:
         return None
     return (
