@@ -340,30 +340,20 @@ def draw(options: Options, device: torch.device) -> None:
     base.text_encoder = None  # T5 is larger than all other networks together
     pace = choose_pace(options, "draw", base.vae.factor, device)
 
-    def paint(
-        seeds: list[int],
-        size: tuple[int, int],
-        control: Control | None,
-        prior: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        return text_to_image(
-            base,
-            options.prompt,
-            seeds,
-            size,
-            options.steps,
-            loaded.sampler,
-            options.guidance,
-            options.negative,
-            control=control,
-            prior=prior,
-            contexts=contexts,
-            tile=pace.tile_of(size),
-            announce=partial(pace.say, at_a_time(len(seeds)), size),
-        )
+    paint = partial(
+        text_to_image,
+        base,
+        options.prompt,
+        steps=options.steps,
+        sampler=loaded.sampler,
+        guidance=options.guidance,
+        negative=options.negative,
+        contexts=contexts,
+        tile=pace.tile_of(size),
+    )
 
     def paint_small(side: int) -> Tensor:
-        return paint([options.seed], (side, side), crop_control(control, side), None)
+        return paint([options.seed], (side, side), control=crop_control(control, side))
 
     found = facts_of_base(loaded) | dict(size=size_flag, strength=strength)
     facts = png_facts(options, "draw", found)
@@ -372,8 +362,9 @@ def draw(options: Options, device: torch.device) -> None:
         width, height = crop
         for first in range(0, options.n, options.batch):
             seeds = list(targets)[first:first + options.batch]
-            pace.warn(at_a_time(len(seeds)), size, len(seeds), paint_small)
-            pictures = paint(seeds, size, control, prior)
+            pace.estimate(at_a_time(len(seeds)), size, len(seeds), paint_small)
+            announce = partial(pace.announce, at_a_time(len(seeds)), size)
+            pictures = paint(seeds, size, control=control, prior=prior, announce=announce)
             paths = [targets[seed] for seed in seeds]
             pictures = pictures[:, :, :height, :width].cpu()
             how = facts | pace.facts(size)
@@ -400,23 +391,47 @@ def plan_drawings(options: Options) -> dict[int, Path]:
 
 
 def prepare_base(options: Options, device: torch.device, strength: float = 1.0) -> LoadedBase:
-    """Loads the base, the sum of bases or the one-step generator, with its LoRA, for drawing.
+    """The base, the sum of bases or the one-step generator, with its LoRA, ready to draw.
 
     `strength` is how much of a one-step generator's trained change is applied. With --save the
     base is also written.
     """
     dtype = DTYPES.get(options.dtype, torch.float32)
-    prior = None
-    if options.checkpoint:
-        base, prior = checkpoints.load_yoso(
-            options.checkpoint, options.base, dtype, str(device), strength
-        )
-    elif options.merge:
-        base = bases.load_merged(options.merge, dtype, str(device))
-    else:
-        name = options.base or "tiny-turbo"
-        base = bases.load_base(name, bases.parts_of(name), dtype, str(device))
+    base, prior = load_weights(options, dtype, str(device), strength)
+    add_to_base(options, base)
+    sampler = choose_sampler(options, base)
+    amplified = amplifies_errors(base.schedule.prediction_type, options.steps, options.guidance)
+    precision = choose_precision(options.dtype, device, amplified)
+    loaded = LoadedBase(base, sampler, precision.name, prior)
+    if options.save:
+        if options.prompt is not None:
+            check_drawing(options, loaded)  # first, because saving writes gigabytes
+        save_base(options.save, base, prior)
+    if options.vae:
+        base.vae = autoencoders.load_autoencoder(options.vae, base, dtype, str(device))
 
+    graphs = [base.denoiser]
+    for name, part in base.vae.named_children():
+        if name in ("encoder", "decoder"):
+            graphs.append(part)
+    speed_up([base.vae], base.denoiser, graphs, precision, device, options.compile)
+    return loaded
+
+
+def load_weights(
+    options: Options, dtype: torch.dtype, device: str, strength: float
+) -> tuple[bases.Base, tuple[Tensor, Tensor] | None]:
+    """What --checkpoint, --merge or --base name, and the prior of a one-step generator."""
+    if options.checkpoint:
+        return checkpoints.load_yoso(options.checkpoint, options.base, dtype, device, strength)
+    if options.merge:
+        return bases.load_merged(options.merge, dtype, device), None
+    name = options.base or "tiny-turbo"
+    return bases.load_base(name, bases.parts_of(name), dtype, device), None
+
+
+def add_to_base(options: Options, base: bases.Base) -> None:
+    """Adds --lora, --embedding and --prediction_type. ValueError for a ControlNet for PixArt."""
     if base.random and not (options.checkpoint or options.lora):
         print(
             f"{base.name}: its weights are random, so it draws noise; train it first, and then give"
@@ -435,23 +450,6 @@ def prepare_base(options: Options, device: torch.device, strength: float = 1.0) 
             f"--controlnet steers a U-Net, but {base.name} is PixArt; expected a Stable Diffusion"
             " base"
         )
-    sampler = choose_sampler(options, base)
-    amplified = amplifies_errors(base.schedule.prediction_type, options.steps, options.guidance)
-    precision = choose_precision(options.dtype, device, amplified)
-    loaded = LoadedBase(base, sampler, precision.name, prior)
-    if options.save:
-        if options.prompt is not None:  # gigabytes are written when nothing else is wrong
-            check_drawing(options, loaded)
-        save_base(options.save, base, prior)
-    if options.vae:
-        base.vae = autoencoders.load_autoencoder(options.vae, base, dtype, str(device))
-
-    graphs = [base.denoiser]
-    for name, part in base.vae.named_children():
-        if name in ("encoder", "decoder"):
-            graphs.append(part)
-    speed_up([base.vae], base.denoiser, graphs, precision, device, options.compile)
-    return loaded
 
 
 def check_drawing(options: Options, loaded: LoadedBase) -> None:
@@ -680,10 +678,11 @@ def text_to_image(
     """Pictures [len(seeds), 3, H, W] in [-1, 1] of one prompt; `size` is (width, height).
 
     `pictures`, as many in [0, 1] and of that size, are edited: sampling starts from their latents
-    with noise of the level `strength`. `prior` is what else it may start from, see
-    `diffusion.start_from_prior`. `contexts` are those of `encode_prompt`, if they are known. The
-    VAE works in squares of `tile` pixels. The sampler is by default that of the base's scheduler.
-    With several steps, `announce` is told about how many seconds they will take.
+    with noise of the level `strength`, and at 1 from noise alone. `prior` is what else it may start
+    from, see `diffusion.start_from_prior`. `contexts` are what `encode_prompt` made of the prompt,
+    which is then not read again. The VAE works in squares of `tile` pixels. The sampler is by
+    default that of the base's scheduler. With several steps, `announce` is told about how many
+    seconds they will take.
     """
     if contexts is None:
         contexts = encode_prompt(base, prompt, negative, guidance)
@@ -1058,7 +1057,7 @@ def edit(options: Options, device: torch.device) -> None:
             strength=strength,
             contexts=contexts,
             tile=pace.tile_of(size),
-            announce=partial(pace.say, at_a_time(len(x)), size),
+            announce=partial(pace.announce, at_a_time(len(x)), size),
         )
         return edited[:, :, :height, :width]
 
@@ -1112,9 +1111,9 @@ def choose_pace(options: Options, use: str, factor: int, device: torch.device) -
     return Pace(
         parse_tile(options.tile),
         factor,
-        translates=use == "translate",
-        chooses=device.type == "cpu" and not options.compile,
-        estimates=options.steps == 1 and not options.compile,
+        tiles_all=use == "translate",
+        tiles_unasked=device.type == "cpu" and not options.compile,
+        times_small=options.steps == 1 and not options.compile,
     )
 
 

@@ -41,18 +41,18 @@ class Pace:
 
     tile: int | None  # --tile; 0 for off
     factor: int  # of the VAE
-    translates: bool
-    chooses: bool  # whether very large pictures are computed in tiles without --tile
-    estimates: bool  # whether a small picture is timed first
+    tiles_all: bool  # whether all networks work in tiles, not only the VAE
+    tiles_unasked: bool  # whether very large pictures are computed in tiles without --tile
+    times_small: bool  # whether a small picture is timed first
     rate: float | None = None  # seconds for one unit of cost, as soon as that was measured
-    said: float = 0.0  # seconds that the user was told last
+    announced: float | None = None  # seconds that the user was told last
 
     def tile_of(self, size: tuple[int, int]) -> int | None:
         """Pixels a side of the tiles of a picture; None if it is computed whole."""
         if self.tile is not None:
             return self.tile or None
         width, height = size
-        if self.chooses and width * height > TILED:
+        if self.tiles_unasked and width * height > TILED:
             return TILE * self.factor
         return None
 
@@ -70,7 +70,7 @@ class Pace:
     def cost(self, size: tuple[int, int]) -> float:
         """The time for a picture, in units of that for 64 x 64 latents without attention."""
         tile = max(size)
-        if self.translates:
+        if self.tiles_all:
             tile = self.tile_of(size) or tile
         count = 1
         latents = 1
@@ -82,7 +82,7 @@ class Pace:
         area = latents / 64**2
         return count * (area + 0.1 * area**2)
 
-    def warn(
+    def estimate(
         self,
         which: str,
         size: tuple[int, int],
@@ -94,7 +94,7 @@ class Pace:
         It is estimated from the time that compute(side), a small square picture, takes. Where
         memory runs short, the estimate is too low.
         """
-        if not self.estimates or self.latents(size) <= LARGE:
+        if not self.times_small or self.latents(size) <= LARGE:
             return
         if self.rate is None:
             side = CORNER * self.factor
@@ -106,18 +106,20 @@ class Pace:
                 return  # the picture itself will say what is wrong
             seconds = time.perf_counter() - start
             self.rate = seconds / self.cost((side, side))
-        self.say(which, size, count * self.rate * self.cost(size))
+        self.announce(which, size, count * self.rate * self.cost(size))
 
-    def say(self, which: str, size: tuple[int, int], seconds: float) -> None:
+    def announce(self, which: str, size: tuple[int, int], seconds: float) -> None:
         """Says how long pictures take, if that is long and twice as long as what was said before.
 
         Also says if they are computed in tiles without having been asked for that.
         """
         tile = self.tile_of(size)
         unasked = tile is not None and self.tile is None
-        if seconds <= max(PATIENCE, 2 * self.said) and (self.said or not unasked):
+        is_first = self.announced is None
+        is_slow = seconds > PATIENCE and (is_first or seconds > 2 * self.announced)
+        if not is_slow and not (unasked and is_first):
             return
-        self.said = seconds
+        self.announced = seconds
 
         minutes = max(round(seconds / 60), 1)
         width, height = size

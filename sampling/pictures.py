@@ -172,7 +172,7 @@ def transform_all(
             if len(paths) > 1:
                 which += f" and {len(paths) - 1} more at a time"
             small = partial(transform_corner, transform, pictures[0])
-            pace.warn(which, pictures[0].size, len(paths), small)
+            pace.estimate(which, pictures[0].size, len(paths), small)
             how = facts | pace.facts(pictures[0].size)
             for made, transformed in transform_group(paths, pictures, transform, problems):
                 yield [targets[path] for path in made], transformed, [how] * len(made)

@@ -927,10 +927,10 @@ def test_the_estimate_grows_from_the_pixels_to_their_square(monkeypatch, capsys)
             seen.append(side)
             return torch.zeros(1)
 
-        pace = sampling.pace.Pace(tile, 8, translates=True, chooses=False, estimates=True)
-        pace.warn("a picture", (width, height), 1, compute)
+        pace = sampling.pace.Pace(tile, 8, tiles_all=True, tiles_unasked=False, times_small=True)
+        pace.estimate("a picture", (width, height), 1, compute)
         assert seen == [64, 256]
-        return pace.said
+        return pace.announced
 
     assert seconds(1024, 1024) == pytest.approx(3 * 5.6 / 0.25625)
     assert "a picture (1024x1024 pixels): about 1 min; --tile 512" in capsys.readouterr().err
@@ -942,9 +942,9 @@ def test_the_estimate_grows_from_the_pixels_to_their_square(monkeypatch, capsys)
     def fail(side: int) -> Tensor:
         raise MemoryError
 
-    pace = sampling.pace.Pace(None, 8, translates=True, chooses=True, estimates=True)
-    pace.warn("a picture", (1024, 1024), 1, fail)
-    assert pace.said == 0
+    pace = sampling.pace.Pace(None, 8, tiles_all=True, tiles_unasked=True, times_small=True)
+    pace.estimate("a picture", (1024, 1024), 1, fail)
+    assert pace.announced is None
 
 
 def test_a_cpu_computes_huge_pictures_in_tiles_unless_that_is_forbidden(
@@ -984,7 +984,7 @@ def test_a_cpu_computes_huge_pictures_in_tiles_unless_that_is_forbidden(
             status, _, err = command(*flags, "--tile", off)
             assert (status, err, max(seen)) == (0, "", 72)
             assert "tile" not in Image.open(path).text
-    on_a_gpu = sampling.pace.Pace(None, 8, translates=True, chooses=False, estimates=True)
+    on_a_gpu = sampling.pace.Pace(None, 8, tiles_all=True, tiles_unasked=False, times_small=True)
     assert on_a_gpu.tile_of((9000, 9000)) is None
 
 
@@ -1093,12 +1093,13 @@ def test_an_exported_program_has_the_direction_and_the_skip_scale(
 
 
 def test_several_pictures_at_a_time_take_as_many_times_as_long():
-    settings = dict(tile=None, factor=8, translates=True, chooses=True, estimates=True, rate=10.0)
+    settings = dict(tile=None, factor=8, rate=10.0)
+    settings |= dict(tiles_all=True, tiles_unasked=True, times_small=True)
     said = []
     for count in (1, 3):
         pace = sampling.pace.Pace(**settings)
-        pace.warn("pictures", (2000, 1500), count, lambda side: pytest.fail("it is known"))
-        said.append(pace.said)
+        pace.estimate("pictures", (2000, 1500), count, lambda side: pytest.fail("it is known"))
+        said.append(pace.announced)
     assert said[1] == pytest.approx(3 * said[0])
 
 
@@ -1185,7 +1186,7 @@ REFUSED = {
     ),
     "saving into a full folder": (
         "T --base B --save D",
-        ["--save", "expected a new or an empty folder"],
+        ["--save", "expected a new or empty one"],
     ),
     "saving what cannot be drawn then": ("T --base B --save new --size 7", ["--size 7"]),
     "saving before too many steps": ("T --base B --save new --steps 1001", ["1001 steps"]),

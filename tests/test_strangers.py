@@ -262,7 +262,7 @@ TIMES = [
     pytest.param(dict(tile=256), [(6000, 4000)], ["256 pixels (--tile)"], id="tiles asked for"),
     pytest.param({}, [(6000, 4000)], ["squares of 1024 pixels, whose"], id="tiles chosen"),
     pytest.param(
-        dict(translates=False),
+        dict(tiles_all=False),
         [(2304, 2304)],
         ["about 10 min; --tile"],
         id="an edit, whose U-Net sees the whole",
@@ -272,10 +272,11 @@ TIMES = [
 
 @pytest.mark.parametrize("changes, sizes, says", TIMES)
 def test_what_takes_long_is_said_once(capsys, changes, sizes, says):
-    settings = dict(tile=None, factor=8, translates=True, chooses=True, estimates=True, rate=10.0)
+    settings = dict(tile=None, factor=8, rate=10.0)
+    settings |= dict(tiles_all=True, tiles_unasked=True, times_small=True)
     pace = sampling.pace.Pace(**settings | changes)
     for size in sizes:
-        pace.warn("a picture", size, 1, lambda side: pytest.fail("it is measured already"))
+        pace.estimate("a picture", size, 1, lambda side: pytest.fail("it is measured already"))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(says)
     for line, words in zip(lines, says):
