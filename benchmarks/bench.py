@@ -50,6 +50,7 @@ from benchmarks.inputs import (
 )
 from benchmarks.workers import Job, Side, Worker
 
+RUNS = 5  # timed runs per side, unless --runs says otherwise
 # The first side is ours; --against picks the other, by default the next one.
 SIDES: dict[str, dict[str, Side | None]] = {
     "modules": {"ours": ours.modules, "diffusers": peers.diffusers_modules},
@@ -292,7 +293,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="our side in the types that sample.py chooses; modules and train: bf16")
     add("--compile", action="store_true", help="our side compiled")
     add("--gan", action="store_true", help="train: with a patch discriminator on both sides")
-    add("--runs", type=int, default=5,
+    add("--runs", type=int, default=RUNS,
         help="timed runs per side; 0: take the run that counts FLOPs, for very slow tasks [5]")
     add("--scratch", help="folder where the random weights are kept (5 GB) [a temporary folder]")
     add("--table", type=pathlib.Path, default=ROOT / "benchmarks" / "README.md",
@@ -303,6 +304,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     check(parser, args)
+    args.sizes_given = bool(args.sizes) or args.what == "growth"
     args.sizes = args.sizes or [256, 512, 1024]
     if args.batches is None:
         args.batches = [1, 2, 4] if args.what == "growth" else [args.batch]
@@ -404,12 +406,17 @@ def measure(args: argparse.Namespace, scratch: pathlib.Path) -> list[dict]:
 
 
 def title_of(args: argparse.Namespace) -> str:
-    networks = args.base or "random weights of SD-Turbo's size"
+    title = args.what
+    if args.against and not (args.what == "memory" and args.device == "cuda"):
+        title += f" against {args.against}"
     if args.what == "memory" and args.device == "cpu":
-        networks = "the tiny base"
-    title = f"{args.what}: {networks}"
-    if args.what in ("load", "modules"):
-        title += f", {args.size} px, batch {args.batch}"
+        title += ", the tiny base"
+    elif args.base:
+        title += f", {args.base}"
+    if not args.sizes_given:
+        title += f", {args.size} px"
+        if len(args.batches) == 1:
+            title += f", batch {args.batches[0]}"
     if args.gan:
         title += ", with a patch discriminator"
     title += f", {name_of(DTYPES[args.dtype])}"
@@ -418,7 +425,10 @@ def title_of(args: argparse.Namespace) -> str:
         title += f" ({whose} fast)"
     if args.compile:
         title += f" ({whose} compiled)"
-    return f"{title}, {args.device.upper()}"
+    title += f", {args.device.upper()}"
+    if args.runs not in (0, RUNS):
+        title += f", {args.runs} runs"
+    return title
 
 
 def main(argv: list[str] | None = None) -> None:
