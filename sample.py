@@ -703,21 +703,33 @@ def text_to_image(
         return torch.cat(draws).to(**fine)
 
     ts = SAMPLERS[sampler](schedule, steps)
+    z = None
     if pictures is not None and strength < 1:
         ts = diffusion.at_strength(ts, strength)
         z = encode_pictures(base.vae, pictures.to(**fine), tile_latents)
-        x = diffusion.add_noise(z, noise, ts[0], schedule)
-    elif prior is not None:
-        mean, std = prior
-        x = diffusion.start_from_prior(noise, next_noise(), mean, std, ts[0], schedule)
-    else:
-        x = diffusion.start(noise, ts[0], schedule)
-
+    x = first_latents(z, prior, noise, next_noise, ts[0], schedule)
     if announce is not None:
         model = timed(model, len(ts), announce)
     z = diffusion.denoise(sampler, model, x, ts, schedule, next_noise)
     z = z / base.vae.config.scaling_factor
     return vae.tiled(base.vae.decode, [z], shape[1:], tile_latents).clamp(-1, 1)
+
+
+def first_latents(
+    z: Tensor | None,
+    prior: tuple[Tensor, Tensor] | None,
+    noise: Tensor,
+    next_noise: Callable[[], Tensor],
+    t: float,
+    schedule: diffusion.Schedule,
+) -> Tensor:
+    """Where sampling starts, at timestep t: latents z with noise, the prior, or noise alone."""
+    if z is not None:
+        return diffusion.add_noise(z, noise, t, schedule)
+    if prior is not None:
+        mean, std = prior
+        return diffusion.start_from_prior(noise, next_noise(), mean, std, t, schedule)
+    return diffusion.start(noise, t, schedule)
 
 
 def encode_pictures(network: vae.VAE, pictures: Tensor, tile: int) -> Tensor:

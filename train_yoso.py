@@ -50,7 +50,7 @@ import evaluate
 import training
 from dataset.cache import Cached
 from dataset.check import captions_of, check_readable, report_cut
-from dataset.folders import check_preparation, open_captioned, tell
+from dataset.folders import check_preparation, open_captioned
 from dataset.loader import batches, collate
 from files import bases, checkpoints, metrics
 from files.autoencoders import load_autoencoder
@@ -708,7 +708,7 @@ def report_resolution(cfg: Config, shape: tuple[int, ...], factor: int) -> None:
     """Says so where --resolution is not that of a cache, which holds pictures of one size."""
     height, width = (side * factor for side in shape[1:])
     if (height, width) != (cfg.resolution, cfg.resolution):
-        tell(
+        training.say_once(
             f"{cfg.dataset_folder} is a cache of pictures of {width} x {height}; these are trained"
             f" on, and --resolution {cfg.resolution} has no effect"
         )

@@ -32,7 +32,6 @@ from dataset.folders import (
     read_prompts,
     read_text,
     report_left_out,
-    tell,
 )
 from dataset.pictures import SUFFIXES, Preparation, open_picture, prepare
 
@@ -282,7 +281,7 @@ def report_cut(
     cut = [caption for caption, count in counts if count > tokenizer.limit]
     if cut:
         least = "at least " if len(cut) == MOST_COUNTED else ""
-        tell(
+        training.say_once(
             f"{source}: {least}{len(cut)} of {len(captions)} captions are longer than the text"
             f" encoder's {tokenizer.length} tokens; their ends have no effect"
             f" ({textwrap.shorten(cut[0], 60, placeholder=' ...')})"

@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import sys
 import unicodedata
 import zipfile
 from collections import Counter
@@ -19,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from dataset.pictures import SUFFIXES, open_picture, prepare, to_tensor
+from training.exits import say_once
 
 # Bytes of one file in a zip. A zip may claim, and unpack to, a thousand times its own size.
 MAX_UNZIPPED = 1 << 28
@@ -141,26 +140,21 @@ def _shortened(names: list[str]) -> str:
 def report_left_out(source: object, left_out: LeftOut) -> None:
     """Names what of `source` is not used, in one line on stderr; nothing if all is used."""
     if left_out:
-        tell(f"{source}: left out {describe_left_out(left_out)}")
+        say_once(f"{source}: left out {describe_left_out(left_out)}")
 
 
 def report_empty(source: object, captions: dict[str, str]) -> None:
     """Says on stderr how many captions of {name: caption} are empty, if any are."""
     empty = [name for name, caption in captions.items() if not _has_text(caption)]
     if empty:
-        tell(f"{source}: {len(empty)} of {len(captions)} captions are empty ({_shortened(empty)})")
+        count = f"{len(empty)} of {len(captions)}"
+        say_once(f"{source}: {count} captions are empty ({_shortened(empty)})")
 
 
 def _has_text(caption: Caption | None) -> bool:
     """Whether a caption, or one of a list, is more than spaces."""
     texts = [caption] if isinstance(caption, str) else caption or []
     return any(text.strip() for text in texts)
-
-
-def tell(line: str) -> None:
-    # Under torchrun every process opens the data set; one of them speaks.
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(line, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -119,10 +119,10 @@ class TextConfig:
 class TextEmbeddings(nn.Module):
     """Token ids [B, N] -> [B, N, C]."""
 
-    def __init__(self, c: TextConfig):
+    def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         # CLIP's own initialisation. It is small compared with what attention adds, so that after
         # a few layers every position carries the whole prompt up to it.
         for embedding in (self.token_embedding, self.position_embedding):
@@ -136,21 +136,21 @@ class TextEmbeddings(nn.Module):
 class TextTransformer(nn.Module):
     """The parts of TextEncoder, which runs them."""
 
-    def __init__(self, c: TextConfig):
+    def __init__(self, config: TextConfig):
         super().__init__()
-        self.embeddings = TextEmbeddings(c)
+        self.embeddings = TextEmbeddings(config)
         layers = [
             Layer(
-                c.hidden_size,
-                c.intermediate_size,
-                c.num_attention_heads,
-                c.hidden_act,
-                c.layer_norm_eps,
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.hidden_act,
+                config.layer_norm_eps,
             )
-            for _ in range(c.num_hidden_layers)
+            for _ in range(config.num_hidden_layers)
         ]
         self.encoder = Encoder(layers)
-        self.final_layer_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class TextEncoder(nn.Module):
@@ -391,14 +391,14 @@ def prepare(x: Tensor, size: int = 224) -> Tensor:
 class VisionEmbeddings(nn.Module):
     """Pixels [B, 3, S, S] -> tokens [B, 1 + patches, C], the class token first."""
 
-    def __init__(self, c: VisionConfig):
+    def __init__(self, config: VisionConfig):
         super().__init__()
-        patches = (c.image_size // c.patch_size) ** 2
-        self.class_embedding = nn.Parameter(torch.randn(c.hidden_size))
+        patches = (config.image_size // config.patch_size) ** 2
+        self.class_embedding = nn.Parameter(torch.randn(config.hidden_size))
         self.patch_embedding = nn.Conv2d(
-            3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False
+            3, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )
-        self.position_embedding = nn.Embedding(1 + patches, c.hidden_size)
+        self.position_embedding = nn.Embedding(1 + patches, config.hidden_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels)  # [B, C, S / patch, S / patch]
@@ -411,22 +411,23 @@ class VisionEmbeddings(nn.Module):
 class VisionTransformer(nn.Module):
     """The parts of ImageEncoder, which runs them."""
 
-    def __init__(self, c: VisionConfig):
+    def __init__(self, config: VisionConfig):
         super().__init__()
-        self.embeddings = VisionEmbeddings(c)
-        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)  # spelt as in files
+        self.embeddings = VisionEmbeddings(config)
+        # Spelt as in files.
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         layers = [
             Layer(
-                c.hidden_size,
-                c.intermediate_size,
-                c.num_attention_heads,
-                c.hidden_act,
-                c.layer_norm_eps,
+                config.hidden_size,
+                config.intermediate_size,
+                config.num_attention_heads,
+                config.hidden_act,
+                config.layer_norm_eps,
             )
-            for _ in range(c.num_hidden_layers)
+            for _ in range(config.num_hidden_layers)
         ]
         self.encoder = Encoder(layers)
-        self.post_layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class ImageEncoder(nn.Module):

@@ -181,11 +181,12 @@ class VisionAidedDiscriminator(nn.Module):
         # In a tuple CLIP is no submodule: it is not trained, saved, moved or unfrozen with the
         # heads.
         self.vision = (vision.eval().requires_grad_(False),)
-        c = vision.config
-        self.after = (c.num_hidden_layers // 3, 2 * c.num_hidden_layers // 3)
-        self.maps = nn.ModuleList([MapHead(c.hidden_size, width) for _ in self.after])
+        config = vision.config
+        layers = config.num_hidden_layers
+        self.after = (layers // 3, 2 * layers // 3)
+        self.maps = nn.ModuleList([MapHead(config.hidden_size, width) for _ in self.after])
         self.vector = nn.Sequential(
-            spectral_norm(nn.Linear(c.projection_dim, width)),
+            spectral_norm(nn.Linear(config.projection_dim, width)),
             nn.LeakyReLU(0.2),
             spectral_norm(nn.Linear(width, 1)),
         )

@@ -23,6 +23,7 @@ from training.exits import (
     load_or_explain,
     out_of_memory,
     run_script,
+    say_once,
 )
 from training.flags import (
     Precision,

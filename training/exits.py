@@ -30,9 +30,15 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         fail(message)
     except KeyboardInterrupt as stop:
-        if stop.args and int(os.environ.get("RANK", 0)) == 0:
-            tqdm.write(stop.args[0], file=sys.stderr)
+        if stop.args:
+            say_once(stop.args[0])
         sys.exit(130)
+
+
+def say_once(line: str) -> None:
+    """Prints a line on stderr. Of several processes under torchrun, only the first one does."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(line, file=sys.stderr)
 
 
 def fail(message: str) -> typing.NoReturn:

@@ -6,15 +6,13 @@ import difflib
 import inspect
 import json
 import math
-import os
 import pathlib
 import re
-import sys
 import types
 import typing
 from dataclasses import asdict, fields
 
-from training.exits import first_line
+from training.exits import first_line, say_once
 from training.folders import MODELS
 
 # Settings that a resumed run may change, since they do not change what is learned. The global
@@ -90,9 +88,9 @@ def parse(
     base = str(given.get("base", getattr(cls, "base", "")))
     table = defaults_of(base, tables)
     defaults = {name: value for name, value in table.items() if name not in given}
-    if defaults and int(os.environ.get("RANK", 0)) == 0:
+    if defaults:
         listed = " ".join(f"--{name} {value}" for name, value in defaults.items())
-        print(f"defaults of the base {base}: {listed}", file=sys.stderr)
+        say_once(f"defaults of the base {base}: {listed}")
     return cls(**{**defaults, **given})
 
 
@@ -248,9 +246,9 @@ def resumed_settings(
                 f" began with; only {', '.join(sorted(MAY_CHANGE))} may change on"
                 " resuming: leave it out"
             )
-    if changed and int(os.environ.get("RANK", 0)) == 0:
+    if changed:
         listed = [f"--{name} {value} (was {saved.get(name)})" for name, value in changed.items()]
-        print(f"resuming with {', '.join(listed)}", file=sys.stderr)
+        say_once(f"resuming with {', '.join(listed)}")
     return cls(**{**saved, **given, "output_dir": folder})
 
 

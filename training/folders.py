@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dataset.pictures import SUFFIXES
-from training.exits import first_line
+from training.exits import first_line, say_once
 
 # The folders of a data set in which trainers read pictures, besides the data set's own.
 PARTS = ("train", "test", "train_A", "train_B", "test_A", "test_B")
@@ -235,12 +234,10 @@ def check_same_run(
                 " than pictures, are not those of then; put them back, or start a new run on these"
                 f" (a translator's with --init {folder})"
             )
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(
-                f"the files of some pictures have changed since the run in {folder} began (same"
-                " names, other lengths); it goes on with the new ones",
-                file=sys.stderr,
-            )
+        say_once(
+            f"the files of some pictures have changed since the run in {folder} began (same names,"
+            " other lengths); it goes on with the new ones"
+        )
 
 
 def keep_fused(part, saved: dict) -> None:
