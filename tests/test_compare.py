@@ -32,6 +32,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setitem(compare.SIDES, "data", own)
 
 
+@pytest.mark.slow
 def test_a_run_stops_at_each_mark_is_measured_and_goes_on(
     monkeypatch, capsys, small, tmp_path
 ):
@@ -56,6 +57,7 @@ def test_a_run_stops_at_each_mark_is_measured_and_goes_on(
     assert "is at step 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scenes_start_from_the_stage_on_the_data_alone_and_read_a_cache(
     monkeypatch, small, tmp_path
 ):

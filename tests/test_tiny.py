@@ -138,6 +138,7 @@ def test_the_difference_is_the_mean_over_all_pairs_of_tensors():
 # -------------------- the recipe
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_adapters_that_load_and_goes_on_with_what_is_done(monkeypatch, tmp_path):
     few = dict(max_train_steps=1, train_batch_size=1, validation_num_images=1)
     adapters = {}
