@@ -84,7 +84,7 @@ class Options:
     control_image: Path | None = None  # edges, depth, poses: what the ControlNet was trained for
     control_scale: float = 1.0  # how strongly the ControlNet steers
     vae: str | None = None  # autoencoder in place of the base's: taesd, a folder, file or Hub id
-    prior: Path | None = None  # file of python -m dataset prior: start from noise around it
+    prior: Path | None = None  # file of python -m dataset prior: start from noise added to it
     save: Path | None = None  # also write the base, with LoRA and embeddings, as a diffusers folder
     checkpoint: str | None = None  # a trainer's model.safetensors or run folder, a .pkl, or a name
     # pictures
@@ -101,7 +101,7 @@ class Options:
     # translating and editing
     direction: str | None = None  # between two domains [the released file's own, or a2b]
     r: float | None = None  # stochastic translators: 1 follows the input, 0 the noise [0.4]
-    strength: float | None = None  # of the trained change [1]; editing: share of noise [0.6]
+    strength: float | None = None  # how much of the trained change [1]; of an edit, of noise [0.6]
     skip_scale: float = 1.0  # gamma, the strength of the skip connections
     preprocess: str | None = None  # what is done to an input or control picture first
     low_threshold: float = 100  # lower threshold of canny edges

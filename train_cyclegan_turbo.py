@@ -495,7 +495,7 @@ def discriminate(
     adds up both domains."""
     logits_real = augmented(D, domain, run, step, "real", rows)(real)
     logits_fake = augmented(D, domain, run, step, "fake", rows)(fake)
-    # As in the released script. AdamW makes up for the factor: here it only scales what is logged.
+    # Scaled as in the released script. To AdamW the factor makes next to no difference.
     loss = run.cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, run.cfg)
     accuracy = training.accuracy(logits_real, logits_fake)
     return loss, {name: value / 2 for name, value in accuracy.items()}

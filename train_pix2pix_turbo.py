@@ -25,7 +25,7 @@ Differences from the released script:
   pass, as in the paper's formula, instead of two steps with a forward pass each;
 - the two pictures of a pair get the same crop and flip: drawn apart, they would not match;
 - CLIP similarity compares each picture with its own caption, not with all of the batch;
-- training stops at max_train_steps, not only at the end of an epoch.
+- training stops at max_train_steps, where the released script goes on to the end of its epochs.
 """
 
 import sys
@@ -488,7 +488,7 @@ def discriminate(
     """The discriminator's weighted loss on real and fake pictures, and its accuracy."""
     logits_real = augmented(D, run, step, "augment real", rows)(target)
     logits_fake = augmented(D, run, step, "augment fake", rows)(fake)
-    # As in the released script. AdamW makes up for the factor: here it only scales what is logged.
+    # Scaled as in the released script. To AdamW the factor makes next to no difference.
     loss = run.cfg.lambda_gan * discriminator_loss(logits_real, logits_fake, run.cfg)
     return loss, training.accuracy(logits_real, logits_fake)
 

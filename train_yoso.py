@@ -1038,7 +1038,7 @@ def discriminate(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
     """The discriminator's weighted losses on one micro-batch by name, and signals for the log.
 
-    AdamW makes up for the factor lambda_gan: here it only scales what is logged.
+    To AdamW the factor lambda_gan makes next to no difference here.
     """
     logits = partial(logits_of, D, t=t, schedule=nets.schedule, cfg=cfg)
     logits_real = logits(x=real, context=context, noise=noise["real"])

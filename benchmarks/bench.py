@@ -304,7 +304,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
 
     check(parser, args)
-    args.sizes_given = bool(args.sizes) or args.what == "growth"
     args.sizes = args.sizes or [256, 512, 1024]
     if args.batches is None:
         args.batches = [1, 2, 4] if args.what == "growth" else [args.batch]
@@ -413,7 +412,8 @@ def title_of(args: argparse.Namespace) -> str:
         title += ", the tiny base"
     elif args.base:
         title += f", {args.base}"
-    if not args.sizes_given:
+    has_sizes = args.what == "growth" or (args.what, args.device) == ("memory", "cuda")
+    if not has_sizes:
         title += f", {args.size} px"
         if len(args.batches) == 1:
             title += f", batch {args.batches[0]}"

@@ -328,9 +328,10 @@ def _write_shard(path: Path, items: list[dict], base: "Base", batch: int, device
     for name in parts[0]:
         shapes = {tuple(part[name].shape[1:]) for part in parts}
         if len(shapes) > 1:
+            first, second, *_ = sorted(shapes)
             raise ValueError(
-                f"pictures differ in size (latents {sorted(shapes)[0]} and {sorted(shapes)[1]});"
-                " expected one size for a cache: choose a --prep such as resized_crop_512"
+                f"pictures differ in size (latents {first} and {second}); expected one size for a"
+                " cache: choose a --prep such as resized_crop_512"
             )
         tensors[name] = torch.cat([part[name] for part in parts])
     save_tensors(path, tensors, metadata={})

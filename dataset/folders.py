@@ -181,7 +181,7 @@ def reading(what: object, expected: str) -> Iterator[None]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark. ValueError if it is not one."""
+    """The text of a UTF-8 file, with or without a byte order mark. ValueError for others."""
     with reading(path, "text in UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
         if text.startswith("version https://git-lfs"):
@@ -700,8 +700,8 @@ class Captioned(Dataset):
     """Pictures with captions of a folder or a zip, or the captions of a .txt alone.
 
     An item holds target [3, H, W] in [-1, 1] (unless there are captions alone), caption and name.
-    `column` names the captions in metadata.jsonl. If a picture has several captions, an
-    item holds one of them, and `captions` the first of each.
+    `column` names the captions in metadata.jsonl. If a picture has several captions, an item holds
+    one of them, and `captions` holds the first of each picture.
     """
 
     def __init__(self, source: str | Path, split: str, prep: str, column: str = "text"):

@@ -165,7 +165,7 @@ def test_models_may_lie_elsewhere_when_a_run_goes_on(monkeypatch, tmp_path, data
     assert helpers.read_state(run)["step"] == 3
 
 
-OTHER_FILES = ["began on other data"]
+OTHER_FILES = ["the data set is not the one"]
 REFUSED = {
     "another picture": (add_a_picture, [], OTHER_FILES),
     "another name": (rename_a_picture, [], OTHER_FILES),

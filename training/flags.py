@@ -16,7 +16,7 @@ from training.exits import first_line, say_once
 from training.folders import MODELS
 
 # Settings that a resumed run may change, since they do not change what is learned. The global
-# batch must stay what it was, and so must the data set's files, but for the sizes of pictures.
+# batch must stay what it was, and so must the data set's files; only pictures may be replaced.
 # (The number of steps or epochs also moves the end of a linear or cosine learning rate.)
 MAY_CHANGE = {
     "max_train_steps",

@@ -217,8 +217,8 @@ def check_same_run(
     if state["base"] != frozen_fingerprint:
         raise ValueError(
             f"the run in {folder} began on a base with other weights (fingerprint"
-            f" {state['base']}, now {frozen_fingerprint}); put the base's files of then back, or"
-            " start a new run"
+            f" {state['base']}, now {frozen_fingerprint}); restore the base's files, or start a"
+            " new run"
         )
     before = state.get("batch", batch)
     if before != batch:
@@ -230,9 +230,9 @@ def check_same_run(
     if state.get("data", data) != data:
         if state.get("data_names") != data_names:
             raise ValueError(
-                f"the run in {folder} began on other data: names of files, or lengths of others"
-                " than pictures, are not those of then; put them back, or start a new run on these"
-                f" (a translator's with --init {folder})"
+                f"the data set is not the one that the run in {folder} began with: files were"
+                " added, removed or renamed, or captions changed; restore it, or start a new run"
+                f" on it (of a translator with --init {folder})"
             )
         say_once(
             f"the files of some pictures have changed since the run in {folder} began (same names,"
