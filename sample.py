@@ -703,6 +703,7 @@ def text_to_image(
         return torch.cat(draws).to(**fine)
 
     ts = SAMPLERS[sampler](schedule, steps)
+    diffusion.check_prediction(schedule.prediction_type, ts[0], schedule)
     z = None
     if pictures is not None and strength < 1:
         ts = diffusion.at_strength(ts, strength)

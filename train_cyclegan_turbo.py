@@ -11,22 +11,22 @@ DATA holds train_A, train_B, test_A, test_B (two unpaired sets of pictures, any 
 fixed_prompt_a.txt and fixed_prompt_b.txt (one caption each). Check it with
 `python -m dataset check DATA`.
 
-The run's folder is that of train_pix2pix_turbo.py. best.safetensors holds the weights of the
-best validation: by PSNR where the true translation is known, else by FID
-(--track_val_fid). Use it with `python sample.py --checkpoint runs/NAME --input PICTURE`.
+The run's folder gets the same files as that of train_pix2pix_turbo.py. best.safetensors holds the
+weights of the best validation: by PSNR where the true translation is known, else by FID
+(--track_val_fid). Sample with `python sample.py --checkpoint runs/NAME --input PICTURE`.
 
-LPIPS and the vision-aided discriminators need networks that are downloaded once
-(0.5 + 0.6 GB). --lambda_cycle_lpips 0, --lambda_idt_lpips 0 and --gan_disc_type patch do
-without.
+VGG (0.5 GB; for LPIPS) and CLIP (0.6 GB; for the vision-aided discriminators) are downloaded once.
+--lambda_cycle_lpips 0, --lambda_idt_lpips 0 and --gan_disc_type patch do without.
 
 Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.3:
     L = lambda_cycle L_cycle + lambda_gan L_GAN + lambda_idt L_idt, over both directions,
 where L_cycle and L_idt each have an LPIPS beside them, with a weight of its own.
 Differences from the released script:
-- it takes three generator steps per iteration (cycle, GAN, identity), each with forward passes of
-  its own; here the generator takes one step on the sum, as in the paper. To save memory, the losses
-  are backpropagated one after the other, and fake_b = G_ab(a) is computed once: the gradients of
-  cycle and GAN loss add up at fake_b, and go through G once;
+- generator and discriminators take one step each per iteration, on the sum of their losses, as in
+  the paper; the released script takes three (cycle, GAN, identity, each with forward passes of its
+  own) and two (fake, real). To save memory, the losses are backpropagated one after the other, and
+  fake_b = G_ab(a) is computed once: the gradients of cycle and GAN loss add up at fake_b, and go
+  through G once;
 - both directions share one frozen VAE and have adapters of their own, to save memory;
 - the checkpoint holds conv_in, which was trained too and which the released script leaves out.
 """
@@ -71,7 +71,7 @@ GanLoss = Literal["multilevel_sigmoid", "multilevel_sigmoid_s"]
 class Config:
     # data
     dataset_folder: str = "drawn:day2night"  # two domains, or drawn:day2night, drawn:clear2rain
-    train_image_prep: str | None = None  # how pictures are cropped [random N of N * 286/256, flip]
+    train_image_prep: str | None = None  # resize and crop [to N * 286/256 square, random N, flip]
     test_image_prep: str | None = None  # the same for test pictures [resize_N]
     resolution: int = 256  # N of the default preparations
     dataloader_num_workers: int = 0  # processes that load pictures
@@ -81,7 +81,7 @@ class Config:
     lora_rank_unet: int = 128  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAEs' LoRA
     init: str | None = None  # checkpoint whose weights a new run starts from: file, run, name
-    timestep: int = 999  # how noisy the U-Net takes its input to be
+    timestep: int = 999  # the timestep that the U-Net is given, whatever the picture
     skips: bool = True  # skip connections from encoder to decoder
     conv_in: bool = True  # also train the U-Net's first convolution in full
     # losses
@@ -98,8 +98,8 @@ class Config:
     learning_rate: float = 1e-5  # learning rate of generator and discriminators
     lr_scheduler: training.Scheduler = "constant"  # linear and cosine fall to 0
     lr_warmup_steps: int = 500  # linear warm-up; "constant" has none
-    adam_beta1: float = 0.9  # decay of AdamW's mean
-    adam_beta2: float = 0.999  # decay of AdamW's mean square
+    adam_beta1: float = 0.9  # AdamW's decay of the mean gradient
+    adam_beta2: float = 0.999  # AdamW's decay of the mean squared gradient
     adam_weight_decay: float = 1e-2  # weight decay
     adam_epsilon: float = 1e-8  # AdamW's epsilon
     max_grad_norm: float = 10.0  # gradients are clipped to this norm
@@ -207,7 +207,7 @@ def generator_gan_loss(logits_fake: list[Tensor], cfg: Config) -> Tensor:
 def discriminator_loss(
     logits_real: list[Tensor], logits_fake: list[Tensor], cfg: Config
 ) -> Tensor:
-    """A discriminator should tell real pictures from G's. Halved, as in CycleGAN."""
+    """L_D = (BCE(D(y), label of real pictures) + BCE(D(G(x)), 0)) / 2; halved, as in CycleGAN."""
     loss = cross_entropy(logits_real, real_label(cfg)) + cross_entropy(logits_fake, 0.0)
     return 0.5 * loss
 
@@ -229,10 +229,11 @@ def cyclegan_losses(
         + lambda_gan L_GAN(D_b(fake))
         + lambda_idt |G_ba(a) - a| + lambda_idt_lpips LPIPS(G_ba(a), a),    fake = G_ab(a).
 
-    x [B, 3, H, W] in [-1, 1] is from the direction's first domain; translate(picture, direction,
-    noise) is a picture, fake = translate(x, direction, noise); D looks at pictures of the second
-    domain. `noises` are for the latents of the picture that returns ("returned") and of the
-    identity ("same"). `autocast` is for the losses alone: `translate` enters it by itself.
+    x [B, 3, H, W] in [-1, 1] is from the source domain (a in the formula), and fake is its
+    translation, translate(x, direction, noise), made by the caller. D(picture) -> a list of logits
+    is the discriminator of the target domain (b). `noises` sample the latents of x's way back,
+    G_ba(fake), under "returned", and of the identity, G_ba(a), under "same". `autocast` is entered
+    for the losses alone: `translate` enters it itself.
 
     Each loss must be backpropagated before the next is asked for:
         for name, loss in cyclegan_losses(...):
@@ -242,9 +243,9 @@ def cyclegan_losses(
     """
     autocast = autocast or contextlib.nullcontext()
     back = opposite(direction)
-    cut = fake.detach().requires_grad_(True)  # collects the gradients of cycle and GAN loss
+    leaf = fake.detach().requires_grad_(True)  # collects the gradients of cycle and GAN loss
 
-    returned = translate(cut, back, noises["returned"])
+    returned = translate(leaf, back, noises["returned"])
     with autocast:
         loss = cfg.lambda_cycle * cycle_loss(returned, x)
         if lpips is not None and cfg.lambda_cycle_lpips:
@@ -253,12 +254,12 @@ def cyclegan_losses(
 
     if D is not None:
         with autocast:
-            loss = cfg.lambda_gan * generator_gan_loss(D(cut), cfg)
+            loss = cfg.lambda_gan * generator_gan_loss(D(leaf), cfg)
         yield "gan", loss
 
-    if cut.grad is None:
+    if leaf.grad is None:
         raise ValueError("cyclegan_losses: call backward on each loss before asking for the next")
-    fake.backward(cut.grad)  # both gradients, once through the first translation
+    fake.backward(leaf.grad)  # both gradients, once through the first translation
 
     same = translate(x, back, noises["same"])  # x is in the domain that `back` leads to
     with autocast:
@@ -275,12 +276,12 @@ def opposite(direction: str) -> str:
 # Signals for the log.
 
 def change(fake: Tensor, x: Tensor) -> Tensor:
-    """0 if G only copies its input."""
+    """Mean absolute difference of pictures in [-1, 1]: 0 if G only copies its input, 2 at most."""
     return (fake - x).abs().mean()
 
 
 def drift(fake: Tensor, real: Tensor) -> Tensor:
-    """Distance of the mean colours of fakes and real pictures."""
+    """Mean absolute difference of the channels' means over a micro-batch, for [-1, 1]."""
     return (fake.mean((0, 2, 3)) - real.mean((0, 2, 3))).abs().mean()
 
 
@@ -302,8 +303,9 @@ class Networks:
 
 
 def open_data(cfg: Config) -> tuple[UnpairedFolder, UnpairedFolder]:
-    """The training and the test set. Training pictures are resized to 286 / 256 of the
-    resolution, cropped at random and mirrored; test pictures are resized."""
+    """The training and the test set. Training pictures are stretched to a square of 286 / 256 of
+    the resolution, cropped at random and mirrored; test pictures are stretched to the resolution.
+    """
     n = cfg.resolution
     train_prep = cfg.train_image_prep or f"resize_{n * 286 // 256}_randomcrop_{n}x{n}_hflip"
     test_prep = cfg.test_image_prep or f"resize_{n}"
@@ -346,7 +348,14 @@ def build_networks(cfg: Config, run: training.Run, prompts: tuple[str, str]) -> 
         with torch.no_grad():
             contexts = {direction: encode(direction) for direction in DIRECTIONS}
         encode = contexts.__getitem__
-    nets = Networks(G, None, encode, trained, frozen_fingerprint, prompts)
+    nets = Networks(
+        G=G,
+        D=None,
+        context=encode,
+        trained=trained,
+        frozen_fingerprint=frozen_fingerprint,
+        prompts=prompts,
+    )
     if cfg.train == "all":
         nets.text_encoder = text_encoder
         nets.tokenizer = base.tokenizer
@@ -446,8 +455,8 @@ def translate_batch(
 ) -> Tensor:
     """Pictures [B, 3, H, W] in [-1, 1], translated. `noise` samples the VAE's latent.
 
-    Autocast's pictures are in half precision. From here on they are computed with like real ones,
-    so that augmentation and losses do not round them alone.
+    Under autocast G's pictures come out in half precision, while real ones are float32. They are
+    cast to that type, so that augmentation and losses round both sides alike.
     """
     context = nets.context(direction).expand(len(x), -1, -1)
     with run.autocast:
@@ -459,12 +468,13 @@ def latent_noises(
     nets: Networks, run: training.Run, step: int, direction: str, rows: list[int], x: Tensor
 ) -> dict[str, Tensor]:
     """Noise for the latents of the three passes of one direction: fake, returned, same."""
+    source, _ = direction.split("2")
     vae = nets.G.vae_a2b
     shape = (vae.config.latent_channels, *latent_size(x.shape[2:], vae.factor))
     purposes = dict(
         fake=direction,
         returned=f"{direction} {opposite(direction)}",
-        same=f"{direction[0]} identity",
+        same=f"{source} identity",
     )
     return {name: run.normal(step, what, rows, shape) for name, what in purposes.items()}
 
@@ -506,7 +516,8 @@ def discriminate(
 @torch.inference_mode()
 def translate_item(nets: Networks, run: training.Run, item: dict, direction: str) -> Tensor:
     """A test item's picture of any size, translated: [3, H, W] in [-1, 1]."""
-    x = item[direction[0]][None].to(run.device, run.dtype)
+    source, _ = direction.split("2")
+    x = item[source][None].to(run.device, run.dtype)
     x, (height, width) = pad_to_multiple(x, nets.G.vae_a2b.factor)
     return translate_batch(nets, run, x, direction)[0, :, :height, :width].float().cpu()
 
@@ -529,7 +540,7 @@ def validate_direction(
     Where the drawings know the true translation, PSNR to it, beside that of the unchanged
     input; with --track_val_fid, FID to the target domain and DINO structure distance.
     """
-    source, target = direction[0], direction[2]
+    source, target = direction.split("2")
     count = min(run.cfg.validation_num_images, len(test_set))
     items = [test_set[i] for i in range(count)]
     inputs = [item[source] for item in items]
@@ -580,9 +591,10 @@ def preview(
         return {}
     columns, values = [], {}
     for direction in DIRECTIONS:
-        inputs = torch.stack([item[direction[0]] for item in items])
+        source, target = direction.split("2")
+        inputs = torch.stack([item[source] for item in items])
         outputs = torch.stack([translate_item(nets, run, item, direction) for item in items])
-        targets = torch.stack([item[direction[2]] for item in items])
+        targets = torch.stack([item[target] for item in items])
         columns += [inputs, outputs]
         values |= training.preview_signals(outputs, inputs, targets, f"_{direction}")
     training.save_grid(run.folder / "samples" / f"{step + 1:06d}.png", columns)
@@ -664,12 +676,12 @@ def main() -> None:
         run.set_learning_rate(step, optimizer_g, optimizer_d)
 
         # The generator's turn. The discriminators only pass the gradient on.
-        losses, pairs = {}, []
+        losses, fakes = {}, []
         training.set_trainable(D, False)
         for rows, micro_batch in run.split(batch):
             for direction in DIRECTIONS:
-                domain = direction[2]
-                x, real = micro_batch[direction[0]], micro_batch[domain]
+                source, domain = direction.split("2")
+                x, real = micro_batch[source], micro_batch[domain]
                 D_augmented = augmented(D, domain, run, step, "made", rows)
                 noises = latent_noises(nets, run, step, direction, rows, x)
                 fake = translate(x, direction, noises["fake"])
@@ -688,7 +700,7 @@ def main() -> None:
                     run.backward(loss)
                     run.record(losses, {name: loss})
                 run.record(losses, {f"change_{direction}": change(fake.detach(), x)})
-                pairs.append((domain, rows, real, fake.detach()))
+                fakes.append((domain, rows, real, fake.detach()))
         losses["grad_norm"] = run.update(optimizer_g, cfg.max_grad_norm)
         run.check_finite(losses, step, batch)
 
@@ -696,7 +708,7 @@ def main() -> None:
         if D:
             training.set_trainable(D, True)
             spectral_step(D)
-            for domain, rows, real, fake in pairs:
+            for domain, rows, real, fake in fakes:
                 with run.autocast:
                     loss, accuracy = discriminate(D, domain, run, step, rows, real, fake)
                 run.backward(loss)

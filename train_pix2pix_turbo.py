@@ -13,16 +13,18 @@ picture. Check it with `python -m dataset check DATA`.
 
 The run's folder gets log.jsonl, losses.png, samples/STEP.png, state.pt (to resume),
 model.safetensors, and best.safetensors: the weights of the best validation, by LPIPS or else
-by L2. Use it with `python sample.py --checkpoint runs/NAME --input PICTURE "PROMPT"`.
+by L2. Sample with `python sample.py --checkpoint runs/NAME --input PICTURE "PROMPT"`.
 
-LPIPS and the Gram loss, CLIP similarity and the vision-aided discriminator need networks that
-are downloaded once (0.5 + 0.6 GB). --lambda_lpips 0, --lambda_clipsim 0 and --gan_disc_type patch
+VGG (0.5 GB; for LPIPS and the Gram loss) and CLIP (0.6 GB; for CLIP similarity and the vision-aided
+discriminator) are downloaded once. --lambda_lpips 0, --lambda_clipsim 0 and --gan_disc_type patch
 do without.
 
 Paper: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.
 Differences from the released script:
-- the generator takes one step per iteration, on the sum of its losses and from one forward
-  pass, as in the paper's formula, instead of two steps with a forward pass each;
+- generator and discriminator take one step each per iteration, on the sum of their losses, the
+  generator's from one forward pass, as in the paper's formula. The released script takes two each:
+  the generator for L2, LPIPS and CLIP, then, after a second forward pass, for the GAN loss; the
+  discriminator for real pictures, then for G's;
 - the two pictures of a pair get the same crop and flip: drawn apart, they would not match;
 - CLIP similarity compares each picture with its own caption, not with all of the batch;
 - training stops at max_train_steps, where the released script goes on to the end of its epochs.
@@ -77,8 +79,8 @@ class Config:
     lora_rank_unet: int = 8  # rank of the U-Net's LoRA
     lora_rank_vae: int = 4  # rank of the VAE's LoRA
     init: str | None = None  # checkpoint whose weights a new run starts from: file, run, name
-    stochastic: bool = False  # r sets how much outputs vary with noise (section 3.4)
-    timestep: int = 999  # how noisy the U-Net takes its input to be
+    stochastic: bool = False  # outputs vary with a noise map, the more the lower r (section 3.4)
+    timestep: int = 999  # the timestep that the U-Net is given, whatever the picture
     skips: bool = True  # skip connections from encoder to decoder
     conv_in: bool = True  # also train the U-Net's first convolution in full
     # losses
@@ -95,8 +97,8 @@ class Config:
     learning_rate: float = 5e-6  # learning rate of generator and discriminator
     lr_scheduler: training.Scheduler = "constant"  # linear and cosine fall to 0
     lr_warmup_steps: int = 500  # linear warm-up; "constant" has none
-    adam_beta1: float = 0.9  # decay of AdamW's mean
-    adam_beta2: float = 0.999  # decay of AdamW's mean square
+    adam_beta1: float = 0.9  # AdamW's decay of the mean gradient
+    adam_beta2: float = 0.999  # AdamW's decay of the mean squared gradient
     adam_weight_decay: float = 1e-2  # weight decay
     adam_epsilon: float = 1e-8  # AdamW's epsilon
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -151,8 +153,6 @@ PRETRAINED = TINY | dict(
     lambda_gan=0.1,
     disc_width=32,
 )
-# Weights of VGG's five stages in the Gram loss. Source: `loss.py` of Difix3D.
-GRAM_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
 TABLES = {"tiny-turbo": PRETRAINED, "tiny-sd": PRETRAINED, "tiny": TINY}
 ALIASES = dict(
     pretrained_model_name_or_path="base",
@@ -179,12 +179,17 @@ def lpips_loss(
     return r * lpips.distance(features, target_features).mean()
 
 
-def gram_loss(features: list[Tensor], target_features: list[Tensor], r: float) -> Tensor:
-    """L_gram = r sum_l w_l / (C h w) mean_ij (M_ij - M'_ij)^2: the target's textures, wherever.
+# Weights of VGG's five stages in the Gram loss. Source: `loss.py` of Difix3D.
+GRAM_WEIGHTS = (1 / 2.6, 1 / 4.8, 1 / 3.7, 1 / 5.6, 10 / 1.5)
 
-    M = F F^T [C, C] of VGG's features F [C, h w] of stage l; M' those of the target. Source: the
-    third loss of Difix3D (Wu et al. 2025), there with M over all pictures of a batch, of a random
-    crop, and only after 2,000 steps. As there, it grows with the number of pixels.
+
+def gram_loss(features: list[Tensor], target_features: list[Tensor], r: float) -> Tensor:
+    """L_gram = r sum_l w_l / (C h w) mean_ij (M_ij - M'_ij)^2: the same textures, in any place.
+
+    M = F F^T [C, C] of VGG's features F [C, h w] of stage l; M' is the target's. As the sums run
+    over all pixels, the loss grows with their number. Source: the third loss of Difix3D (Wu et al.
+    2025). Differences: there M is of a whole batch and of a random crop, and the loss starts after
+    2,000 steps.
     """
     losses = []
     for weight, f, f_target in zip(GRAM_WEIGHTS, features, target_features):
@@ -194,7 +199,7 @@ def gram_loss(features: list[Tensor], target_features: list[Tensor], r: float) -
 
 
 def gram_matrix(f: Tensor) -> Tensor:
-    """Features [B, C, h, w] -> how often two of them occur together, [B, C, C]."""
+    """Features [B, C, h, w] -> inner products of all pairs of channels over pixels, [B, C, C]."""
     f = f.flatten(2)
     with torch.autocast(f.device.type, enabled=False):  # sums over pixels overflow half precision
         return f @ f.transpose(1, 2)
@@ -228,7 +233,7 @@ def generator_gan_loss(logits_fake: list[Tensor], cfg: Config) -> Tensor:
 def discriminator_loss(
     logits_real: list[Tensor], logits_fake: list[Tensor], cfg: Config
 ) -> Tensor:
-    """The discriminator should tell real pictures from G's."""
+    """L_D = BCE(D(y), label of real pictures) + BCE(D(G(x)), 0): D should tell real from fake."""
     return cross_entropy(logits_real, real_label(cfg)) + cross_entropy(logits_fake, 0.0)
 
 
@@ -259,8 +264,8 @@ def pix2pix_losses(
     Returns the weighted terms by name, and G's picture.
     """
     fake = G(x, context, r, noise, latent_noise=latent_noise)
-    # Autocast's fakes are in half precision. From here on they are computed with like targets, so
-    # that augmentation and losses do not round fakes alone.
+    # Under autocast G's picture comes out in half precision, while targets are float32. It is cast
+    # to their type, so that augmentation and losses round both sides alike.
     fake = fake.to(target.dtype)
     weight = 1.0 if r is None else r
 
@@ -281,7 +286,8 @@ def pix2pix_losses(
 
 
 def signals(fake: Tensor, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Two numbers for the log. change: 0 if G copies its input; drift: error of mean colours."""
+    """For the log, of pictures in [-1, 1]. change: mean absolute difference of output and input, 0
+    if G copies; drift: that of the mean colours of each output and its target."""
     return {
         "change": (fake - (2 * x - 1)).abs().mean(),
         "drift": (fake.mean((2, 3)) - target.mean((2, 3))).abs().mean(),
@@ -350,7 +356,13 @@ def build_networks(
     if cfg.train == "lora":
         captions = [*train_set.captions, *test_set.captions]
         encode = cache_contexts(encode, captions, run.device)
-    nets = Networks(G, None, encode, trained, frozen_fingerprint)
+    nets = Networks(
+        G=G,
+        D=None,
+        encode=encode,
+        trained=trained,
+        frozen_fingerprint=frozen_fingerprint,
+    )
     if len(set(train_set.captions)) == 1:
         nets.prompts = (train_set.captions[0],)
     if cfg.train == "all":
@@ -378,10 +390,9 @@ def build_generator(cfg: Config, run: training.Run, base: bases.Base) -> Pix2Pix
     )
     lora_rng = training.rng(cfg.seed, 0, "lora")
     G = Pix2PixTurbo(base.vae, base.unet, base.schedule, config, lora_rng).train()
-    # With a stochastic --init, conv_in's frozen half may not be the base's. state.pt does not hold
-    # it, so a resumed run reads it from its own model.safetensors.
-    needs_frozen_half = cfg.resume and cfg.stochastic
-    if cfg.init and (needs_frozen_half or not cfg.resume):
+    # state.pt lacks conv_in's frozen half, which a stochastic --init may have changed. So a resumed
+    # stochastic run reads its own model.safetensors as well.
+    if cfg.init and (cfg.stochastic or not cfg.resume):
         checkpoint = cfg.resume or cfg.init
         with run.first_process_first():
             started = checkpoints.start_from(
@@ -474,7 +485,9 @@ def draw_r(cfg: Config, step: int) -> float | None:
     return torch.rand((), generator=training.rng(cfg.seed, step, "r")).item()
 
 
-def augmented(D: nn.Module | None, run: training.Run, step: int, what: str, rows: list[int]):
+def augmented(
+    D: nn.Module | None, run: training.Run, step: int, what: str, rows: list[int]
+) -> Callable | None:
     """D with the augmentation of these rows of the global batch."""
     if D is None or not run.cfg.gan_augment:
         return D
@@ -493,7 +506,7 @@ def discriminate(
     return loss, training.accuracy(logits_real, logits_fake)
 
 
-def generator_inputs(
+def loss_inputs(
     nets: Networks, run: training.Run, step: int, rows: list[int], micro_batch: dict
 ) -> dict:
     """What pix2pix_losses takes for one micro-batch, apart from G, D and the settings."""
@@ -531,7 +544,7 @@ def validate(nets: Networks, run: training.Run, test_set: Dataset) -> dict[str, 
     items = [test_set[i] for i in range(count)]
     fakes = [translate(nets, run, item) for item in items]
     targets = [item["target"] for item in items]
-    pairs = zip(fakes, targets)
+    pairs = list(zip(fakes, targets))
     errors = torch.stack([(fake - target).square().mean() for fake, target in pairs])
     psnr = 10 * torch.log10(4 / errors)
     values = {"val_l2": errors.mean().item(), "val_psnr": psnr.mean().item()}
@@ -540,7 +553,6 @@ def validate(nets: Networks, run: training.Run, test_set: Dataset) -> dict[str, 
         return picture[None].to(run.device, run.dtype)
 
     if nets.lpips:
-        pairs = zip(fakes, targets)
         found = [nets.lpips(on_device(fake), on_device(target)) for fake, target in pairs]
         values["val_lpips"] = torch.cat(found).mean().item()
     if nets.clip:
@@ -660,7 +672,7 @@ def main() -> None:
         for rows, micro_batch in run.split(batch):
             with run.autocast:
                 D_augmented = augmented(D, run, step, "augment", rows)
-                inputs = generator_inputs(nets, run, step, rows, micro_batch)
+                inputs = loss_inputs(nets, run, step, rows, micro_batch)
                 terms, fake = pix2pix_losses(G, D_augmented, **inputs, cfg=cfg, r=r)
             run.backward(sum(terms.values()))
             fake = fake.detach()

@@ -121,9 +121,9 @@ class Config:
     disc_lr_ratio: float = 1.0  # the discriminator's learning rate over the generator's
     lr_scheduler: training.Scheduler = "constant"  # linear and cosine fall to 0
     lr_warmup_steps: int = 500  # linear warm-up; "constant" has none
-    adam_beta1: float = 0.9  # decay of the generator's AdamW mean
+    adam_beta1: float = 0.9  # the generator's AdamW: decay of the mean gradient
     disc_adam_beta1: float = 0.0  # the same for the discriminator
-    adam_beta2: float = 0.999  # decay of AdamW's mean square
+    adam_beta2: float = 0.999  # AdamW's decay of the mean squared gradient
     adam_weight_decay: float = 1e-2  # weight decay
     adam_epsilon: float = 1e-8  # AdamW's epsilon
     max_grad_norm: float = 1.0  # the generator's gradients are clipped to this norm
@@ -457,6 +457,7 @@ def check_stage(cfg: Config, schedule: Schedule) -> None:
             f"--stage adapt_v: {cfg.base} predicts v already; go on with --stage adapt_zsnr or"
             " yoso"
         )
+    diffusion.check_prediction(schedule.prediction_type, len(schedule.alpha) - 1, schedule)
     if cfg.stage == "adapt_zsnr" and starts_from_noise:
         raise ValueError(
             f"--stage adapt_zsnr: {cfg.base} starts from pure noise already; go on with"

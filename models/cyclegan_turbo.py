@@ -2,8 +2,8 @@
 
 It is trained without pairs. One U-Net serves both directions, and the caption tells them apart.
 Each direction has a VAE with its own adapters and skip convolutions; the frozen weights of both
-VAEs are the same in memory. Trained are LoRA on the U-Net and the VAEs, the U-Net's first
-convolution and the skip convolutions; with `train="all"`, for small bases, every weight.
+VAEs are the same in memory. What is trained: LoRA on the U-Net and the VAEs, the U-Net's first
+convolution and the skip convolutions; or every weight, with `train="all"`, for small bases.
 
 Source: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.3.
 """
@@ -61,8 +61,8 @@ class CycleGANTurboConfig:
 class CycleGANTurbo(nn.Module):
     """The generator. It changes the given networks in place: they belong to it from now on.
 
-    Exactly the parameters to be trained have `requires_grad`. `generator` is the random generator
-    of the initial LoRA weights. ValueError for a VAE or a timestep that does not suit.
+    Exactly the parameters to be trained have `requires_grad`. `rng` draws the initial LoRA weights.
+    ValueError for a VAE or a timestep that does not suit.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class CycleGANTurbo(nn.Module):
         unet: UNet,
         schedule: Schedule,
         config: CycleGANTurboConfig,
-        generator: torch.Generator | None = None,
+        rng: torch.Generator | None = None,
     ):
         super().__init__()
         self.unet = unet
         self.schedule = schedule
         self.config = config
         check_vae(vae)
-        check_timestep(config.timestep, schedule)
+        check_timestep(config.timestep, schedule, config.prediction_type)
 
         # While the VAE is frozen, the copy has modules of its own around the same Parameters.
         shared = {}
@@ -92,20 +92,20 @@ class CycleGANTurbo(nn.Module):
             add_skip_convs(self.vae_a2b)
             add_skip_convs(self.vae_b2a)
         if config.train == "lora":
-            self._add_lora(generator)
+            self._add_lora(rng)
 
         # Beside their LoRA, these convolutions are trained in full.
         for name, parameter in self.named_parameters():
             if "skip_conv" in name or (config.conv_in and name.startswith("unet.conv_in.")):
                 parameter.requires_grad_(True)
 
-    def _add_lora(self, generator: torch.Generator | None) -> None:
+    def _add_lora(self, rng: torch.Generator | None) -> None:
         config = self.config
         vae_targets = list(VAE_TARGETS)
         if config.skips:
             vae_targets += skip_conv_names(self.vae)
         for vae in (self.vae_a2b, self.vae_b2a):
-            add_lora(vae, vae_targets, config.lora_rank_vae, config.lora_alpha_vae, generator)
+            add_lora(vae, vae_targets, config.lora_rank_vae, config.lora_alpha_vae, rng)
 
         unet_targets = []
         for name, layer in self.unet.named_modules():
@@ -115,7 +115,7 @@ class CycleGANTurbo(nn.Module):
         alpha = config.lora_alpha_unet
         if alpha is None:
             alpha = config.lora_rank_unet
-        add_lora(self.unet, unet_targets, config.lora_rank_unet, alpha, generator)
+        add_lora(self.unet, unet_targets, config.lora_rank_unet, alpha, rng)
 
     @property
     def vae(self) -> VAE:

@@ -26,7 +26,7 @@ from models.schedulers import OWN_CLASS, SCHEDULERS, check_built, class_of, read
 PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a network may predict
 # (x_t, t) -> prediction. Where t is a fraction, x_t lies between two timesteps.
 Model = Callable[[Tensor, float], Tensor]
-# What samplers that divide by alpha take for an alpha of 0, as in `diffusers`.
+# Samplers that divide by alpha use this in place of an alpha of 0, as `diffusers` does.
 LEAST_ALPHA = 2**-12
 
 # -------------------- schedules
@@ -177,7 +177,7 @@ def how_to_sample(settings: dict) -> dict:
 
 
 def above_zero(alpha: Tensor) -> Tensor:
-    """The alphas with LEAST_ALPHA in the place of 0. Others may be smaller, as in `diffusers`."""
+    """The alphas, with LEAST_ALPHA in place of 0. Smaller ones above 0 stay, as in `diffusers`."""
     return torch.where(alpha > 0, alpha, LEAST_ALPHA)
 
 
@@ -219,6 +219,16 @@ def predict_x0(
     if prediction_type == "epsilon":
         return (x - sigma * prediction) / alpha
     return alpha * x - sigma * prediction
+
+
+def check_prediction(prediction_type: str, t: float, schedule: Schedule) -> None:
+    """ValueError where a prediction says nothing about x0: epsilon in pure noise."""
+    if prediction_type == "epsilon" and schedule.alpha[round(t)] == 0:
+        raise ValueError(
+            f"at timestep {round(t)} the base's schedule is pure noise, from which a prediction of"
+            " epsilon tells no x0; expected a base that predicts v, or rescale_betas_zero_snr false"
+            " in its scheduler_config.json"
+        )
 
 
 def less_noisy(t: Tensor, steps: int) -> Tensor:
@@ -280,7 +290,8 @@ def sampler_of(schedule: Schedule) -> str:
 
 
 def replaced_scheduler(schedule: Schedule) -> str | None:
-    """What `sampler_of` stands in for, as that is not implemented; None where it is."""
+    """The class (and algorithm) that the scheduler file names, if `sampler_of` only stands in for
+    it; else None."""
     name = class_of(schedule.config)
     algorithm = str(schedule.config.get("algorithm_type"))
     if name not in OWN_CLASS.values():
@@ -291,11 +302,11 @@ def replaced_scheduler(schedule: Schedule) -> str | None:
 
 
 def for_sampler(schedule: Schedule, sampler: str, steps: int) -> Schedule:
-    """The schedule with the settings that a sampler uses for so many steps.
+    """The schedule with the settings that `sampler` uses for `steps` steps.
 
-    If it is not the sampler of the scheduler's class, they are what the sampler's own class makes
-    of the same `scheduler_config.json`, as with `from_config` of `diffusers`: where the spacing is
-    not given, say, it becomes that of the other class. The noise schedule stays.
+    If the file names the class of another sampler, it is read as the class of `sampler` would read
+    it, like `from_config` of `diffusers`: a timestep spacing that the file leaves out, for example,
+    becomes the default of that class. The noise schedule stays the same.
 
     Raises ValueError for a setting that would change the picture and is not supported.
     """
@@ -306,7 +317,8 @@ def for_sampler(schedule: Schedule, sampler: str, steps: int) -> Schedule:
     check_built(config, sampler, steps, lowest)
     schedule = replace(schedule, config=config, **how_to_sample(read_settings(config)))
     if sampler in ("euler", "dpm"):
-        # Of a schedule that ends in pure noise. As in `diffusers`, these come close to it only.
+        # Where alpha ends at 0 (pure noise), these two start just short of it, as in `diffusers`,
+        # because they divide by alpha.
         alpha = above_zero(schedule.alpha)
         schedule = replace(schedule, alpha=alpha, sigma=(1 - alpha**2).sqrt())
     return schedule
@@ -418,9 +430,10 @@ def lcm_timesteps(schedule: Schedule, steps: int) -> list[int]:
 
 
 def at_strength(ts: list[float], strength: float) -> list[int]:
-    """The timesteps for editing a picture: as many, from a lower noise level.
+    """The timesteps for editing a picture: `ts`, moved down to a lower noise level and rounded.
 
-    Strength 1 keeps them, 0.5 halves them. Timesteps that become equal are taken once.
+    At strength 1 they stay where they are, 0.5 halves them. Those that become equal are merged, so
+    there may be fewer.
     """
     lower = [max(round((t + 1) * strength) - 1, 0) for t in ts]
     return list(dict.fromkeys(lower))

@@ -240,8 +240,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 class AttentionPool(nn.Module):
     """Feature map [B, C, h, w] -> [B, c_out].
 
-    The map's mean attends to itself and to every place, in heads of 16 channels. Positions are
-    learned for a grid of `side` x `side` and interpolated for others. Source: Radford et al. 2021
+    The map's mean attends to itself and to every place, in heads of 16 channels (in one head if 16
+    does not divide C). Positions are learned for a grid of `side` x `side` and interpolated for
+    others. Source: Radford et al. 2021
     (CLIP's ResNets), in the form of guided-diffusion's `AttentionPool2d`.
     """
 
@@ -273,8 +274,8 @@ class AttentionPool(nn.Module):
 class LatentDiscriminator(nn.Module):
     """Latents [B, 4, h, w], a timestep each [B], and captions -> logits [B, 1].
 
-    The latents are clean ones: data, or G's predictions of x0. The timestep is that of the noise
-    that G made the fake ones from; train_yoso.py tells the same one beside the real ones.
+    The latents are clean ones: data, or G's predictions of x0. The timestep is that of the noisy
+    latents from which G made the fakes; train_yoso.py gives the real ones the same.
 
     It begins with a trainable copy of the encoder and middle block of a diffusion model's U-Net.
     Source: Luo et al. 2024, "You Only Sample Once".
@@ -301,8 +302,8 @@ class LatentDiscriminator(nn.Module):
 # -------------------- small pictures
 
 class PixelDiscriminator(nn.Module):
-    """Pictures [B, C, H, W], a timestep each [B] (see LatentDiscriminator), and captions -> logits
-    [B, 1].
+    """Pictures [B, C, side, side] in [-1, 1], timesteps [B] (see LatentDiscriminator) and captions
+    [B, N, c_context] -> logits [B, 1].
 
     For pictures so small that no U-Net is needed. Convolutions halve them until 4 to 7 pixels a
     side are left. The timestep is added at each level, and the captions enter by an inner product

@@ -120,8 +120,9 @@ class LoRAConv2d(nn.Conv2d):
 class TwinConv2d(nn.Conv2d):
     """A fully trained convolution beside its frozen original, for the stochastic `conv_in`.
 
-    A scale in [0, 1] blends the original into the trained one, as the scale of a LoRA does:
-    (1 - scale) W0 x + scale W x. No gradient flows through the original.
+    y = (1 - scale) (W0 x + b0) + scale (W x + b): the original at scale 0, the trained layer at 1,
+    as a LoRA is absent at 0 and complete at 1. As in the official code, no gradient flows through
+    the original, neither to W0 nor to x.
     """
 
     def __init__(self, layer: nn.Conv2d):

@@ -3,9 +3,9 @@
     VAE encoder -> U-Net at one timestep, the last -> VAE decoder
 
 The latent of the condition takes the place of the noise, and skip connections from encoder to
-decoder, one for each block of the decoder, carry the detail that the latent loses. Trained are
-LoRA on the U-Net and the VAE, the U-Net's first convolution and the skip convolutions; with
-`train="all"`, for small bases, every weight.
+decoder, one for each block of the decoder, carry the detail that the latent loses. What is trained:
+LoRA on the U-Net and the VAE, the U-Net's first convolution and the skip convolutions; or every
+weight, with `train="all"`, for small bases.
 
 Source: Parmar et al. 2024, "One-Step Image Translation with Text-to-Image Models", section 3.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.diffusion import Schedule, predict_x0
+from models.diffusion import Schedule, check_prediction, predict_x0
 from models.lora import TwinConv2d, add_lora, replace
 from models.unet import UNet
 from models.vae import VAE
@@ -109,7 +109,7 @@ def convolved_skips(vae: VAE, skips: list[Tensor], skip_scale: float) -> list[Te
 # -------------------- generator
 
 def check_vae(vae: nn.Module) -> None:
-    """ValueError for an autoencoder without the blocks that skips and adapters belong to."""
+    """ValueError unless the autoencoder is a VAE: skips and adapters belong to its blocks."""
     if not isinstance(vae, VAE):
         raise ValueError(
             f"the base's autoencoder is {type(vae).__name__}; a translator needs a base with"
@@ -117,18 +117,19 @@ def check_vae(vae: nn.Module) -> None:
         )
 
 
-def check_timestep(timestep: int, schedule: Schedule) -> None:
-    """ValueError unless the schedule has this timestep."""
+def check_timestep(timestep: int, schedule: Schedule, prediction_type: str) -> None:
+    """ValueError unless the schedule has this timestep, and a prediction there tells x0."""
     last = len(schedule.alpha) - 1
     if not 0 <= timestep <= last:
         raise ValueError(f"the timestep is {timestep}; expected 0 to {last}, the base's last")
+    check_prediction(prediction_type, timestep, schedule)
 
 
 class Pix2PixTurbo(nn.Module):
     """The generator. It changes the given networks in place: they belong to it from now on.
 
-    Exactly the parameters to be trained have `requires_grad`. `generator` is the random generator
-    of the initial LoRA weights. ValueError for a VAE or a timestep that does not suit.
+    Exactly the parameters to be trained have `requires_grad`. `rng` draws the initial LoRA weights.
+    ValueError for a VAE or a timestep that does not suit.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Pix2PixTurbo(nn.Module):
         unet: UNet,
         schedule: Schedule,
         config: Pix2PixTurboConfig,
-        generator: torch.Generator | None = None,
+        rng: torch.Generator | None = None,
     ):
         super().__init__()
         self.vae = vae
@@ -145,7 +146,7 @@ class Pix2PixTurbo(nn.Module):
         self.schedule = schedule
         self.config = config
         check_vae(vae)
-        check_timestep(config.timestep, schedule)
+        check_timestep(config.timestep, schedule, config.prediction_type)
         if config.stochastic and config.timestep != len(schedule.alpha) - 1:
             raise ValueError(
                 f"the timestep of a stochastic model is {config.timestep}; expected the last,"
@@ -159,16 +160,14 @@ class Pix2PixTurbo(nn.Module):
             vae_targets = list(config.vae_targets)
             if config.skips:
                 vae_targets += skip_conv_names(vae)
-            add_lora(vae, vae_targets, config.lora_rank_vae, config.lora_alpha, generator)
-            add_lora(
-                unet, config.unet_targets, config.lora_rank_unet, config.lora_alpha, generator
-            )
+            add_lora(vae, vae_targets, config.lora_rank_vae, config.lora_alpha, rng)
+            add_lora(unet, config.unet_targets, config.lora_rank_unet, config.lora_alpha, rng)
         if config.stochastic:
             replace(unet, "conv_in", TwinConv2d(unet.conv_in))
         self.train_in_full()
 
     def train_in_full(self) -> None:
-        """Of the skip convolutions, besides their LoRA, and of conv_in all weights are trained."""
+        """Trains all weights of conv_in, and those of the skip convolutions beside their LoRA."""
         for name, parameter in self.vae.named_parameters():
             if "skip_conv" in name:
                 parameter.requires_grad_(True)
@@ -190,8 +189,8 @@ class Pix2PixTurbo(nn.Module):
         pictures in [-1, 1].) H and W are multiples of the VAE's factor. `skip_scale` is gamma.
 
         Stochastic models take r in [0, 1] and noise [B, 4, h, w]. At r = 1 the picture follows the
-        condition. At r = 0, if adapters alone were trained, it is what the base makes of the noise.
-        Their strength is not set here: call `lora.set_scale(self, r)` first.
+        condition. At r = 0 and with `train="lora"` it is what the base makes of the noise. The
+        adapters' strength is not set here: call `lora.set_scale(self, r)` first.
 
         With latent_noise [B, 4, h, w] the latent is a sample of the encoder's distribution,
         without it the mean.
@@ -218,10 +217,10 @@ class Pix2PixTurbo(nn.Module):
 
 def check_official(saved: object, keys: set[str], kind: str, path: object) -> None:
     """ValueError unless an official `.pkl` holds a dictionary with these keys."""
+    if isinstance(saved, dict) and keys <= saved.keys():
+        return
     found = type(saved).__name__
     if isinstance(saved, dict):
-        if keys <= saved.keys():
-            return
         found = ", ".join(map(str, saved))[:100]
     raise ValueError(f"{path} holds {found}; expected a {kind} file with {', '.join(sorted(keys))}")
 

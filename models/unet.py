@@ -222,7 +222,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The MLP of a transformer block, four times as wide inside."""
+    """[B, N, C] -> [B, N, C]: the MLP of a transformer block, four times as wide inside."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -267,7 +267,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A transformer block over the pixels of a feature map, between two projections.
+    """[B, C, h, w] -> [B, C, h, w]: a transformer block over its pixels, between two projections.
 
     The projections are linear layers (SD 2.x) or 1x1 convolutions (SD 1.x).
     """
@@ -284,22 +284,22 @@ class Transformer(nn.Module):
         triple_initial_weight(self.proj_out)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        H, W = x.shape[-2:]
-        h = self.norm(x)
+        h, w = x.shape[-2:]
+        y = self.norm(x)
 
-        # The convolutions work on [B, C, H, W], all else on [B, HW, C].
+        # The convolutions work on [B, C, h, w], all else on [B, hw, C].
         if self.linear:
-            h = self.proj_in(h.flatten(2).transpose(1, 2))
+            y = self.proj_in(y.flatten(2).transpose(1, 2))
         else:
-            h = self.proj_in(h).flatten(2).transpose(1, 2)
+            y = self.proj_in(y).flatten(2).transpose(1, 2)
 
-        h = self.transformer_blocks[0](h, context)
+        y = self.transformer_blocks[0](y, context)
 
         if self.linear:
-            h = self.proj_out(h).transpose(1, 2).unflatten(-1, (H, W))
+            y = self.proj_out(y).transpose(1, 2).unflatten(-1, (h, w))
         else:
-            h = self.proj_out(h.transpose(1, 2).unflatten(-1, (H, W)))
-        return x + h
+            y = self.proj_out(y.transpose(1, 2).unflatten(-1, (h, w)))
+        return x + y
 
 
 class Downsample(nn.Module):
@@ -395,8 +395,8 @@ class UpBlock(nn.Module):
         c_out = widths[level]
         attention = "CrossAttn" in config.up_block_types[-1 - level]
 
-        # This level left as many skips as it has layers on the way down. The last skip to be taken
-        # is what entered the level there: the result of the level above, or of conv_in.
+        # On the way down every layer of this level left a skip of width c_out. One more is taken,
+        # last: what entered the level there, the result of the level above or of conv_in.
         c_entered = widths[max(level - 1, 0)]
         c_skips = [c_out] * config.layers_per_block + [c_entered]
 
@@ -484,8 +484,9 @@ class UNet(nn.Module):
         """The prediction, of the shape of x.
 
         x is [B, 4, h, w] of any size, t is one timestep or [B] of them in 0 ... 999, and context is
-        [B, N, cross_attention_dim]. `residuals`, from a ControlNet, are added to the skips, one to
-        each in the order of the way down; the last is added to the result of the middle block.
+        [B, N, cross_attention_dim]. `residuals` come from a ControlNet: one for each skip, in the
+        order of the way down, and one more for the result of the middle block, to which they are
+        added.
         """
         time = self.time_embedding(one_per_row(t, x))
         x, skips = self.way_down(x, time, context)

@@ -103,7 +103,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels of [B, C, H, W], with one head."""
+    """[B, C, h, w] -> [B, C, h, w]: self-attention over all pixels, with one head."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -115,11 +115,11 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
-        q = self.to_q(h).unsqueeze(1)  # [B, 1, HW, C]
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, hw, C]
+        q = self.to_q(h).unsqueeze(1)  # [B, 1, hw, C]
         k = self.to_k(h).unsqueeze(1)
         v = self.to_v(h).unsqueeze(1)
-        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, HW, C]
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, hw, C]
         h = self.to_out[0](h)
         return x + h.transpose(1, 2).reshape(x.shape)
 
@@ -360,8 +360,8 @@ def latent_size(sides: Sequence[int], factor: int) -> list[int]:
 def tile_starts(side: int, tile: int) -> tuple[list[int], int]:
     """Where the tiles along one side begin, and how long they are: at most `tile`.
 
-    They are evenly spaced and overlap by a quarter of `tile` or more. There are as few as
-    possible, and they are no longer than so few need to be.
+    They are evenly spaced and overlap by a quarter of `tile` or more. There are as few as possible,
+    and they are as short as that number allows.
     """
     if side <= tile:
         return [0], side

@@ -28,6 +28,7 @@ from models.diffusion import (
     Schedule,
     add_noise,
     at_strength,
+    check_prediction,
     ddim,
     denoise,
     dpm,
@@ -501,6 +502,15 @@ def test_the_true_prediction_gives_the_clean_latent_back(kind, t):
     v = fine(DDPMScheduler(**SD)).get_velocity(x0, eps, torch.as_tensor(t).expand(3))
     prediction = eps if kind == "epsilon" else v
     assert relative(predict_x0(prediction, x, t, schedule, kind), x0) < 1e-9
+
+
+def test_epsilon_in_pure_noise_is_refused():
+    noise, usual = Schedule.from_config(ZERO_SNR), Schedule.from_config(SD)
+    with pytest.raises(ValueError, match="^at timestep 999 the base's schedule is pure noise"):
+        check_prediction("epsilon", 999, noise)
+    check_prediction("epsilon", 998.4, noise)
+    check_prediction("v_prediction", 999, noise)
+    check_prediction("epsilon", 999, usual)
 
 
 @pytest.mark.parametrize("t", [1, 500, 999])

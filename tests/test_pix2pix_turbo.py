@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from files import bases, checkpoints
 from files.tensors import assign
+from models.diffusion import Schedule
 from models.lora import ADAPTERS, LoRAConv2d, LoRALinear, set_scale
 from models.pix2pix_turbo import (
     UNET_TARGETS,
     VAE_TARGETS,
     Pix2PixTurbo,
     Pix2PixTurboConfig,
+    check_timestep,
     from_official,
 )
 
@@ -335,6 +337,13 @@ def test_the_timestep_is_the_one_of_the_settings(official):
     assert relative(generator(x, context), official(x, context)) > 1e-3
     with pytest.raises(ValueError, match="^the timestep is 1000; expected 0 to 999"):
         fresh(official, timestep=1000)
+
+
+def test_a_base_whose_prediction_tells_no_x0_is_refused():
+    schedule = Schedule.from_config(SCHEDULE | {"rescale_betas_zero_snr": True})
+    check_timestep(999, schedule, "v_prediction")
+    with pytest.raises(ValueError, match="^at timestep 999 the base's schedule is pure noise"):
+        check_timestep(999, schedule, "epsilon")
 
 
 @torch.no_grad()
