@@ -80,9 +80,14 @@ SHARED = {
         lr_warmup_steps=20,
         max_train_steps=200,
     ),
-    "yoso": recipe.YOSO_COMMON | recipe.YOSO_STAGES["yoso"] | dict(
+    "yoso": recipe.YOSO_COMMON | dict(
         base="tiny-sd",
-        lambda_mismatch=0,  # as in the paper
+        # YOSO's terms have weight 0 in pure noise; with the floor, the data teach there, too.
+        snr_floor=1,
+        last_share=0.25,
+        lambda_gan=0.1,
+        learning_rate=2e-4,
+        disc_adam_beta1=0.5,
         max_train_steps=200,
         lr_warmup_steps=50,
         ema_decay=0.99,
@@ -98,7 +103,13 @@ RANDOM_BASE = dict(
     disc_width=32,
 )
 ADAPTION = dict(learning_rate=3e-4, max_train_steps=250)
-DATA_ALONE = recipe.YOSO_STAGES["data"] | dict(max_train_steps=1000)
+DATA_ALONE = dict(
+    lambda_gan=0,
+    lambda_con=0,
+    max_train_steps=1000,
+    learning_rate=5e-4,
+    ema_decay=0.995,
+)
 YOSO_LORA = dict(train="lora", lora_rank=16, learning_rate=5e-4)
 RUNS = {
     "unpaired": Run("unpaired"),

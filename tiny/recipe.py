@@ -7,11 +7,12 @@
     python -m tiny.recipe classifier    the attribute classifier, for tiny/measure.py
     python -m tiny.recipe sd            tiny-sd: text encoder and U-Net, an ordinary epsilon model
     python -m tiny.recipe sd_more       more of it, where captions decide, and loose captions
-    python -m tiny.recipe turbo         tiny-turbo, its one-step model: train_yoso.py, four stages
+    python -m tiny.recipe turbo         tiny-turbo, its one-step model: train_yoso.py and pairs
     python -m tiny.recipe adapters      train_cyclegan_turbo.py twice, train_pix2pix_turbo.py
     python -m tiny.recipe all           one after the other
 
-A stage that was stopped continues where it was. Logs and pictures are in runs/recipe/STAGE.
+A stage that was stopped continues where it was. Logs and pictures are in runs/recipe, in a folder
+per stage or per run of a trainer.
 Training times, machine and figures of the committed weights: tiny/README.md.
 """
 
@@ -611,6 +612,7 @@ def train_diffusion(
     )
     bases.save_folder(HERE / "tiny-turbo", shared, torch.float16)
     bases.save_folder(HERE / "tiny-sd", base, torch.float16, rest="tiny-turbo")
+    shutil.rmtree(RUNS / "pairs", ignore_errors=True)  # those of the base before
 
 
 def validate_diffusion(
@@ -631,57 +633,59 @@ def validate_diffusion(
 
 
 @torch.no_grad()
-def preview(base: bases.Base, captions: list[str], guidance: float) -> Tensor:
-    """Captions in 25 DDIM steps -> pictures [N, 3, H, W] on the CPU."""
+def preview(base: bases.Base, captions: list[str], guidance: float, steps: int = 25) -> Tensor:
+    """Draws captions in `steps` steps of DDIM: pictures [N, 3, H, W] on the CPU."""
+    side = SIZE // base.vae.factor
+    shape = (len(captions), base.unet.config.in_channels, side, side)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(next(base.unet.parameters()).device)
+    timesteps = diffusion.timesteps(base.schedule, steps)
+    z = diffusion.ddim(make_model(base, captions, guidance), noise, timesteps, base.schedule)
+    return base.vae.decode(z / base.vae.config.scaling_factor).cpu()
+
+
+def make_model(base: bases.Base, captions: list[str], guidance: float) -> diffusion.Model:
+    """The U-Net as the samplers call it, model(x, t), with classifier-free guidance."""
     device = next(base.unet.parameters()).device
     context = base.text_encoder(base.tokenizer(captions).to(device))
+
+    def plain(x: Tensor, t: float) -> Tensor:
+        return base.unet(x, t, context).float()
+
+    if guidance == 1:
+        return plain
     no_context = base.text_encoder(base.tokenizer([""]).to(device))
     no_context = no_context.expand(len(captions), -1, -1)
 
-    def model(x: Tensor, t: int) -> Tensor:
-        wanted = base.unet(x, t, context)
-        if guidance == 1:
-            return wanted
-        unwanted = base.unet(x, t, no_context)
+    def guided(x: Tensor, t: float) -> Tensor:
+        wanted = plain(x, t)
+        unwanted = base.unet(x, t, no_context).float()
         return unwanted + guidance * (wanted - unwanted)
 
-    side = SIZE // base.vae.factor
-    shape = (len(captions), base.unet.config.in_channels, side, side)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    steps = diffusion.timesteps(base.schedule, 25)
-    z = diffusion.ddim(model, noise, steps, base.schedule)
-    return base.vae.decode(z / base.vae.config.scaling_factor).cpu()
+    return guided
 
 
 # -------------------- tiny-turbo: one step instead of 25
 
-# An ordinary diffusion model hardly trains pure noise, and YOSO's weights there are 0, so the
-# discriminator alone would have to teach what a caption asks for. These flags of train_yoso.py
-# let the data teach it too.
-PURE_NOISE = dict(snr_floor=1, last_share=0.25)
-# v instead of epsilon; then pure noise at the end; then the data alone, so that a caption in pure
-# noise becomes blobs of the right colours; then the whole loss.
+# tiny-sd has learned little about pure noise, and YOSO's KL and consistency terms have weight 0
+# there: the discriminator alone would have to teach what a caption asks for. So the one-step model
+# first learns from pairs of noise and the picture that tiny-sd makes of it with guidance.
+PAIRS = 20_000
+CHUNK = 100  # pairs in a file
+PAIRS_SEED = 42  # the scenes of drawn:loose, on which YOSO trains
+# The runs of train_yoso.py. train_pairs comes between adapt_zsnr and yoso.
 YOSO_STAGES = {
     "adapt_v": dict(stage="adapt_v", max_train_steps=250, learning_rate=3e-4),
     "adapt_zsnr": dict(stage="adapt_zsnr", max_train_steps=250, learning_rate=3e-4),
-    "data": dict(
-        lambda_gan=0,
-        lambda_con=0,
-        max_train_steps=1500,
-        learning_rate=5e-4,
-        lr_warmup_steps=50,
-        ema_decay=0.995,
-        **PURE_NOISE,
-    ),
-    # A faster discriminator, or one without momentum, stays at chance; and without wrong captions
-    # it hardly reads them (tiny/README.md).
+    # A faster discriminator stays at chance, and without wrong captions it hardly reads any
+    # (tiny/README.md). Sampling starts in pure noise: a quarter of the batch is there.
     "yoso": dict(
         lambda_gan=0.1,
         lambda_mismatch=1,
         max_train_steps=1000,
         learning_rate=2e-4,
         disc_adam_beta1=0.5,
-        **PURE_NOISE,
+        last_share=0.25,
     ),
 }
 YOSO_COMMON = dict(
@@ -698,6 +702,105 @@ YOSO_COMMON = dict(
     checkpointing_steps=250,
     seed=SEED,
 )
+
+
+def make_pairs(device: torch.device) -> tuple[list[str], Tensor, Tensor]:
+    """Captions, noise [N, 4, h, w], and the scaled latents that tiny-sd makes of both."""
+    base = bases.load_base("tiny-sd", dtype=torch.float32, device=str(device))
+    side = SIZE // base.vae.factor
+    shape = (CHUNK, base.vae.config.latent_channels, side, side)
+    captions, noise, latents = [], [], []
+    for chunk in tqdm(range(PAIRS // CHUNK), "pairs"):
+        own_captions = captions_of(chunk)
+        own_noise = torch.randn(shape, generator=torch.Generator().manual_seed(chunk))
+        captions += own_captions
+        noise.append(own_noise)
+        latents.append(stored_latents(chunk, base, own_captions, own_noise.to(device)))
+    return captions, torch.cat(noise), torch.cat(latents)
+
+
+def captions_of(chunk: int) -> list[str]:
+    """The captions of CHUNK training scenes, a fifth of them loose ones."""
+    random = np.random.default_rng([7, chunk])
+    captions = []
+    for i in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+        scene = scenes.nth_scene("train", PAIRS_SEED, i)
+        if random.random() < 0.2:
+            captions.append(scenes.loose_caption(scene, random))
+        else:
+            captions.append(scenes.caption(scene))
+    return captions
+
+
+def stored_latents(chunk: int, base: bases.Base, captions: list[str], noise: Tensor) -> Tensor:
+    """guided_latents(...) from the chunk's file, which is written if it is not there."""
+    path = RUNS / "pairs" / "latents" / f"{chunk:04d}.npy"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        z = guided_latents(base, captions, noise)
+        write_array(path, z.half().cpu().numpy())
+    return torch.from_numpy(np.load(path)).float()
+
+
+@torch.no_grad()
+def guided_latents(base: bases.Base, captions: list[str], noise: Tensor) -> Tensor:
+    """Scaled latents that a base makes of noise [N, 4, h, w], in 12 steps with guidance 3."""
+    steps = 12
+    schedule = diffusion.for_sampler(base.schedule, "dpm", steps)
+    timesteps = diffusion.dpm_timesteps(schedule, steps)
+    x = diffusion.start(noise, timesteps[0], schedule)
+    with half_precision(noise.device):
+        return diffusion.dpm(make_model(base, captions, 3.0), x, timesteps, schedule)
+
+
+def train_pairs(
+    start: str | pathlib.Path, device: torch.device, steps: int = 3000, batch: int = 32
+) -> pathlib.Path:
+    """Trains a base to make in one step what tiny-sd made of the same noise. Returns its folder.
+
+    The loss is on v = alpha eps - sigma x0; in pure noise, v is -x0. A quarter of the batch has any
+    t, so that the base does not forget lower noise levels. Source: Liu et al. 2023, "InstaFlow: One
+    Step is Enough for High-Quality Diffusion-Based Text-to-Image Generation".
+    """
+    folder = RUNS / "pairs" / "base"
+    if (folder / "model_index.json").is_file():  # written last
+        return folder
+    captions, noise, latents = make_pairs(device)
+    base = bases.load_base(str(start), dtype=torch.float32, device=str(device))
+    ids = base.tokenizer(captions)
+    last = len(base.schedule.alpha) - 1
+    base.unet.to(memory_format=torch.channels_last)
+
+    def loss(step: int) -> Tensor:
+        rng = training.rng(SEED, step, "pairs")
+        rows = torch.randint(PAIRS, (batch,), generator=rng)
+        t = torch.randint(last + 1, (batch,), generator=rng)
+        t[batch // 4:] = last
+        x0, eps = latents[rows], noise[rows]
+        alpha, sigma = base.schedule.at(t, x0)
+        x = (alpha * x0 + sigma * eps).to(device, memory_format=torch.channels_last)
+        v = alpha * eps - sigma * x0
+        # Plain attention: on a CPU, the backward pass of the fused one is slow at this size.
+        with half_precision(device), sdpa_kernel(SDPBackend.MATH):
+            with torch.no_grad():
+                context = base.text_encoder(ids[rows].to(device))
+            predicted = base.unet(x, t.to(device), context)
+        return F.mse_loss(predicted.float(), v.to(device))
+
+    validate = partial(validate_one_step, base, measure.load_classifier())
+    train("pairs", base.unet, loss, validate, steps, rate=1e-3)
+    bases.save_folder(folder, base, rest="tiny-sd")
+    return folder
+
+
+def validate_one_step(base: bases.Base, classifier: nn.Module, step: int) -> dict[str, float]:
+    """Shares of attributes that are right in one step, for 96 held-out captions."""
+    held_out = [scenes.nth_scene("test", SEED, i) for i in range(96)]
+    captions = [scenes.caption(scene) for scene in held_out]
+    drawn = preview(base, captions, 1.0, steps=1)
+    training.save_grid(RUNS / "pairs" / f"{step:06d}.png", [drawn[:48]], at_least=128)
+    right = measure.attribute_accuracy(classifier, drawn, held_out)
+    return {name: right[name] for name in ("object", "colour", "all")}
 
 
 def run(script: str, *arguments: object) -> None:
@@ -735,20 +838,37 @@ def command_line(flags: dict[str, object]) -> list[object]:
 
 
 def train_turbo(device: torch.device) -> None:
-    cache = RUNS / "cache"
-    base = "tiny-sd"
-    flags = dict(base=base, size=SIZE, output=cache, batch=64)
+    flags = dict(base="tiny-sd", size=SIZE, output=RUNS / "cache", batch=64)
     run("-m", "dataset", "cache", "drawn:loose", *command_line(flags))
-    for stage, own in YOSO_STAGES.items():
-        flags = dict(base=base, dataset_folder=cache, device=device)
-        flags |= dict(mixed_precision=mixed_precision(device)) | YOSO_COMMON | own
-        run_or_resume("train_yoso.py", RUNS / stage, **flags)
-        base = RUNS / stage / "base"
+    v = train_yoso("adapt_v", "tiny-sd", device)
+    zero_snr = train_yoso("adapt_zsnr", v, device)
+    paired = train_pairs(zero_snr, device)
+    sharper = train_yoso("yoso", paired, device)
 
-    turbo = bases.load_base(str(base), dtype=torch.float32)
+    turbo = bases.load_base(str(sharper), dtype=torch.float32)
+    average_with(turbo.unet, bases.load_base(str(paired), ("unet",), torch.float32).unet)
     config = turbo.schedule.config | dict(_class_name="LCMScheduler")
     turbo.schedule = diffusion.Schedule.from_config(config)
     bases.save_folder(HERE / "tiny-turbo", turbo, torch.float16)
+
+
+def train_yoso(stage: str, base: str | pathlib.Path, device: torch.device) -> pathlib.Path:
+    """Runs a stage of train_yoso.py on a base. Returns the folder of the base that it writes."""
+    flags = dict(base=base, dataset_folder=RUNS / "cache", device=device)
+    flags |= dict(mixed_precision=mixed_precision(device)) | YOSO_COMMON | YOSO_STAGES[stage]
+    run_or_resume("train_yoso.py", RUNS / stage, **flags)
+    return RUNS / stage / "base"
+
+
+@torch.no_grad()
+def average_with(network: nn.Module, other: nn.Module) -> None:
+    """Changes each weight of `network` to the mean of it and `other`'s.
+
+    `network` was fine-tuned from `other`; the mean keeps part of what each does better. Source:
+    Wortsman et al. 2022, "Robust fine-tuning of zero-shot models".
+    """
+    for own, others in zip(network.parameters(), other.parameters(), strict=True):
+        own.lerp_(others, 0.5)
 
 
 # -------------------- Translators: adapters of tiny-turbo, with the trainers' own settings for it
