@@ -883,12 +883,13 @@ ADAPTERS = {
 
 
 def train_adapters(device: torch.device) -> None:
+    """Keeps the weights of each run's best validation."""
     checkpoints.ADAPTERS.mkdir(exist_ok=True)
     for name, (script, own) in ADAPTERS.items():
         flags = dict(base="tiny-turbo", device=device, seed=SEED)
         flags |= dict(mixed_precision=mixed_precision(device)) | own
         run_or_resume(script, RUNS / name, **flags)
-        tensors, metadata = read_tensors(RUNS / name / "model.safetensors")
+        tensors, metadata = read_tensors(RUNS / name / "best.safetensors")
         tensors = {key: tensor.half() for key, tensor in tensors.items()}
         save_tensors(checkpoints.ADAPTERS / f"{name}.safetensors", tensors, metadata)
 
