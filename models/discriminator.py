@@ -242,8 +242,8 @@ class AttentionPool(nn.Module):
 
     The map's mean attends to itself and to every place, in heads of 16 channels (in one head if 16
     does not divide C). Positions are learned for a grid of `side` x `side` and interpolated for
-    others. Source: Radford et al. 2021
-    (CLIP's ResNets), in the form of guided-diffusion's `AttentionPool2d`.
+    others. Source: Radford et al. 2021 (CLIP's ResNets), in the form of guided-diffusion's
+    `AttentionPool2d`.
     """
 
     def __init__(self, c: int, c_out: int, side: int):

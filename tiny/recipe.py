@@ -612,7 +612,7 @@ def train_diffusion(
     )
     bases.save_folder(HERE / "tiny-turbo", shared, torch.float16)
     bases.save_folder(HERE / "tiny-sd", base, torch.float16, rest="tiny-turbo")
-    shutil.rmtree(RUNS / "pairs", ignore_errors=True)  # those of the base before
+    shutil.rmtree(RUNS / "pairs", ignore_errors=True)  # the tiny-sd before made these
 
 
 def validate_diffusion(
@@ -677,7 +677,7 @@ PAIRS_SEED = 42  # the scenes of drawn:loose, on which YOSO trains
 YOSO_STAGES = {
     "adapt_v": dict(stage="adapt_v", max_train_steps=250, learning_rate=3e-4),
     "adapt_zsnr": dict(stage="adapt_zsnr", max_train_steps=250, learning_rate=3e-4),
-    # A faster discriminator stays at chance, and without wrong captions it hardly reads any
+    # A faster discriminator stays at chance, and without wrong captions it hardly reads captions
     # (tiny/README.md). Sampling starts in pure noise: a quarter of the batch is there.
     "yoso": dict(
         lambda_gan=0.1,
